@@ -1,0 +1,264 @@
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voco_jax.config import Chain
+from voco_jax.data.cache import (
+    Cache,
+    CacheWriter,
+    Entry,
+    checksum,
+    chunk_file,
+    fingerprint,
+    write_volume,
+)
+from voco_jax.errors import InputError
+
+CHAIN = Chain(
+    axes="RAS",
+    window=(-175.0, 250.0),
+    foreground_threshold=0.3,
+    volume_size=(8, 6, 4),
+    dtype="uint8",
+)
+
+
+def voxels(id, dtype="uint8"):
+    volume = np.random.default_rng(list(id.encode())).random(CHAIN.volume_size)
+    return (volume * (255 if dtype == "uint8" else 1)).astype(dtype)
+
+
+def add(writer, slot, id, section="training"):
+    volume = voxels(id, writer.chain.dtype)
+    write_volume(writer.path, slot, volume)
+    entry = Entry(
+        id=id,
+        slot=slot,
+        section=section,
+        path=f"/ct/{id}",
+        size=10,
+        mtime_ns=20,
+        axes="LPS",
+        shape=(5, 6, 7),
+        spacing=(1.5, 1.5, 3.0),
+        window=writer.chain.window,
+        box=((0, 1, 2), (4, 5, 6)),
+        mean=0.25,
+        checksum=checksum(volume),
+    )
+    writer.add(entry)
+    return entry
+
+
+def fill(path, ids="dbca", chain=CHAIN):
+    with CacheWriter(path, chain) as writer:
+        for slot, id in zip(writer.reserve(len(ids)), ids, strict=True):
+            add(writer, slot, id)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+def test_round_trip_and_other_zarr_tools(tmp_path, dtype):
+    chain = dataclasses.replace(CHAIN, dtype=dtype)
+    path = tmp_path / "with space #1"
+    fill(path, chain=chain)
+    cache = Cache.open(path, chain)
+    assert [entry.id for entry in cache.entries] == ["a", "b", "c", "d"]
+    assert [entry.slot for entry in cache.entries] == [3, 1, 2, 0]
+    array = zarr.open_array(path / "volumes", mode="r")
+    assert array.metadata.dimension_names == ("volume", "x", "y", "z")
+    assert array.shape == (4, *chain.volume_size)
+    assert array.chunks == (1, *chain.volume_size)
+    for entry in cache.entries:
+        volume = cache.read(entry)
+        assert volume.dtype == dtype
+        np.testing.assert_array_equal(volume, voxels(entry.id, dtype))
+        np.testing.assert_array_equal(array[entry.slot], volume)
+        assert checksum(volume) == entry.checksum
+    # One file a volume.
+    assert sorted(os.listdir(path / "volumes")) == [
+        *(f"c.{i}.0.0.0" for i in range(4)),
+        "zarr.json",
+    ]
+
+
+def test_manifest_lines_are_complete(tmp_path):
+    fill(tmp_path / "c", "a")
+    line = json.loads((tmp_path / "c/manifest.jsonl").read_text())
+    assert line.keys() == {field.name for field in dataclasses.fields(Entry)}
+    assert line["box"] == [[0, 1, 2], [4, 5, 6]]
+
+
+def test_cache_is_picklable_and_readable_by_threads(tmp_path):
+    fill(tmp_path / "c")
+    cache = Cache.open(tmp_path / "c", CHAIN)
+    cache.read(cache.entries[0])
+    other = pickle.loads(pickle.dumps(cache))
+    assert other == cache
+    bad = []
+
+    def read():
+        for entry in other.entries * 5:
+            if checksum(other.read(entry)) != entry.checksum:
+                bad.append(entry)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not bad
+
+
+def test_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill("c")
+    cache = Cache.open("c", CHAIN)
+    monkeypatch.chdir("/")
+    assert checksum(cache.read(cache.entries[0])) == cache.entries[0].checksum
+
+
+def test_fingerprint_ignores_order_and_place(tmp_path):
+    fill(tmp_path / "c1", "abcd")
+    fill(tmp_path / "c2", "dcab")
+    one, two = (Cache.open(tmp_path / name, CHAIN).entries for name in ("c1", "c2"))
+    assert fingerprint(one) == fingerprint(two) == fingerprint(reversed(one))
+    assert fingerprint(one) != fingerprint(one[1:])
+    changed = dataclasses.replace(one[0], checksum="0")
+    assert fingerprint(one) != fingerprint([changed, *one[1:]])
+
+
+def test_not_a_cache(tmp_path):
+    with pytest.raises(InputError, match=r"no such folder.*fill it with: python -m"):
+        Cache.open(tmp_path / "none", CHAIN)
+    with pytest.raises(InputError, match=r"no prepared cache here.*fill it with: python -m"):
+        Cache.open(tmp_path, CHAIN)
+    with CacheWriter(tmp_path / "c", CHAIN):
+        pass
+    with pytest.raises(InputError, match="this cache is empty; fill it with: python -m"):
+        Cache.open(tmp_path / "c", CHAIN)
+    (tmp_path / "c/cache.json").write_text("{")
+    with pytest.raises(InputError, match=r"cache\.json: damaged"):
+        Cache.open(tmp_path / "c", CHAIN)
+    (tmp_path / "c/cache.json").write_text('{"format": 99, "chain": {}}')
+    with pytest.raises(InputError, match="found cache format 99, expected 1"):
+        Cache.open(tmp_path / "c", CHAIN)
+
+
+def test_other_files_are_not_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"found other files \(thesis\.tex\), expected"):
+        CacheWriter(tmp_path, CHAIN)
+    with pytest.raises(InputError, match="cannot write this cache"):
+        CacheWriter(tmp_path / "thesis.tex", CHAIN)
+
+
+def test_other_settings_are_named(tmp_path):
+    fill(tmp_path / "c")
+    other = dataclasses.replace(CHAIN, window=(-1000.0, 500.0), dtype="float16")
+    for start in (Cache.open, CacheWriter):
+        with pytest.raises(InputError) as caught:
+            start(tmp_path / "c", other)
+        message = str(caught.value)
+        assert "chain.window: [-175.0, 250.0] -> [-1000.0, 500.0]" in message
+        assert "chain.dtype: 'uint8' -> 'float16'" in message
+        assert "volume_size" not in message
+        assert "use the cache's settings or name another cache folder" in message
+
+
+def test_one_writer_at_a_time(tmp_path):
+    busy = pytest.raises(InputError, match="another prepare is filling this cache")
+    with CacheWriter(tmp_path / "c", CHAIN), busy:
+        CacheWriter(tmp_path / "c", CHAIN)
+    fill(tmp_path / "c")  # free again
+
+
+def test_damage_is_noticed(tmp_path):
+    fill(tmp_path / "c")
+    cache = Cache.open(tmp_path / "c", CHAIN)
+    first, second = cache.entries[:2]
+    file = chunk_file(cache.path, first.slot)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    chunk_file(cache.path, second.slot).unlink()
+    for entry in (first, second):
+        with pytest.raises(InputError, match=f"cannot read {entry.id} .*run prepare again"):
+            cache.read(entry)
+
+
+def test_a_lost_chunk_is_forgotten_and_its_slot_not_used_again(tmp_path):
+    fill(tmp_path / "c", "ab")
+    shutil.rmtree(tmp_path / "c/volumes")
+    with CacheWriter(tmp_path / "c", CHAIN) as writer:
+        assert not writer.entries
+        assert writer.reserve(1) == range(2, 3)
+        add(writer, 2, "c")
+    assert [entry.id for entry in Cache.open(tmp_path / "c", CHAIN).entries] == ["c"]
+
+
+def test_a_changed_volume_moves_to_a_new_slot(tmp_path):
+    fill(tmp_path / "c", "ab")
+    with CacheWriter(tmp_path / "c", CHAIN) as writer:
+        (slot,) = writer.reserve(1)
+        new = add(writer, slot, "a", "validation")
+    cache = Cache.open(tmp_path / "c", CHAIN)
+    assert cache.entries[0] == new
+    assert not chunk_file(cache.path, 0).exists()
+
+
+def test_chunks_without_a_line_are_not_there(tmp_path):
+    fill(tmp_path / "c", "ab")
+    with CacheWriter(tmp_path / "c", CHAIN) as writer:
+        (slot,) = writer.reserve(1)
+        write_volume(writer.path, slot, voxels("x"))  # then killed
+    assert len(Cache.open(tmp_path / "c", CHAIN).entries) == 2
+    with CacheWriter(tmp_path / "c", CHAIN) as writer:
+        assert not chunk_file(writer.path, slot).exists()
+        assert writer.reserve(1) == range(slot + 1, slot + 2)
+
+
+def test_a_damaged_line_is_an_error(tmp_path):
+    fill(tmp_path / "c", "ab")
+    manifest = tmp_path / "c/manifest.jsonl"
+    lines = manifest.read_text().splitlines()
+    manifest.write_text(f"{lines[0][:50]}\n{lines[1]}\n")
+    for start in (Cache.open, CacheWriter):
+        with pytest.raises(InputError, match=r"manifest\.jsonl: line 1 is damaged"):
+            start(tmp_path / "c", CHAIN)
+
+
+@settings(max_examples=40, deadline=None)
+@given(fraction=st.floats(0, 1))
+def test_a_manifest_cut_anywhere_is_repaired(tmp_path_factory, fraction):
+    path = tmp_path_factory.mktemp("cut") / "c"
+    fill(path, "abc")
+    manifest = path / "manifest.jsonl"
+    content = manifest.read_bytes()
+    cut = round(fraction * len(content))
+    manifest.write_bytes(content[:cut])
+    whole = content[:cut].count(b"\n")
+    expected = [*"abc"[:whole], "z"]
+    with CacheWriter(path, CHAIN) as writer:
+        assert list(writer.entries) == expected[:-1]
+        add(writer, writer.reserve(1)[0], "z")
+    cache = Cache.open(path, CHAIN)
+    assert [entry.id for entry in cache.entries] == expected
+    for entry in cache.entries:
+        assert checksum(cache.read(entry)) == entry.checksum
+
+
+def test_a_disk_error_is_an_os_error(tmp_path):
+    fill(tmp_path / "c")
+    shutil.rmtree(tmp_path / "c/volumes")
+    (tmp_path / "c/volumes").touch()
+    with pytest.raises((OSError, InputError)):
+        write_volume(tmp_path / "c", 0, voxels("x"))

@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import monai_reference as reference
+import numpy as np
+import pytest
+import torch
+from monai.networks.blocks import UnetrBasicBlock as MonaiBlock
+
+from voco_jax.models.conv_blocks import (
+    convolve_lax,
+    convolve_planes,
+    instance_norm,
+    residual_block,
+    torch_uniform,
+)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (1, 1, 1, 2, 4)])
+def test_planes_is_lax(shape: tuple[int, ...]):
+    x = reference.noise(shape)
+    kernel = reference.noise((3, 3, 3, shape[-1], 7), seed=1)
+    ours, pull_ours = jax.vjp(convolve_planes, x, kernel)
+    theirs, pull_theirs = jax.vjp(convolve_lax, x, kernel)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    gradient = reference.noise(ours.shape, seed=2)
+    for a, b in zip(pull_ours(gradient), pull_theirs(gradient), strict=True):
+        assert reference.relative_error(a, b) < 1e-6
+
+
+def test_planes_in_bfloat16_keeps_dtypes():
+    x = jnp.asarray(reference.noise((1, 4, 4, 4, 2)), jnp.bfloat16)
+    kernel = jnp.asarray(reference.noise((3, 3, 3, 2, 3), seed=1), jnp.bfloat16)
+    out, pull = jax.vjp(convolve_planes, x, kernel)
+    gradients = pull(jnp.ones_like(out))
+    assert [a.dtype for a in (out, *gradients)] == [jnp.bfloat16] * 3
+    theirs = convolve_lax(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    assert reference.relative_error(out, theirs) < 1e-2
+
+
+def test_instance_norm_equals_torch_far_from_zero():
+    x = 10 + 1e-2 * reference.noise((2, 3, 4, 5, 6))
+    theirs = torch.nn.functional.instance_norm(reference.to_torch(x).double())
+    ours = instance_norm(jnp.asarray(x))
+    assert reference.relative_error(ours, reference.from_torch(theirs)) < 1e-3
+    assert instance_norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("convolution", ["lax", "planes"])
+@pytest.mark.parametrize(("in_channels", "features"), [(6, 6), (1, 6)])
+def test_residual_block_equals_monai(in_channels: int, features: int, convolution: str):
+    theirs = MonaiBlock(3, in_channels, features, 3, 1, "instance", res_block=True).double()
+    block = residual_block(
+        in_channels, features, convolution=convolution, remat=False, dtype=jnp.float32
+    )
+    x = reference.noise((2, 8, 6, 4, in_channels))
+    params = block.init(jax.random.key(0), x)["params"]
+    values = reference.parameters(theirs)
+    params = reference.load(params, values)
+    expected = theirs(reference.to_torch(x).double())
+    weights = reference.noise(tuple(expected.shape), seed=1)
+    (expected * torch.from_numpy(weights)).sum().backward()
+
+    @jax.jit
+    def run(params, x):
+        out, pull = jax.vjp(lambda params: block.apply({"params": params}, x), params)
+        return out, pull(jnp.moveaxis(weights, 1, -1))[0]
+
+    out, gradient = run(params, x)
+    np.testing.assert_allclose(out, reference.from_torch(expected), atol=1e-5)
+    expected_gradient = reference.load(params, reference.gradients(theirs))
+    assert reference.relative_error(gradient, expected_gradient) < 1e-5
+
+
+def test_recomputing_changes_nothing():
+    x = reference.noise((2, 4, 4, 4, 3))
+    gradients = []
+    for remat in (False, True):
+        block = residual_block(3, 5, convolution="lax", remat=remat, dtype=jnp.float32)
+        variables = block.init(jax.random.key(0), x)
+        gradients.append(jax.grad(lambda v, m=block: jnp.sum(m.apply(v, x) ** 3))(variables))
+    assert reference.relative_error(*gradients) < 1e-6
+
+
+def test_initial_weights_are_spread_like_torch():
+    layer = torch.nn.Conv3d(4, 64, 3)
+    drawn = torch_uniform(4 * 27)(jax.random.key(0), (3, 3, 3, 4, 64))
+    assert np.isclose(jnp.std(drawn), layer.weight.std().item(), rtol=0.05)
+    assert np.isclose(jnp.max(jnp.abs(drawn)), layer.weight.abs().max().item(), rtol=0.01)
+    assert drawn.dtype == jnp.float32

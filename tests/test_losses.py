@@ -1,0 +1,122 @@
+"""The three losses against the golden values and closed forms."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import shared_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voco_jax.voco import losses
+
+EMBEDDINGS = ("x_student", "bases_student", "x_teacher", "bases_teacher")
+
+
+@pytest.mark.parametrize("recipe", ["paper", "voco_10k", "voco_v2"])
+def test_golden_values_and_gradients(recipe):
+    golden = np.load(shared_file("golden", "losses.npz"))
+    inputs = {name: golden[f"{recipe}/{name}"] for name in (*EMBEDDINGS, "labels")}
+    function = getattr(losses, recipe)
+
+    terms = function(**inputs)
+    if recipe == "voco_10k":
+        found = [terms.pos, terms.neg]
+        expected = [golden[f"{recipe}/pos"], golden[f"{recipe}/neg"]]
+    else:  # the published code reports the two together
+        found = [terms.pos + terms.neg]
+        expected = [golden[f"{recipe}/pos"] + golden[f"{recipe}/neg"]]
+    found += [terms.reg, terms.inter, terms.total]
+    expected += [golden[f"{recipe}/{name}"] for name in ("reg", "inter", "total")]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+    gradients = jax.grad(lambda e: function(**{**inputs, **e}).total)(
+        {name: inputs[name] for name in EMBEDDINGS}
+    )
+    for name in ("x_student", "bases_student"):
+        reference = golden[f"{recipe}/grad_{name}"]
+        error = np.linalg.norm(gradients[name] - reference) / np.linalg.norm(reference)
+        assert error < 1e-5, name
+    for name in ("x_teacher", "bases_teacher"):
+        assert not np.any(gradients[name]), name
+
+
+def _constant_cosine(batch, rows, others, value, dim=8):
+    """Embeddings whose every row has cosine `value` with every other's row."""
+    x = np.zeros((batch, rows, dim), np.float32)
+    bases = np.zeros((batch, others, dim), np.float32)
+    x[..., 0] = 1
+    bases[..., 0], bases[..., 1] = value, np.sqrt(1 - value**2)
+    return x, bases
+
+
+@pytest.mark.parametrize(("value", "pos", "neg"), [(0.0, 0.709, 0.0), (0.2, 0.361, 0.040)])
+def test_collapse_has_the_published_signature(value, pos, neg):
+    """Averages over random centres, see the reference of the method."""
+    from voco_jax.data.crops import draw_origins, overlap_labels
+
+    grid, crop = (4, 4, 1), (96, 96, 96)
+    origins = draw_origins(np.random.default_rng(0), 2 * 2000, grid, crop).reshape(2000, 2, 3)
+    labels = np.stack([overlap_labels(o, grid, crop) for o in origins])
+    x, bases = _constant_cosine(2000, 2, 16, value)
+    terms = losses.voco_10k(
+        x_student=x, bases_student=bases, x_teacher=x, bases_teacher=bases, labels=labels
+    )
+    assert float(terms.pos) == pytest.approx(pos, abs=0.01)
+    assert float(terms.neg) == pytest.approx(neg, abs=0.001)
+    assert float(terms.reg) == pytest.approx(1.0, abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 3), count=st.integers(1, 3))
+def test_voco_10k_from_the_equations(seed, batch, count):
+    """The equations once more, in float64 loops over volumes, sub-volumes and bases."""
+    rng, n, dim = np.random.default_rng(seed), 6, 5
+    xs, xt = rng.normal(size=(2, batch, count, dim))
+    bs, bt = rng.normal(size=(2, batch, n, dim))
+    y = rng.dirichlet(np.ones(n), size=(batch, count))
+    y[y < 0.1] = 0
+
+    def cos(a, b):
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    pos = neg = reg = 0.0
+    for v in range(batch):
+        p = np.array(
+            [
+                [
+                    (max(cos(xs[v, i], bt[v, k]), 0) + max(cos(xt[v, i], bs[v, k]), 0)) / 2
+                    for k in range(n)
+                ]
+                for i in range(count)
+            ]
+        )
+        weighted = [-y[v, i, k] * np.log(1 - abs(y[v, i, k] - p[i, k]) + 1e-6)
+                    for i in range(count) for k in range(n)]  # fmt: skip
+        pos += sum(weighted) / (y[v].sum() + 1e-6) / batch
+        zeros = p[y[v] == 0]
+        neg += (np.mean(zeros**2) if zeros.size else 0) / batch
+        pairs = [max(cos(bs[v, i], bs[v, j]), 0) ** 2 for i in range(n) for j in range(i + 1, n)]
+        reg += np.mean(pairs) / batch
+    terms = losses.voco_10k(
+        x_student=xs, bases_student=bs, x_teacher=xt, bases_teacher=bt, labels=y
+    )
+    found = [terms.pos, terms.neg, terms.reg, terms.total]
+    np.testing.assert_allclose(found, [pos, neg, reg, pos + neg + reg], rtol=2e-5, atol=2e-6)
+
+
+def test_zero_embeddings_have_finite_gradients():
+    zeros = np.zeros((1, 2, 4), np.float32)
+    labels = np.full((1, 2, 2), 0.5)
+    for recipe in (losses.paper, losses.voco_10k, losses.voco_v2):
+        gradient = jax.grad(
+            lambda x, recipe=recipe: recipe(
+                x_student=x, bases_student=x, x_teacher=x, bases_teacher=x, labels=labels
+            ).total
+        )(zeros)
+        assert np.isfinite(gradient).all()
+
+
+def test_wrong_label_shape_is_named():
+    x = np.zeros((1, 2, 4), np.float32)
+    with pytest.raises(ValueError, match=r"labels: found shape .* expected \(1, 2, 2\)"):
+        losses.paper(x_student=x, bases_student=x, labels=np.zeros((1, 2, 3)))

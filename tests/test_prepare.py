@@ -1,0 +1,373 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from conftest import shared_file
+
+from voco_jax.config import Chain
+from voco_jax.data import prepare as prepare_module
+from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
+from voco_jax.data.datalists import Volume, read_list, scan
+from voco_jax.data.prepare import CHAIN_10K, PrepareError, main, prepare
+from voco_jax.data.volumes import prepare_volume, quantise
+from voco_jax.errors import InputError
+
+CHAIN = Chain(
+    axes="RAS",
+    window=(-175.0, 250.0),
+    foreground_threshold=0.3,
+    volume_size=(24, 24, 16),
+    dtype="uint8",
+)
+FLAGS = ["--size", "24", "24", "16"]
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def save(path, seed=0, shape=(20, 18, 12)):
+    hu = np.full(shape, -1000, np.int16)
+    noise = np.random.default_rng(seed).normal(60, 40, shape)
+    hu[2:-3, 3:-2, 1:-2] = np.maximum(noise, 0)[2:-3, 3:-2, 1:-2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([2, 2, 3, 1])), path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of five volumes."""
+    for index in range(5):
+        save(tmp_path / "data" / f"{index}.nii.gz", index)
+    return tmp_path / "data"
+
+
+def run(volumes, cache, **options):
+    return prepare(volumes, cache, CHAIN, options.pop("workers", 0), progress=False, **options)
+
+
+def counts(summary):
+    return summary.done, summary.skipped, summary.failed
+
+
+def check_whole(path, chain=CHAIN):
+    """Every volume that the manifest names has its own voxels."""
+    cache = Cache.open(path, chain)
+    for entry in cache.entries:
+        assert checksum(cache.read(entry)) == entry.checksum, entry.id
+        expected = quantise(prepare_volume(entry.path, chain).voxels, chain.dtype)
+        np.testing.assert_array_equal(cache.read(entry), expected)
+    return cache
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_prepare_and_again(data, tmp_path):
+    first = run(scan(data), tmp_path / "cache")
+    assert counts(first) == (5, 0, 0)
+    assert (first.training, first.validation, first.unlisted) == (5, 0, 0)
+    cache = check_whole(tmp_path / "cache")
+    assert [entry.id for entry in cache.entries] == [f"data/{i}.nii.gz" for i in range(5)]
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache/volumes").iterdir()}
+    manifest = (tmp_path / "cache/manifest.jsonl").read_text()
+    assert counts(run(scan(data), tmp_path / "cache")) == (0, 5, 0)
+    assert (tmp_path / "cache/manifest.jsonl").read_text() == manifest
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+
+
+def test_only_new_changed_and_failed_volumes_are_done(data, tmp_path):
+    cache = tmp_path / "cache"
+    (data / "bad.nii").write_text("no")
+    assert counts(run(scan(data), cache)) == (5, 0, 1)
+    assert counts(run(scan(data), cache)) == (0, 5, 1)
+    save(data / "bad.nii", 9)
+    save(data / "0.nii.gz", 10, (22, 22, 22))  # another size
+    os.utime(data / "1.nii.gz", ns=(1, 1))  # another time
+    save(data / "new.nii", 11)
+    before = {entry.id: entry for entry in Cache.open(cache, CHAIN).entries}
+    assert counts(run(scan(data), cache)) == (4, 3, 0)
+    after = {entry.id: entry for entry in check_whole(cache).entries}
+    same = {id for id in before if before[id] == after[id]}
+    assert same == {f"data/{i}.nii.gz" for i in (2, 3, 4)}
+    assert len({entry.slot for entry in after.values()}) == 7
+    assert not lines(cache / "failures.jsonl")
+
+
+def test_one_failing_volume_of_each_kind(data, tmp_path):
+    good = (data / "0.nii.gz").read_bytes()
+    (data / "a_truncated.nii.gz").write_bytes(good[:-20])
+    (data / "b_text.nii").write_text("hello" * 200)
+    affine = np.diag([2, 2, 3, 1])
+    shapes = {"c_4d": (9, 9, 9, 3), "d_2d": (9, 9), "e_constant": (9, 9, 9)}
+    for name, shape in shapes.items():
+        nibabel.save(nibabel.Nifti1Image(np.ones(shape, np.int16), affine), data / f"{name}.nii")
+    values = np.random.default_rng(0).normal(0, 500, (9, 9, 9)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(np.minimum(values, -100), affine), data / "f_dark.nii")
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([2, 2, 300, 1])), data / "g_spacing.nii")
+    values[1, 2, 3] = np.nan
+    nibabel.save(nibabel.Nifti1Image(values, affine), data / "h_nan.nii")
+    missing = Volume("data/i_missing.nii", data / "i_missing.nii", "training")
+    summary = run([*scan(data), missing], tmp_path / "cache")
+    assert counts(summary) == (5, 0, 9)
+    expected = [
+        ("a_truncated.nii.gz", "truncated gzip"),
+        ("b_text.nii", "not a NIfTI"),
+        ("c_4d.nii", "not 3-D"),
+        ("d_2d.nii", "not 3-D"),
+        ("e_constant.nii", "constant"),
+        ("f_dark.nii", "no foreground"),
+        ("g_spacing.nii", "absurd spacing"),
+        ("h_nan.nii", "NaN or infinite voxels"),
+        ("i_missing.nii", "missing file"),
+    ]
+    found = lines(tmp_path / "cache/failures.jsonl")
+    assert [(line["id"], line["path"]) for line in found] == [
+        (f"data/{name}", str(data / name)) for name, _ in expected
+    ]
+    for line, (_, reason) in zip(found, expected, strict=True):
+        assert line["reason"].startswith(f"{reason}:")
+    text = str(summary)
+    assert "5 prepared now, 0 already there, 9 failed" in text
+    assert "failed, not 3-D: 2" in text
+    with pytest.raises(PrepareError, match="9 volumes failed"):
+        run([*scan(data), missing], tmp_path / "cache", strict=True)
+    check_whole(tmp_path / "cache")
+
+
+def test_nothing_prepared_is_an_error(tmp_path):
+    missing = Volume("a", tmp_path / "a", "training")
+    with pytest.raises(PrepareError, match="no volume could be prepared"):
+        run([missing], tmp_path / "cache")
+    with pytest.raises(InputError, match="found no volumes"):
+        run([], tmp_path / "cache")
+
+
+def test_volumes_of_no_list_and_volumes_without_file_stay(data, tmp_path):
+    volumes = scan(data)
+    run(volumes, tmp_path / "cache")
+    for file in data.iterdir():
+        file.unlink()
+    summary = run(volumes[:3], tmp_path / "cache")
+    assert (*counts(summary), summary.training, summary.unlisted) == (0, 3, 0, 5, 2)
+    assert "2 volumes of the cache are in none of the lists given" in str(summary)
+
+
+def test_a_volume_that_moves_to_validation_is_not_done_again(data, tmp_path):
+    volumes = scan(data)
+    run(volumes, tmp_path / "cache")
+    moved = Volume(volumes[2].id, volumes[2].path, "validation")
+    summary = run([*volumes[:2], moved, *volumes[3:]], tmp_path / "cache")
+    assert (*counts(summary), summary.training, summary.validation) == (0, 5, 0, 4, 1)
+    sections = [entry.section for entry in check_whole(tmp_path / "cache").entries]
+    assert sections == ["training", "training", "validation", "training", "training"]
+
+
+def test_a_full_disk_ends_the_run_in_words(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, "write_volume", full)
+    with pytest.raises(InputError, match=r"cannot write this cache: No space left.*same command"):
+        run(scan(data), tmp_path / "cache")
+
+
+# ---- the command
+
+
+def test_command(data, tmp_path, capsys):
+    (tmp_path / "list.json").write_text(
+        json.dumps(
+            {"training": [{"image": f"{i}.nii.gz"} for i in range(4)], "validation": ["4.nii.gz"]}
+        )
+    )
+    other = save(tmp_path / "more" / "x.nii")
+    (tmp_path / "other.json").write_text(json.dumps({"training": ["x.nii", "gone.nii"]}))
+    arguments = ["--cache", str(tmp_path / "cache"), "--workers", "0", *FLAGS]
+    for name, root in (("list", data), ("other", other.parent)):
+        arguments += ["--datalist", str(tmp_path / f"{name}.json"), "--root", str(root)]
+    assert main(arguments) == 0
+    assert "5 training and 1 validation volumes" in capsys.readouterr().out
+    assert main([*arguments, "--strict"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") or "\nerror: " in error
+    assert "1 volumes failed (strict)" in error
+    check_whole(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --datalist"),
+        (["--scan", "DATA"], "--cache: missing"),
+        (["--datalist", "l.json", "--cache", "c"], "--datalist and --root: give both"),
+        (["--scan", "DATA", "--cache", "c", "--workers", "-1"], "--workers: found -1"),
+        (["--scan", "DATA", "--cache", "c", "--window", "5", "5"], "expected .low, high. with"),
+        (["--scan", "DATA", "--cache", "c", "--size", "0", "5", "5"], "volume_size.0"),
+        (["--scan", "DATA", "--cache", "c", "--threshold", "2"], "foreground_threshold"),
+        (["--scan", "nowhere", "--cache", "c"], "nowhere: not a folder"),
+        (["--config", "none.py"], "none.py: no such config file"),
+        (["--config", "x.py", "--scan", "DATA"], "give only --cache, --workers and --strict"),
+    ],
+)
+def test_bad_commands(data, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(data) if a == "DATA" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert "Traceback" not in error
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert (
+        "--datalist lists/btcv.json --root data/BTCV --cache cache/voco" in capsys.readouterr().out
+    )
+
+
+def test_the_10k_chain_is_the_default():
+    assert Chain("RAS", (-175, 250), 0.3, (384, 384, 96), "uint8") == CHAIN_10K
+
+
+def start(arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "voco_jax.data.prepare", *map(str, arguments)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_lines(manifest, count, process):
+    while process.poll() is None and (
+        not manifest.exists() or manifest.read_bytes().count(b"\n") < count
+    ):
+        time.sleep(0.001)
+
+
+def many(folder, count=40):
+    """Links to a few volumes that take some 20 ms each."""
+    for index in range(3):
+        save(folder / f"source_{index}.nii.gz", index, (96, 96, 60))
+    for index in range(count):
+        os.link(folder / f"source_{index % 3}.nii.gz", folder / f"{index:03d}.nii.gz")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_any_moment_it_leaves_whole_volumes(tmp_path, workers):
+    folder, cache = many(tmp_path / "data"), tmp_path / "cache"
+    arguments = ["--scan", folder, "--cache", cache, "--workers", workers, *FLAGS]
+    chance = random.Random(workers)
+    there = 0
+    for _ in range(3 if workers == 0 else 1):
+        process = start(arguments)
+        wait_for_lines(cache / "manifest.jsonl", there + chance.randint(1, 4), process)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        there = len(check_whole(cache).entries)
+    assert 0 < there < 43
+    done = subprocess.run(
+        [sys.executable, "-m", "voco_jax.data.prepare", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"{43 - there} prepared now, {there} already there, 0 failed" in done.stdout
+    assert len(check_whole(cache).entries) == 43
+    assert len(list((cache / "volumes").glob("c.*"))) == 43
+
+
+def test_interrupted_in_words(tmp_path):
+    folder, cache = many(tmp_path / "data", 300), tmp_path / "cache"
+    for number, name in ((signal.SIGTERM, "TERM"), (signal.SIGINT, "INT")):
+        process = start(["--scan", folder, "--cache", cache, "--workers", 0, *FLAGS])
+        wait_for_lines(cache / "manifest.jsonl", 3 if name == "TERM" else 9, process)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode == 130, error
+        assert "interrupted: every volume finished so far is kept" in error
+        assert "Traceback" not in error
+    with CacheWriter(cache, CHAIN):
+        pass  # not locked
+
+
+def test_dask_survives_a_killed_worker(data, tmp_path):
+    """The 10k chain's own road: processes; the volume that kills its worker is one failure."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "import voco_jax.data.prepare as p\n"
+        "good = p.prepare_volume\n"
+        "def dying(path, chain):\n"
+        "    if '3.nii' in str(path):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return good(path, chain)\n"
+        "p.prepare_volume = dying\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(p.main(sys.argv[1:]))\n"
+    )
+    arguments = ["--scan", data, "--cache", tmp_path / "cache", "--workers", "2", *FLAGS]
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 prepared now, 0 already there, 1 failed" in done.stdout
+    (failure,) = lines(tmp_path / "cache/failures.jsonl")
+    assert failure["id"] == "data/3.nii.gz"
+    assert failure["reason"].startswith("worker killed: ")
+    assert "Traceback" not in done.stderr
+    check_whole(tmp_path / "cache")
+
+
+def test_config_file(data, tmp_path, capsys):
+    if not (REPOSITORY / "configs/voco_10k.py").exists():
+        pytest.skip("needs configs/voco_10k.py")
+    (tmp_path / "list.json").write_text(json.dumps({"training": ["0.nii.gz", "1.nii.gz"]}))
+    (tmp_path / "config.py").write_text(
+        "from configs import voco_10k\n"
+        "def get_config():\n"
+        "    config = voco_10k.get_config()\n"
+        f"    config.data.lists = ({str(tmp_path / 'list.json')!r},)\n"
+        f"    config.data.roots = ({str(data)!r},)\n"
+        "    return config\n"
+    )
+    cache = tmp_path / "cache"
+    arguments = ["--config", str(tmp_path / "config.py"), "--cache", str(cache), "--workers", "0"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert Cache.open(cache, CHAIN_10K).entries[0].id == "data/0.nii.gz"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_real_ct_through_the_cache_agrees_with_monai(tmp_path):
+    from test_volumes import monai_chain
+
+    shared = shared_file("ct")
+    volumes = read_list(shared / "pretrain.json", shared)
+    summary = prepare(volumes[::3], tmp_path / "cache", CHAIN, 0, progress=False)
+    assert counts(summary) == (5, 0, 0)
+    cache = Cache.open(tmp_path / "cache", CHAIN)
+    for entry in cache.entries:
+        expected, box = monai_chain(entry.path, CHAIN)
+        assert entry.box == box
+        stored = cache.read(entry).astype(np.float32) / 255
+        assert np.abs(stored - expected).max() <= 1 / 510 + 1e-6
+        assert chunk_file(cache.path, entry.slot).stat().st_size < expected.nbytes

@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import monai_reference as reference
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import swin_unetr as monai_swin
+
+from voco_jax.models import swin, windows
+
+MERGINGS = {
+    "legacy": reference.LegacyPatchMerging,
+    "merging": monai_swin.PatchMerging,
+    "mergingv2": monai_swin.PatchMergingV2,
+}
+
+
+@pytest.mark.parametrize("window", [(7, 7, 7), (4, 4, 4), (2, 3, 5)])
+def test_relative_positions_equal_monai(window: windows.Size3):
+    attention = monai_swin.WindowAttention(6, 3, window)
+    index = swin.relative_position_index(window)
+    np.testing.assert_array_equal(index, attention.relative_position_index.numpy())
+    table = reference.noise((int(index.max()) + 1, 3))
+    for tokens in (index.shape[0], 8, 1):
+        bias = windows.relative_position_bias(jnp.asarray(table), window, tokens)
+        expected = table[index[:tokens, :tokens]].transpose(2, 0, 1)
+        np.testing.assert_array_equal(bias, expected)
+
+
+@pytest.mark.parametrize("size", [(12, 12, 12), (12, 8, 4), (8, 4, 2)])
+def test_shift_mask_equals_monai(size: windows.Size3):
+    window, shift = windows.fit_window(size, (4, 4, 4), shifted=True)
+    assert (window, shift) == monai_swin.get_window_size(size, (4, 4, 4), (2, 2, 2))
+    mask = windows.shift_mask(size, window, shift)
+    expected = monai_swin.compute_mask(size, window, shift, "cpu").numpy()
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_shift_mask_is_no_constant():
+    run = jax.jit(lambda x: x + windows.shift_mask((14, 14, 14), (7, 7, 7), (3, 3, 3)))
+    text = run.lower(jax.ShapeDtypeStruct((8, 343, 343), jnp.float32)).as_text()
+    assert len(text) < 50_000
+
+
+def test_windows_come_back():
+    x = jnp.asarray(reference.noise((2, 4, 6, 10, 3)))
+    cut = windows.window_partition(x, (2, 3, 5))
+    expected = monai_swin.window_partition(torch.from_numpy(np.array(x)), (2, 3, 5))
+    np.testing.assert_array_equal(cut.reshape(expected.shape), expected.numpy())
+    np.testing.assert_array_equal(windows.window_reverse(cut, (2, 3, 5), (4, 6, 10)), x)
+
+
+@pytest.mark.parametrize("patch_merging", list(MERGINGS))
+def test_patch_merging_equals_monai(patch_merging: str):
+    theirs = MERGINGS[patch_merging](6)
+    ours = swin.PatchMerging(6, patch_merging)
+    x = reference.noise((2, 4, 2, 6, 6))
+    params = ours.init(jax.random.key(0), x)["params"]
+    params = reference.load(params, reference.parameters(theirs))
+    expected = theirs(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(ours.apply({"params": params}, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(9, 8, 3), (4, 4, 4), (6, 2, 2)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_block_equals_monai_with_padding_and_shrunken_windows(size: windows.Size3, shifted: bool):
+    full = (4, 4, 4)
+    shift = (2, 2, 2) if shifted else (0, 0, 0)
+    theirs = monai_swin.SwinTransformerBlock(10, 5, full, shift, mlp_ratio=3.0, qkv_bias=False)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            value = reference.weight_by_rule(name, tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(value))
+    ours = swin.SwinTransformerBlock(10, 5, full, shifted, mlp_ratio=3.0, qkv_bias=False)
+    x = reference.noise((2, *size, 10))
+    params = ours.init(jax.random.key(0), x, False)["params"]
+    params = reference.load(params, reference.parameters(theirs))
+    window, used = monai_swin.get_window_size(size, full, shift)
+    padded = [-(-extent // w) * w for extent, w in zip(size, window, strict=True)]
+    mask = monai_swin.compute_mask(padded, window, used, "cpu")
+    expected = theirs(torch.from_numpy(x), mask).detach().numpy()
+    np.testing.assert_allclose(ours.apply({"params": params}, x, False), expected, atol=1e-5)
+
+
+def test_drop_path():
+    x = jnp.asarray(reference.noise((512, 2, 2, 2, 6)))
+    block = swin.SwinTransformerBlock(6, 2, (4, 4, 4), shifted=False, drop_path=0.4)
+    kept = swin.SwinTransformerBlock(6, 2, (4, 4, 4), shifted=False)
+    variables = block.init(jax.random.key(0), x, False)
+    np.testing.assert_array_equal(block.apply(variables, x, False), kept.apply(variables, x, False))
+
+    first = block.apply(variables, x, True, rngs={"dropout": jax.random.key(1)})
+    again = block.apply(variables, x, True, rngs={"dropout": jax.random.key(1)})
+    other = block.apply(variables, x, True, rngs={"dropout": jax.random.key(2)})
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+    untouched = np.mean(np.all(np.asarray(first) == np.asarray(x), axis=(1, 2, 3, 4)))
+    assert abs(untouched - 0.4**2) < 0.06  # both branches of a sample dropped, independently
+    branch = block.apply(
+        variables, x, True, method="_drop_path", rngs={"dropout": jax.random.key(3)}
+    )
+    ratio = np.asarray(branch / x).reshape(512, -1)
+    assert set(np.round(np.unique(ratio), 4)) == {np.float32(0.0), np.round(np.float32(1 / 0.6), 4)}
+    assert abs(ratio.mean() - 1) < 0.1
+
+
+def test_drop_path_rates_rise_from_zero():
+    model = swin.SwinTransformer(12, (1, 2, 1, 1), (3, 3, 3, 3), (4, 4, 4), "merging", False,
+                                 drop_path_rate=0.4)  # fmt: skip
+    bound = model.bind({"params": {}})
+    stages = [bound.layers1, bound.layers2, bound.layers3, bound.layers4]
+    rates = [block.drop_path for (stage,) in stages for block in stage.blocks]
+    np.testing.assert_allclose(rates, torch.linspace(0, 0.4, 5).numpy(), rtol=1e-6)

@@ -1,0 +1,283 @@
+"""ConfigDict -> frozen, validated dataclasses.
+
+A config file's `get_config()` returns an `ml_collections.ConfigDict`; `parse` turns it into
+`Config`. No field has a default here: `configs/voco_10k.py` spells out every setting, other
+config files start from it.
+The comments here are the reference of the settings.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import ml_collections
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from voco_jax.errors import InputError
+
+Size = tuple[
+    Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]
+]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Chain:
+    """How one CT becomes one cached volume."""
+
+    axes: Literal["RAS"]
+    window: tuple[float, float]  # HU that become 0 and 1; values outside are clipped
+    foreground_threshold: Fraction  # of the window; the box of larger values is kept
+    volume_size: Size  # voxels (x, y, z) after the resize
+    dtype: Literal["uint8", "float16"]  # of the cache
+
+    def __post_init__(self) -> None:
+        if self.window[0] >= self.window[1]:
+            raise ValueError(f"window: found {self.window}, expected (low, high) with low < high")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    """From CT files to batches."""
+
+    cache: str  # folder of the prepared cache; "{workdir}" stands for --workdir
+    lists: tuple[str, ...]  # Decathlon-style JSON lists
+    roots: tuple[str, ...]  # the folder that each list's paths are relative to
+    phantoms: NotNegative  # synthetic CTs to make under the workdir, instead of lists; 0: none
+    prepare: bool  # fill the cache before training with what it lacks
+    held_out: Fraction  # of the training volumes, besides every list's own "validation" entries
+    workers: NotNegative  # processes that read and crop; 0: threads of the main process
+    prefetch: Positive  # batches that each worker keeps ready
+    chain: Chain
+
+    def __post_init__(self) -> None:
+        if len(self.lists) != len(self.roots):
+            raise ValueError(
+                f"roots: found {len(self.roots)} roots for {len(self.lists)} lists, "
+                "expected one root for each list, in the same order"
+            )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Crops:
+    """The base grid and the sub-volumes."""
+
+    grid: Size  # base crops along (x, y, z)
+    crop_size: Size  # voxels of one crop of the cached volume
+    encoder_size: Size  # voxels that each crop is resized to on the device
+    sub_volumes: Positive  # random crops per volume and step
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Augment:
+    """Random changes of each crop, on the device."""
+
+    flip_probability: Fraction  # per axis
+    rotate_probability: Fraction  # by 90, 180 or 270 degrees in the x-y plane
+    shift_probability: Fraction
+    shift: Annotated[float, Field(ge=0)]  # largest intensity offset; the window is 0..1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """Swin encoder and projector; names as in MONAI's SwinUNETR."""
+
+    feature_size: Positive
+    depths: tuple[Positive, Positive, Positive, Positive]
+    num_heads: tuple[Positive, Positive, Positive, Positive]
+    window_size: Size
+    patch_merging: Literal["legacy", "merging", "mergingv2"]
+    use_v2: bool
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
+    projector_size: Positive
+    remat: bool  # recompute activations in the backward pass: less memory, more time
+    dtype: Literal["bfloat16", "float32"]  # of the computation; parameters are float32
+    convolution: Literal["auto", "lax", "planes"]  # form of 3x3x3; auto: planes on a CPU, else lax
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Teacher:
+    """The exponential moving average of the student."""
+
+    momentum: Fraction
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizer:
+    """AdamW with PyTorch's AMSGrad; linear warm-up, then cosine decay to 0 at total_steps."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    eps: Annotated[float, Field(gt=0)]
+    warmup_steps: NotNegative
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Validation:
+    """Position accuracy on held-out volumes, and the picture."""
+
+    every_steps: NotNegative  # 0: never
+    volumes: Positive  # at most so many held-out volumes
+    sub_volumes: Positive  # random crops per held-out volume
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Checkpoint:
+    """What is saved when; the last step always is."""
+
+    every_steps: Positive
+    keep: Positive  # the latest so many
+
+
+@dataclass(frozen=True, config=_STRICT)
+class InitFrom:
+    """Start from a weight file instead of at random (both networks)."""
+
+    allow_missing: tuple[str, ...]  # patterns (as in shells) of names that the file may lack
+    allow_unexpected: tuple[str, ...]  # patterns of names in the file that are left aside
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """One experiment."""
+
+    recipe: Literal["voco_10k"]
+    seed: NotNegative
+    total_steps: Positive  # optimizer updates
+    batch_size: Positive  # volumes per update, over all devices
+    log_every_steps: Positive
+    init_from: str  # a .pt or .safetensors file; "": random weights
+    export_to: str  # weights written at the end (.safetensors or .pt); "": none
+    data: Data
+    crops: Crops
+    augment: Augment
+    model: Model
+    teacher: Teacher
+    optimizer: Optimizer
+    validation: Validation
+    checkpoint: Checkpoint
+    init: InitFrom
+
+    def __post_init__(self) -> None:
+        volume, grid, crop = self.data.chain.volume_size, self.crops.grid, self.crops.crop_size
+        covered = tuple(g * c for g, c in zip(grid, crop, strict=True))
+        if covered != volume:
+            raise ValueError(
+                f"crops.grid: {grid} crops of crops.crop_size {crop} cover {covered} voxels, "
+                f"expected exactly data.chain.volume_size {volume}; "
+                f"change one of the three (crop_size * grid = volume_size on every axis)"
+            )
+        if math.prod(grid) < 2:
+            raise ValueError(f"crops.grid: found {grid}, expected at least two base crops")
+        if (
+            self.augment.rotate_probability > 0
+            and self.crops.encoder_size[0] != self.crops.encoder_size[1]
+        ):
+            raise ValueError(
+                f"augment.rotate_probability: found {self.augment.rotate_probability} with "
+                f"crops.encoder_size {self.crops.encoder_size}; rotating by 90 degrees needs "
+                "x and y of the same size: set it to 0 or make them equal"
+            )
+        if self.optimizer.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, expected less "
+                f"than total_steps {self.total_steps}"
+            )
+
+
+# Fields that may differ when a workdir is resumed: they change where and how fast the same
+# experiment runs, or what is reported of it, never its numbers.
+RUNTIME_FIELDS = (
+    "data.cache",
+    "data.lists",
+    "data.roots",
+    "data.phantoms",
+    "data.prepare",
+    "data.workers",
+    "data.prefetch",
+    "log_every_steps",
+    "export_to",
+    "validation.every_steps",
+    "validation.volumes",
+    "validation.sub_volumes",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+)
+
+
+def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
+    """Validates a config as a config file returns it.
+
+    Args:
+        config: a ConfigDict or nested mapping with exactly the fields of `Config`.
+
+    Returns:
+        The frozen dataclass.
+
+    Raises:
+        InputError: unknown, missing or impossible fields; one message names them all.
+    """
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(values)
+    except pydantic.ValidationError as error:
+        problems = [_problem(dict(item)) for item in error.errors()]
+    raise InputError("config: " + "; ".join(problems))
+
+
+def _problem(item: dict[str, Any]) -> str:
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = field_names(Config)
+        close = difflib.get_close_matches(field, known, n=1)
+        hint = f", did you mean {close[0]}?" if close else f"; fields are {', '.join(known)}"
+        return f"{field}: no such field{hint}"
+    if item["type"].startswith("missing"):
+        return f"{field}: missing; start from configs/voco_10k.py, which sets every field"
+    if item["type"] == "value_error":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{field}.{message}" if field else message
+    return f"{field}: found {item['input']!r}, expected: {item['msg']}"
+
+
+def field_names(kind: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all fields of a config dataclass, leaves only."""
+    names: list[str] = []
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(field.type):
+            names.extend(field_names(field.type, name + "."))
+        else:
+            names.append(name)
+    return names
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values, ready for JSON; `parse` takes it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested dicts of settings, as lines `field: old -> new`."""
+    lines: list[str] = []
+
+    def compare(a: Any, b: Any, name: str) -> None:
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for key in sorted({*a, *b}):
+                compare(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+        elif a != b:
+            lines.append(f"{name}: {a!r} -> {b!r}")
+
+    compare(old, new, "")
+    return lines

@@ -1,0 +1,1 @@
+"""CT files on disk -> batches on the host; NumPy only."""

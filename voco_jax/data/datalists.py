@@ -1,0 +1,202 @@
+"""Which CT volumes there are: Decathlon-style lists and folder scans.
+
+Lists are untrusted: every path must stay under its root folder, symbolic links followed. Whether
+the files exist is not asked here; a missing file is one failed volume of `prepare`, not a bad list.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from voco_jax.errors import InputError
+
+Section = Literal["training", "validation"]
+SECTIONS: tuple[Section, ...] = ("training", "validation")
+SUFFIXES = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One CT file that a list or a folder names."""
+
+    id: str  # "<name of the root folder>/<path in the list>": the same on every machine
+    path: Path  # absolute; need not exist
+    section: Section
+
+
+def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
+    """Reads a Decathlon-style JSON list, as VoCo's are published.
+
+    Entries of "training" and "validation" are objects with an "image" path (other keys, as
+    "label", are left aside) or plain path strings. Other sections, as "test", are left aside.
+
+    Args:
+        list_path: the JSON file.
+        root: the folder that the list's paths are relative to; need not exist.
+
+    Returns:
+        The volumes in the list's order, training first; a path listed twice appears twice.
+
+    Raises:
+        InputError: unreadable, not JSON, not such a list, empty, or a path that leaves `root`.
+    """
+    content = _read_json(Path(list_path))
+    if not isinstance(content, dict) or "training" not in content:
+        found = (
+            f"an object with the keys {', '.join(map(repr, content)) or 'none'}"
+            if isinstance(content, dict)
+            else f"a JSON {type(content).__name__}"
+        )
+        raise InputError(
+            f'{list_path}: found {found}, expected a Decathlon list: {{"training": '
+            '[{"image": "path.nii.gz"}, ...], "validation": [...]}'
+        )
+    root_path = os.path.realpath(root)
+    volumes = []
+    for section in SECTIONS:
+        entries = content.get(section, [])
+        if not isinstance(entries, list):
+            raise InputError(
+                f"{list_path}: {section}: found a JSON {type(entries).__name__}, expected a list "
+                'of {"image": path} objects or of paths'
+            )
+        for index, entry in enumerate(entries):
+            where = f"{list_path}: {section}[{index}]"
+            volumes.append(_volume(_image(entry, where), root_path, section, where))
+    if not volumes:
+        raise InputError(
+            f"{list_path}: found no volumes in training or validation, expected at least one; "
+            "add entries or leave this list out"
+        )
+    return volumes
+
+
+def scan(folder: str | Path) -> list[Volume]:
+    """Finds all *.nii and *.nii.gz files below a folder, as training volumes.
+
+    Args:
+        folder: searched recursively; links to files are followed if they stay below the folder.
+
+    Returns:
+        The volumes sorted by path.
+
+    Raises:
+        InputError: not a folder, nothing found, or a link that leaves the folder.
+    """
+    root = os.path.realpath(folder)
+    if not os.path.isdir(root):
+        raise InputError(f"{folder}: not a folder, expected one with .nii or .nii.gz files")
+    names = []
+    for directory, _, files in os.walk(root):
+        names += [
+            os.path.relpath(os.path.join(directory, name), root)
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    if not names:
+        raise InputError(
+            f"{folder}: found no .nii or .nii.gz file in it or below it; name the folder that "
+            "holds the CT volumes as NIfTI"
+        )
+    return [
+        _volume(PurePosixPath(name).as_posix(), root, "training", f"{folder}: {name}")
+        for name in sorted(names)
+    ]
+
+
+def combine(volumes: Iterable[Volume]) -> list[Volume]:
+    """Merges the volumes of several lists; what is listed twice is kept once.
+
+    Args:
+        volumes: of all lists and scans.
+
+    Returns:
+        The volumes without repetitions, in the order given.
+
+    Raises:
+        InputError: two files with one id; or a file both for training and for validation, which
+            would make held-out figures meaningless.
+    """
+    by_id: dict[str, Volume] = {}
+    by_path: dict[Path, Volume] = {}
+    for volume in volumes:
+        twin = by_id.get(volume.id)
+        if twin is not None and twin.path != volume.path:
+            raise InputError(
+                f"{volume.id}: two files have this id, {twin.path} and {volume.path}; ids are made "
+                "of the root folder's name and the path in the list: rename one root folder"
+            )
+        twin = twin or by_path.get(volume.path)
+        if twin is None:
+            by_id[volume.id] = by_path[volume.path] = volume
+        elif twin.section != volume.section:
+            raise InputError(
+                f"{volume.path}: listed for {twin.section} as {twin.id} and for {volume.section} "
+                f"as {volume.id}; a held-out volume must not be trained on: remove it from one"
+            )
+    return list(by_id.values())
+
+
+def collect(
+    lists: Sequence[str | Path], roots: Sequence[str | Path], scans: Sequence[str | Path] = ()
+) -> list[Volume]:
+    """Reads lists and scans folders, and combines what they name.
+
+    Args:
+        lists: JSON lists.
+        roots: each list's root folder, in the same order, or one for all.
+        scans: folders of NIfTI files.
+
+    Returns:
+        The volumes, as `combine` leaves them.
+
+    Raises:
+        InputError: see `read_list`, `scan`, `combine`; or another number of roots than of lists.
+    """
+    if len(roots) == 1:
+        roots = [roots[0]] * len(lists)
+    if len(roots) != len(lists):
+        raise InputError(
+            f"root: found {len(roots)} root folders for {len(lists)} lists, expected one for all "
+            "or one for each list, in the same order"
+        )
+    volumes: list[Volume] = []
+    for list_path, root in zip(lists, roots, strict=True):
+        volumes += read_list(list_path, root)
+    for folder in scans:
+        volumes += scan(folder)
+    return combine(volumes)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this list: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}), expected a Decathlon list") from error
+
+
+def _image(entry: Any, where: str) -> str:
+    image = entry.get("image") if isinstance(entry, dict) else entry
+    if not isinstance(image, str) or not image.strip() or "\0" in image:
+        raise InputError(
+            f'{where}: found {json.dumps(entry)[:200]}, expected {{"image": "path"}} or "path"'
+        )
+    return image
+
+
+def _volume(image: str, root: str, section: Section, where: str) -> Volume:
+    relative = PurePosixPath(image)
+    # Joining is safe only for relative paths; realpath then follows every symbolic link.
+    resolved = os.path.realpath(os.path.join(root, image))
+    inside = os.path.commonpath([root, resolved]) == root and resolved != root
+    if relative.is_absolute() or ".." in relative.parts or not inside:
+        raise InputError(
+            f"{where}: {image!r} leads out of the root folder {root}, expected a relative path of "
+            "a file below it; move the file there or name another root"
+        )
+    return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", Path(resolved), section)

@@ -1,0 +1,165 @@
+"""grain: prepared cache -> batches of crops and labels.
+
+What batch number `step` holds is a pure function of (seed, step) and the data: order, crops and
+labels do not change with the number of workers, threads or hosts.
+"""
+
+import dataclasses
+import hashlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import grain
+import numpy as np
+
+from voco_jax.config import Crops
+from voco_jax.data.cache import Cache, Entry
+from voco_jax.data.crops import base_origins, cut, draw_origins, overlap_labels
+from voco_jax.errors import InputError
+
+
+class Batch(TypedDict):
+    """What goes to the device.
+
+    subs: (batch, s, x, y, z) sub-volumes, bases: (batch, n, x, y, z) base crops, both in the
+    cache's dtype; labels: (batch, s, n) float32 overlap ratios.
+    """
+
+    subs: np.ndarray
+    bases: np.ndarray
+    labels: np.ndarray
+
+
+class Sample(TypedDict):
+    """One volume's part of a batch, and where its sub-volumes were cut."""
+
+    subs: np.ndarray
+    bases: np.ndarray
+    labels: np.ndarray
+    origins: np.ndarray
+
+
+def split(
+    entries: Sequence[Entry], held_out: float, seed: int
+) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """Training and held-out volumes.
+
+    Args:
+        entries: of the cache.
+        held_out: fraction of the training volumes to hold out (at least one, if not 0), chosen
+            by a hash of (seed, id); volumes of a list's "validation" section always are.
+        seed: of the experiment.
+
+    Returns:
+        (training, held-out), each in order of id.
+
+    Raises:
+        InputError: nothing is left to train on.
+    """
+
+    def rank(entry: Entry) -> bytes:
+        return hashlib.blake2b(f"{seed}/{entry.id}".encode()).digest()
+
+    candidates = sorted((e for e in entries if e.section == "training"), key=rank)
+    count = max(1, round(held_out * len(candidates))) if held_out > 0 else 0
+    kept = {entry.id for entry in candidates[count:]}
+    training = tuple(e for e in entries if e.id in kept)
+    if not training:
+        raise InputError(
+            f"data.held_out: found {held_out} of {len(candidates)} training volumes in the cache, "
+            "which leaves none to train on; expected at least one: prepare more volumes or lower "
+            "data.held_out"
+        )
+    return training, tuple(e for e in entries if e.id not in kept)
+
+
+def sample(
+    cache: Cache, entry: Entry, crops: Crops, sub_volumes: int, generator: np.random.Generator
+) -> Sample:
+    """Cuts the base crops and random sub-volumes of one volume."""
+    volume = cache.read(entry)
+    origins = draw_origins(generator, sub_volumes, crops.grid, crops.crop_size)
+    return Sample(
+        subs=cut(volume, origins, crops.crop_size),
+        bases=cut(volume, base_origins(crops.grid, crops.crop_size), crops.crop_size),
+        labels=overlap_labels(origins, crops.grid, crops.crop_size).astype(np.float32),
+        origins=origins,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """index -> sample; pickled into the worker processes."""
+
+    cache: Cache
+    entries: tuple[Entry, ...]
+    crops: Crops
+
+    def __call__(self, index: int, generator: np.random.Generator) -> Batch:
+        found = sample(
+            self.cache, self.entries[index], self.crops, self.crops.sub_volumes, generator
+        )
+        return Batch(subs=found["subs"], bases=found["bases"], labels=found["labels"])
+
+
+def batches(
+    cache: Cache,
+    entries: tuple[Entry, ...],
+    crops: Crops,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Endless training batches.
+
+    Args:
+        cache: the prepared cache.
+        entries: the training volumes, in an order that does not change between runs.
+        crops: grid and crop sizes.
+        seed: of order and crops; every epoch has its own order.
+        batch_size: volumes per batch.
+        start_step: number of the first batch: what a resumed run passes.
+        workers: processes that read and crop; 0: threads of this process.
+        prefetch: batches kept ready (per worker).
+
+    Returns:
+        An iterator of `Batch`.
+    """
+    dataset = (
+        grain.MapDataset.source(range(len(entries)))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(_Sampler(cache, entries, crops))
+    )[start_step * batch_size :]
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)
+    stream = dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(options)
+    if workers:
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
+            worker_init_fn=_start_worker,
+        )
+    return iter(stream)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Keeps workers off the accelerator and alive until the main process has saved."""
+    del index, count
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def held_out_samples(
+    cache: Cache, entries: Sequence[Entry], crops: Crops, *, sub_volumes: int, seed: int
+) -> Iterator[tuple[Entry, Sample]]:
+    """Samples for validation, the same ones at every call: crops depend on (seed, id) alone."""
+    for entry in entries:
+        digest = hashlib.blake2b(f"validation/{seed}/{entry.id}".encode()).digest()
+        generator = np.random.default_rng(np.frombuffer(digest, np.uint32))
+        yield entry, sample(cache, entry, crops, sub_volumes, generator)

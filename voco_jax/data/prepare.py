@@ -1,0 +1,466 @@
+"""The command that fills the cache, on Dask: one task reads one CT and writes its own chunk.
+
+A volume that fails is a line in CACHE/failures.jsonl and never the end of the run. The same
+command again does only what is missing, has failed, or whose file has changed (size or time);
+a volume whose file is gone, or that no list names any more, stays in the cache and is trained on.
+"""
+
+import argparse
+import collections
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pydantic
+from tqdm import tqdm
+
+from voco_jax.config import Chain, Config, parse
+from voco_jax.data.cache import (
+    FAILURES,
+    CacheWriter,
+    Entry,
+    checksum,
+    chunk_file,
+    write_volume,
+    write_whole,
+)
+from voco_jax.data.datalists import Volume, collect, combine
+from voco_jax.data.volumes import VolumeError, prepare_volume, quantise
+from voco_jax.errors import InputError
+
+CHAIN_10K = Chain(
+    axes="RAS",
+    window=(-175.0, 250.0),
+    foreground_threshold=0.3,
+    volume_size=(384, 384, 96),
+    dtype="uint8",
+)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class PrepareError(InputError):
+    """The run came to its end, but not to what was asked: nothing prepared, or strict."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A volume that is not in the cache, and why: a line of failures.jsonl."""
+
+    id: str
+    path: str
+    reason: str  # a few fixed words, a colon, details
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did."""
+
+    cache: Path
+    total: int  # volumes asked for
+    done: int  # prepared by this run
+    skipped: int  # already there
+    failed: int
+    failures: tuple[Failure, ...]  # sorted by id
+    training: int  # volumes in the cache now
+    validation: int
+    unlisted: int  # of these, not asked for
+    size: int  # of the cache's volumes, bytes
+    seconds: float
+
+    def __str__(self) -> str:
+        """The lines that the command prints."""
+        lines = [
+            f"cache {self.cache}: {self.training} training and {self.validation} validation "
+            f"volumes, {self.size / 1e9:.2f} GB",
+            f"asked for {self.total}: {self.done} prepared now, {self.skipped} already there, "
+            f"{self.failed} failed; {self.seconds:.1f} s"
+            + (f", {self.done / self.seconds:.2f} volumes/s" if self.done else ""),
+        ]
+        if self.unlisted:
+            lines.append(
+                f"{self.unlisted} volumes of the cache are in none of the lists given; training "
+                "uses them too: to leave them out, prepare into another folder"
+            )
+        reasons = collections.Counter(failure.reason.split(":")[0] for failure in self.failures)
+        lines += [f"failed, {reason}: {count}" for reason, count in reasons.most_common()]
+        if self.failures:
+            lines.append(f"each failed volume with its reason: {self.cache / FAILURES}")
+        return "\n".join(lines)
+
+
+def prepare(
+    volumes: Sequence[Volume],
+    cache_path: str | Path,
+    chain: Chain,
+    workers: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Fills a cache with what it lacks of some volumes.
+
+    Args:
+        volumes: of lists and scans.
+        cache_path: its folder; made if missing.
+        chain: settings; an existing cache must have the same.
+        workers: Dask processes; 0: none, all in this process; None: one for each core.
+        strict: whether a failed volume is an error, raised after all others are done.
+        progress: whether to show a bar (on a terminal) or a line now and then.
+        stop: ends the run with KeyboardInterrupt after the next volume, once set.
+
+    Returns:
+        The summary; its str() is for people.
+
+    Raises:
+        InputError: no volumes, contradictory volumes, or a cache that cannot be written.
+        PrepareError: nothing at all is in the cache at the end; or, if strict, any failure.
+    """
+    start = time.monotonic()
+    volumes = combine(volumes)
+    if not volumes:
+        raise InputError("prepare: found no volumes to prepare, expected at least one")
+    count = workers if workers is not None else available_cores()
+    with CacheWriter(cache_path, chain) as cache:
+        todo = [volume for volume in volumes if not _is_there(volume, cache)]
+        jobs = [
+            _Job(volume, cache.path, slot, chain)
+            for volume, slot in zip(todo, cache.reserve(len(todo)), strict=True)
+        ]
+        failures = _run(jobs, cache, count, progress, stop or threading.Event())
+        listed = {volume.id for volume in volumes}
+        entries = cache.entries.values()
+        summary = Summary(
+            cache=cache.path,
+            total=len(volumes),
+            done=len(jobs) - len(failures),
+            skipped=len(volumes) - len(jobs),
+            failed=len(failures),
+            failures=tuple(sorted(failures, key=lambda failure: failure.id)),
+            training=sum(entry.section == "training" for entry in entries),
+            validation=sum(entry.section == "validation" for entry in entries),
+            unlisted=len(cache.entries.keys() - listed),
+            size=sum(chunk_file(cache.path, entry.slot).stat().st_size for entry in entries),
+            seconds=time.monotonic() - start,
+        )
+        write_whole(cache.path / FAILURES, "".join(map(_line, summary.failures)))
+    if not entries:
+        raise PrepareError(f"{summary.cache}: no volume could be prepared\n{summary}")
+    if strict and failures:
+        raise PrepareError(f"{summary.cache}: {len(failures)} volumes failed (strict)\n{summary}")
+    return summary
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def dask_setup(worker: object) -> None:
+    """Called by Dask in each new worker: Ctrl-C is for the main process, which ends them."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class _Job:
+    volume: Volume
+    cache: Path
+    slot: int
+    chain: Chain
+
+
+def _do(job: _Job) -> Entry | str:
+    """Prepares one volume, in whatever process.
+
+    Returns:
+        Its line of the manifest, its chunk written; or the reason why it failed.
+
+    Raises:
+        OSError: the cache cannot be written, which ends the run.
+    """
+    volume, chain = job.volume, job.chain
+    try:
+        before = os.stat(volume.path)  # before reading: a file changed meanwhile is done again
+    except OSError:
+        before = None  # prepare_volume says what is wrong
+    try:
+        prepared = prepare_volume(volume.path, chain)
+    except VolumeError as error:
+        return error.reason
+    assert before is not None
+    voxels = quantise(prepared.voxels, chain.dtype)
+    write_volume(job.cache, job.slot, voxels)
+    return Entry(
+        id=volume.id,
+        slot=job.slot,
+        section=volume.section,
+        path=str(volume.path),
+        size=before.st_size,
+        mtime_ns=before.st_mtime_ns,
+        axes=prepared.axes,
+        shape=prepared.shape,
+        spacing=prepared.spacing,
+        window=chain.window,
+        box=prepared.box,
+        mean=prepared.mean,
+        checksum=checksum(voxels),
+    )
+
+
+def _is_there(volume: Volume, cache: CacheWriter) -> bool:
+    """Whether nothing is to be done; a volume that only changed its section is moved."""
+    entry = cache.entries.get(volume.id)
+    if entry is None:
+        return False
+    try:
+        now = os.stat(volume.path)
+        if (now.st_size, now.st_mtime_ns) != (entry.size, entry.mtime_ns):
+            return False
+    except OSError:
+        pass  # the file is gone, as on a machine that has only the cache: what we have counts
+    if entry.section != volume.section:
+        cache.add(dataclasses.replace(entry, section=volume.section))
+    return True
+
+
+def _run(
+    jobs: list[_Job], cache: CacheWriter, workers: int, progress: bool, stop: threading.Event
+) -> list[Failure]:
+    failures: list[Failure] = []
+    here = ((job, _do(job)) for job in jobs)
+    outcomes = _in_dask(jobs, workers) if workers and jobs else here
+    try:
+        with (
+            open(cache.path / FAILURES, "w", encoding="utf-8") as file,
+            _progress(len(jobs), progress and bool(jobs)) as bar,
+        ):
+            for job, outcome in outcomes:
+                if isinstance(outcome, Entry):
+                    cache.add(outcome)
+                else:
+                    failure = Failure(job.volume.id, str(job.volume.path), outcome)
+                    failures.append(failure)
+                    file.write(_line(failure))
+                    file.flush()
+                bar.set_postfix(failed=len(failures), refresh=False)
+                bar.update()
+                if stop.is_set():
+                    raise KeyboardInterrupt
+    except OSError as error:
+        raise InputError(
+            f"{cache.path}: cannot write this cache: {error.strerror or error}; "
+            "what is prepared is kept: run the same command again"
+        ) from error
+    finally:
+        outcomes.close()  # ends Dask's processes now
+    return failures
+
+
+def _in_dask(jobs: list[_Job], workers: int) -> Generator[tuple[_Job, Entry | str], None, None]:
+    """Runs the jobs on a local cluster, one at a time on each worker, and yields as they end."""
+    import dask
+    from dask.distributed import Client, LocalCluster, as_completed
+    from distributed.scheduler import KilledWorker
+
+    workers = min(workers, len(jobs))
+    settings = {
+        "distributed.scheduler.allowed-failures": 1,  # one more try after a worker died
+        # Nothing is kept between tasks, so there is nothing to move to disk or to pause for.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": False,
+        "distributed.worker.memory.terminate": 0.95,
+        "distributed.worker.preload": [dask_setup.__module__],
+        # Dask's own value makes glibc ask the system for every array anew: half the speed.
+        "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1},
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="voco_prepare_") as scratch,
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            local_directory=scratch,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        waiting = iter(jobs)
+        running = {}
+
+        def submit() -> Any:
+            job = next(waiting, None)
+            if job is None:
+                return None
+            future = client.submit(_do, job, pure=False)
+            running[future.key] = job
+            return future
+
+        finished = as_completed([submit() for _ in range(workers)])
+        for future in finished:
+            job = running.pop(future.key)
+            error = future.exception() if future.status == "error" else None
+            if isinstance(error, KilledWorker):
+                yield job, "worker killed: as a rule out of memory; use fewer workers"
+            elif error is not None:
+                raise error
+            else:
+                yield job, future.result()
+            following = submit()
+            if following is not None:
+                finished.add(following)
+
+
+def _progress(total: int, show: bool) -> tqdm:
+    """A bar on a terminal, else a line now and then; both with the time left."""
+    terminal = sys.stderr.isatty()
+    line = "{desc}: {n_fmt}/{total_fmt} volumes{postfix}, {rate_fmt}, {remaining} left\n"
+    return tqdm(
+        total=total,
+        desc="prepare",
+        unit=" volumes",
+        disable=not show,
+        miniters=1,
+        mininterval=0.1 if terminal else 15,
+        maxinterval=30,
+        bar_format=None if terminal else line,
+    )
+
+
+def _line(failure: Failure) -> str:
+    return json.dumps(dataclasses.asdict(failure)) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; see --help.
+
+    Args:
+        arguments: of the command line; None: this process's.
+
+    Returns:
+        Exit status: 0 done (failed volumes or not), 1 nothing prepared or a failure with
+        --strict, 2 bad input, 130 interrupted.
+    """
+    options = _parser().parse_args(arguments)
+    stop = threading.Event()
+
+    def interrupt(*_: object) -> NoReturn:
+        stop.set()  # in case the exception is raised where Python ignores it, as in a __del__
+        raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    try:
+        volumes, cache, chain = _wanted(options)
+        print(prepare(volumes, cache, chain, options.workers, options.strict, stop=stop))
+    except PrepareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted: every volume finished so far is kept; "
+            "run the same command again to go on",
+            file=sys.stderr,
+        )
+        return 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m voco_jax.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python -m voco_jax.data.prepare --datalist lists/btcv.json --root data/BTCV --cache cache/voco
+  python -m voco_jax.data.prepare --scan /data/my_ct --cache cache/mine --size 192 192 64
+  python -m voco_jax.data.prepare --config configs/voco_10k.py""",
+    )
+    add = parser.add_argument
+    add("--datalist", action="append", default=[], metavar="JSON", help="Decathlon list; repeat")
+    add("--root", action="append", default=[], metavar="DIR", help="of all lists, or of each")
+    add("--scan", action="append", default=[], metavar="DIR", help="folder of NIfTI files; repeat")
+    add("--config", metavar="PY", help="take lists, roots, cache and chain from a config file")
+    add("--cache", metavar="DIR", help="folder to fill; with --config: instead of the config's")
+    add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="HU; default -175 250")
+    add("--threshold", type=float, help="foreground, 0..1 of the window; default 0.3")
+    add("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="voxels; default 384 384 96")
+    add("--dtype", choices=("uint8", "float16"), help="of the cache; default uint8")
+    add("--workers", type=int, help="processes; default: the cores; 0: only this process")
+    add("--strict", action="store_true", help="exit with status 1 if any volume fails")
+    return parser
+
+
+def _wanted(options: argparse.Namespace) -> tuple[list[Volume], str, Chain]:
+    """Volumes, cache and chain from the flags or from the config."""
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers: found {options.workers}, expected 0 or more")
+    chain_flags = {
+        "window": options.window,
+        "foreground_threshold": options.threshold,
+        "volume_size": options.size,
+        "dtype": options.dtype,
+    }
+    given = {name: value for name, value in chain_flags.items() if value is not None}
+    if options.config:
+        if given or options.datalist or options.root or options.scan:
+            raise InputError(
+                "--config: lists, roots and the chain come from the config file; give only "
+                "--cache, --workers and --strict with it"
+            )
+        data = _read_config(options.config).data
+        cache = options.cache or data.cache
+        if "{workdir}" in cache:
+            raise InputError(f"{options.config}: data.cache is {cache!r}: name it with --cache")
+        if not data.lists:
+            raise InputError(f"{options.config}: data.lists is empty, expected lists to prepare")
+        return collect(data.lists, data.roots), cache, data.chain
+    if not (options.datalist or options.scan):
+        raise InputError("give --datalist LIST.json --root DATA, --scan DIR or --config FILE")
+    if bool(options.datalist) != bool(options.root):
+        raise InputError("--datalist and --root: give both; a list's paths are relative to a root")
+    if not options.cache:
+        raise InputError("--cache: missing; name the folder to fill")
+    try:
+        chain = Chain(**(dataclasses.asdict(CHAIN_10K) | given))
+    except pydantic.ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise InputError(f"--window, --threshold, --size: {'; '.join(problems)}") from error
+    return collect(options.datalist, options.root, options.scan), options.cache, chain
+
+
+def _read_config(path: str) -> Config:
+    spec = importlib.util.spec_from_file_location("voco_config", path)
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
+        raise InputError(f"{path}: no such config file, expected a .py with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path}: found no get_config() in it; see configs/voco_10k.py")
+    return parse(module.get_config())
+
+
+if __name__ == "__main__":
+    # By its real name: tasks pickled from __main__ would carry this whole file to the workers.
+    from voco_jax.data.prepare import main as named_main
+
+    sys.exit(named_main())

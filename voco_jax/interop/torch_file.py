@@ -1,0 +1,228 @@
+"""PyTorch's weight files (.pt, .pth, .ckpt, .bin), which anyone may have written.
+
+Files of `torch.save` are uncompressed zip archives since PyTorch 1.6 and bare pickles before.
+"""
+
+import io
+import mmap
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from voco_jax.errors import InputError
+from voco_jax.interop.match import printable
+from voco_jax.interop.pickles import Storage, TensorSpec, read_pickle
+
+ZIP_START = b"PK\x03\x04"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""The first pickle of a file from before PyTorch 1.6."""
+
+
+def describe(path: Path) -> Any:
+    """What a PyTorch file holds, with a `TensorSpec` for each tensor; reads no tensor, needs no
+    torch.
+
+    Raises:
+        InputError: not a PyTorch file, damaged, in need of code, or claims more than it has.
+    """
+    return _describe_zip(path) if _is_zip(path) else _describe_legacy(path)
+
+
+def load(path: Path) -> Any:
+    """What a PyTorch file that `describe` accepted holds, with torch tensors, mapped from the file.
+
+    Raises:
+        InputError: damaged, or torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path}: a PyTorch file needs torch, which is not installed: pip install torch, "
+            "or convert the file to .safetensors"
+        ) from error
+    zipped = _is_zip(path)
+    if zipped:
+        _check_sums(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # torch raises many kinds; all mean that the file is unusable
+        reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise InputError(
+            f"{path}: torch.load(weights_only=True) refuses it: {reason[:300]}; fetch it again, "
+            "or save the network's state_dict() alone"
+        ) from error
+
+
+def to_numpy(tensor: Any, spec: TensorSpec, source: str) -> np.ndarray:
+    """A copy of a torch tensor as an array; half precision becomes float32.
+
+    Raises:
+        InputError: not a plain tensor of the described shape.
+    """
+    import torch
+
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized or tuple(tensor.shape) != spec.shape:
+        raise InputError(f"{source}: found {type(tensor)} {tensor.shape}, expected {spec}")
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.to(torch.float32)
+    return np.array(tensor.detach().numpy(), order="C")
+
+
+def save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a flat dict of tensors with torch.save.
+
+    Raises:
+        InputError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path}: writing .pt needs torch, which is not installed: pip install torch, or "
+            "write .safetensors"
+        ) from error
+    with path.open("wb") as file:
+        torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
+
+
+def _is_zip(path: Path) -> bool:
+    """As torch decides it."""
+    with path.open("rb") as file:
+        return file.read(len(ZIP_START)) == ZIP_START
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except InputError:
+        raise
+    except Exception as error:  # zipfile raises many kinds where an archive is damaged
+        raise InputError(
+            f"{path}: truncated or damaged, found an unreadable zip archive ({error}), expected "
+            "a whole one; fetch the file again"
+        ) from error
+
+
+def _describe_zip(path: Path) -> Any:
+    with _archive(path) as archive:
+        entries = archive.infolist()
+        _check_entries(path, entries)
+        sizes = {entry.filename: entry.file_size for entry in entries}
+        pickles = [name for name in sizes if name.endswith("data.pkl") and name.count("/") == 1]
+        folder = entries[0].filename.partition("/")[0]
+        if pickles != [f"{folder}/data.pkl"]:
+            raise InputError(
+                f"{path}: found a zip archive without one {folder}/data.pkl, expected what "
+                "torch.save writes"
+            )
+        if f"{folder}/constants.pkl" in sizes:
+            raise InputError(
+                f"{path}: found a TorchScript program, expected weights; save the network's "
+                "state_dict() alone"
+            )
+        content = archive.read(pickles[0])
+
+    def check(storage: Storage) -> None:
+        found = sizes.get(f"{folder}/data/{storage.key}")
+        if found != storage.nbytes:
+            raise InputError(
+                f"{path}: storage {printable(storage.key)} claims {storage.nbytes} bytes, the "
+                f"file has {'none' if found is None else found} for it; fetch the file again"
+            )
+
+    return read_pickle(io.BytesIO(content), str(path), check)
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Everything in the archive is stored as it is, within the file, once."""
+    if not entries:
+        raise InputError(f"{path}: found an empty zip archive, expected what torch.save writes")
+    names = set()
+    for entry in entries:
+        name = printable(entry.filename)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise InputError(
+                f"{path}: {name} is compressed or claims another size than it has "
+                f"({entry.file_size} of {entry.compress_size} bytes); PyTorch stores plainly: "
+                "save it again with torch.save"
+            )
+        if entry.filename in names:
+            raise InputError(f"{path}: {name} is in the archive twice; fetch the file again")
+        names.add(entry.filename)
+    places = sorted((entry.header_offset, entry.file_size) for entry in entries)
+    ends = [offset for offset, _ in places[1:]] + [path.stat().st_size]
+    for (offset, size), end in zip(places, ends, strict=True):
+        if offset + size > end:
+            raise InputError(
+                f"{path}: an entry of {size} bytes at {offset} reaches beyond {end}, where the "
+                "next one or the end is; fetch the file again"
+            )
+
+
+def _check_sums(path: Path) -> None:
+    with _archive(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise InputError(
+            f"{path}: {printable(bad)} does not have its checksum, the file was damaged on its "
+            "way; fetch it again (or save it again, where checksums were switched off)"
+        )
+
+
+def _describe_legacy(path: Path) -> Any:
+    total = path.stat().st_size
+    if not total:
+        raise InputError(f"{path}: the file is empty; fetch it again")
+    claimed: dict[str, int] = {}
+    left = total
+
+    def check(storage: Storage) -> None:
+        nonlocal left
+        if storage.key not in claimed:
+            claimed[storage.key] = storage.nbytes
+            left -= storage.nbytes
+        if left < 0 or claimed[storage.key] != storage.nbytes:
+            raise InputError(
+                f"{path}: its tensors claim {storage.nbytes} bytes in storage "
+                f"{printable(storage.key)}, more than the file of {total} bytes has for it; fetch "
+                "the file again"
+            )
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        stream = cast(BinaryIO, mapped)
+        try:
+            magic = read_pickle(stream, str(path), check)
+        except InputError as error:
+            raise InputError(
+                f"{path}: found neither a zip archive nor a pickle, expected a file of torch.save "
+                "(a .safetensors file must be called so)"
+            ) from error
+        if magic != LEGACY_MAGIC:
+            raise InputError(
+                f"{path}: found a pickle that is not PyTorch's, expected a file of torch.save"
+            )
+        read_pickle(stream, str(path), check)  # protocol version
+        read_pickle(stream, str(path), check)  # the writing system
+        tree = read_pickle(stream, str(path), check)
+        keys = read_pickle(stream, str(path), check)
+        if not isinstance(keys, list) or {str(key) for key in keys} != claimed.keys():
+            raise InputError(f"{path}: its list of storages is damaged; fetch the file again")
+        for key in keys:
+            count = int.from_bytes(stream.read(8), "little", signed=True)
+            size = claimed[str(key)]
+            if count < 0 or count > size or stream.tell() + size > total:
+                raise InputError(
+                    f"{path}: storage {printable(str(key))} claims {size} bytes, the file has "
+                    f"{total - stream.tell()} for it; fetch the file again"
+                )
+            stream.seek(size, os.SEEK_CUR)
+    return tree

@@ -1,0 +1,134 @@
+"""Reading weight files of all kinds into flat names and arrays. Files are untrusted."""
+
+import math
+import os
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from voco_jax.errors import InputError
+from voco_jax.interop import safetensors_file, torch_file
+from voco_jax.interop.layout import Selection, select
+from voco_jax.interop.match import printable
+from voco_jax.interop.pickles import ITEM_SIZES, TensorSpec
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+SAFETENSORS_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """One network's tensors out of a file.
+
+    Attributes:
+        tensors: bare name (no wrapper, no prefix) -> array.
+        selection: where they were in the file.
+    """
+
+    tensors: dict[str, np.ndarray]
+    selection: Selection
+
+
+def describe(path: str | PathLike[str], network: str = "teacher") -> Selection:
+    """The tensors of a weight file as `TensorSpec`s: no tensor is read and torch is not needed.
+
+    Args:
+        path: a .pt, .pth, .ckpt, .bin or .safetensors file.
+        network: `teacher` or `student`: which of them, where the file holds both.
+
+    Raises:
+        InputError: the file is not what it should be; the message says how.
+    """
+    file = _existing(path)
+    safetensors = _is_safetensors(file)
+    tree = safetensors_file.describe(file) if safetensors else torch_file.describe(file)
+    selection = select(tree, TensorSpec, network, str(file))
+    claimed = sum(
+        math.prod(spec.shape) * ITEM_SIZES[spec.dtype] for spec in selection.tensors.values()
+    )
+    if claimed > file.stat().st_size:
+        raise InputError(
+            f"{file}: its tensors claim {claimed} bytes in all, the file has "
+            f"{file.stat().st_size}; many share one storage: save them with .clone()"
+        )
+    return selection
+
+
+def read(path: str | PathLike[str], network: str = "teacher") -> dict[str, np.ndarray]:
+    """Reads a weight file: bare PyTorch names -> arrays.
+
+    Opens the wrappers and strips the prefixes that exist in the wild (see `layout`), renames
+    `swin_vit` to `swinViT`.
+
+    Args:
+        path: .pt, .pth, .ckpt or .bin (read with weights_only: no code of the file runs) or
+            .safetensors (without torch).
+        network: `teacher` or `student`: which of them to take where the file holds both. Where it
+            holds one or names none, that is taken.
+
+    Returns:
+        Name -> array in PyTorch's axes; half precision as float32, else the file's dtype.
+
+    Raises:
+        InputError: the file is missing, damaged, needs more than weights_only, claims more memory
+            than it has, or two keys stand for one name; the message says how to mend it.
+    """
+    return read_weights(path, network).tensors
+
+
+def read_weights(path: str | PathLike[str], network: str = "teacher") -> Weights:
+    """As `read`, with what was found around the weights."""
+    file = _existing(path)
+    selection = describe(file, network)
+    if _is_safetensors(file):
+        stored = safetensors_file.load(file, selection.sources.values())
+        tensors = {name: stored[key] for name, key in selection.sources.items()}
+        return Weights(tensors=tensors, selection=selection)
+    tree = torch_file.load(file)
+    import torch
+
+    loaded = select(tree, torch.Tensor, network, str(file))
+    if loaded.sources != selection.sources:
+        raise InputError(
+            f"{file}: torch reads other keys than its pickle holds; fetch the file again"
+        )
+    tensors = {
+        name: torch_file.to_numpy(tensor, selection.tensors[name], f"{file}: {printable(name)}")
+        for name, tensor in loaded.tensors.items()
+    }
+    return Weights(tensors=tensors, selection=selection)
+
+
+def write(tensors: dict[str, np.ndarray], path: Path, suffix: str) -> None:
+    """Writes a flat dict of tensors as .pt or .safetensors.
+
+    Args:
+        tensors: name -> array.
+        path: the file; its own suffix does not matter.
+        suffix: `.pt` or `.safetensors`.
+
+    Raises:
+        InputError: .pt without torch.
+    """
+    (safetensors_file if suffix == SAFETENSORS_SUFFIX else torch_file).save(tensors, path)
+
+
+def _is_safetensors(file: Path) -> bool:
+    return file.suffix.lower() == SAFETENSORS_SUFFIX
+
+
+def _existing(path: str | PathLike[str]) -> Path:
+    file = Path(path)
+    if file.suffix.lower() not in (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX):
+        raise InputError(
+            f"{file}: found suffix {file.suffix!r}, expected a weight file: "
+            f"{', '.join(TORCH_SUFFIXES)} or {SAFETENSORS_SUFFIX} (a training run's folder is "
+            "exported with python -m voco_jax.interop.export --checkpoint FOLDER)"
+        )
+    if not file.is_file():
+        raise InputError(f"{file}: no such file, expected a weight file; check the path")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"{file}: no permission to read it; mend it with chmod u+r")
+    return file

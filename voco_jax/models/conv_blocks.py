@@ -1,0 +1,260 @@
+"""3-D convolutions and the residual block of MONAI's UNETR encoders.
+
+Every array is channels-last, `b x y z c`; every kernel is `kx ky kz in out`.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+CONVOLUTIONS = ("lax", "planes")
+SAVED_CONVOLUTION = "convolution"
+"""Name under which a residual block's convolution outputs can be kept by a remat policy."""
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` for sums that bfloat16 cannot carry: in float32, or as it is if wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
+    """PyTorch's default for the weights and biases of linear and convolution layers.
+
+    Args:
+        fan_in: number of inputs that one output sums over.
+
+    Returns:
+        An initializer that draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), whatever the shape
+        (`kaiming_uniform_(a=sqrt(5))` of the weight, and the rule of the bias).
+    """
+    bound = 1 / math.sqrt(fan_in)
+
+    def initialize(
+        key: jax.Array,
+        shape: tuple[int, ...],
+        dtype: DTypeLike = jnp.float32,
+        out_sharding: None = None,
+    ) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return initialize
+
+
+def instance_norm(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+    """Normalises each channel of each sample over space, in float32, without parameters.
+
+    Args:
+        x: `b x y z c`.
+        epsilon: added to the biased variance, as in `torch.nn.InstanceNorm3d`.
+
+    Returns:
+        `b x y z c` in the dtype of `x`.
+    """
+    wide = at_least_float32(x)
+    centred = wide - jnp.mean(wide, axis=(1, 2, 3), keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=(1, 2, 3), keepdims=True)
+    return (centred * lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def convolve_lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The 3x3x3 convolution of stride 1 with zero padding, as XLA's own 3-D convolution.
+
+    Args:
+        x: `b x y z in`.
+        kernel: `3 3 3 in out`.
+
+    Returns:
+        `b x y z out`.
+    """
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+
+@jax.custom_vjp
+def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve_lax` as one 2-D convolution, with the three neighbours along x as channels.
+
+    The same sums, on a CPU several times faster than XLA's 3-D convolution: 0.28 s for 1.3 s at
+    11 crops of 32x32x64 and 12 to 12 channels on two cores. XLA's gradient of the kernel would be
+    slow again, so it is written out as matrix products: 0.8 s with gradients, for 1.4 s without
+    that and 3.3 s with `convolve_lax`. Reverse-mode differentiation only.
+
+    Args:
+        x: `b x y z in`.
+        kernel: `3 3 3 in out`.
+
+    Returns:
+        `b x y z out`.
+    """
+    batch, size_x, size_y, size_z, channels = x.shape
+    features = kernel.shape[-1]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    planes = jnp.concatenate([padded[:, i : i + size_x] for i in range(3)], axis=-1)
+    planes = planes.reshape(batch * size_x, size_y, size_z, 3 * channels)
+    flat_kernel = jnp.moveaxis(kernel, 0, 2).reshape(3, 3, 3 * channels, features)
+    out = lax.conv_general_dilated(
+        planes, flat_kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return out.reshape(batch, size_x, size_y, size_z, features)
+
+
+def _planes_forward(
+    x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return convolve_planes(x, kernel), (x, kernel)
+
+
+def _planes_backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of x: the convolution with the mirrored kernel. Of the kernel: nine matrix products."""
+    x, kernel = saved
+    mirrored = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
+    return convolve_planes(gradient, mirrored), _kernel_gradient(x, gradient).astype(kernel.dtype)
+
+
+def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times the gradient.
+
+    The three offsets along z are columns of one product: the gradient, shifted the other way.
+    """
+    size_x, size_y, channels = x.shape[1], x.shape[2], x.shape[-1]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
+    shifted = [jnp.pad(gradient, ((0, 0), (0, 0), (0, 0), (k, 2 - k), (0, 0))) for k in range(3)]
+    columns = jnp.concatenate(shifted, axis=-1)
+    products = [
+        jnp.einsum(
+            "bxyzi,bxyzo->io",
+            padded[:, i : i + size_x, j : j + size_y],
+            columns,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+        for i in range(3)
+        for j in range(3)
+    ]
+    return jnp.stack(products).reshape(3, 3, channels, 3, -1).transpose(0, 1, 3, 2, 4)
+
+
+convolve_planes.defvjp(_planes_forward, _planes_backward)
+
+
+class Convolution(nn.Module):
+    """A convolution of stride 1 without bias: `b x y z in` -> `b x y z features`.
+
+    Attributes:
+        features: output channels.
+        kernel_size: 3 (zero padding keeps the size) or 1.
+        convolution: `lax` or `planes`: how the 3x3x3 convolution is computed.
+        dtype: of the computation; the parameter is float32.
+    """
+
+    features: int
+    kernel_size: int
+    convolution: str = "lax"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        kernel = self.param(
+            "kernel",
+            torch_uniform(self.kernel_size**3 * channels),
+            (self.kernel_size,) * 3 + (channels, self.features),
+        )
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.kernel_size == 1:
+            return jnp.einsum("bxyzi,io->bxyzo", x, kernel[0, 0, 0])
+        if self.convolution == "planes":
+            return convolve_planes(x, kernel)
+        return convolve_lax(x, kernel)
+
+
+class ConvolutionLayer(nn.Module):
+    """MONAI's `Convolution` container with only its `conv` inside; gives the name its level."""
+
+    features: int
+    kernel_size: int
+    convolution: str = "lax"
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.conv = Convolution(self.features, self.kernel_size, self.convolution, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return checkpoint_name(self.conv(x), SAVED_CONVOLUTION)
+
+
+class UnetResBlock(nn.Module):
+    """MONAI's `UnetResBlock`: conv3-norm-lrelu-conv3-norm, + shortcut, lrelu.
+
+    The shortcut is the identity, or a 1x1x1 convolution and a norm where the number of channels
+    changes. `b x y z in_channels` -> `b x y z features`.
+
+    Attributes:
+        in_channels: input channels.
+        features: output channels.
+        convolution: `lax` or `planes`, see `Convolution`.
+        dtype: of the computation; norms are in float32 always.
+    """
+
+    in_channels: int
+    features: int
+    convolution: str = "lax"
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.conv1 = ConvolutionLayer(self.features, 3, self.convolution, self.dtype)
+        self.conv2 = ConvolutionLayer(self.features, 3, self.convolution, self.dtype)
+        if self.in_channels != self.features:
+            self.conv3 = ConvolutionLayer(self.features, 1, self.convolution, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)
+        out = nn.leaky_relu(instance_norm(self.conv1(x)), 0.01)
+        out = instance_norm(self.conv2(out))
+        if self.in_channels != self.features:
+            x = instance_norm(self.conv3(x))
+        return nn.leaky_relu(out + x, 0.01)
+
+
+class UnetrBasicBlock(nn.Module):
+    """MONAI's `UnetrBasicBlock(res_block=True)`: one `UnetResBlock` under the name `layer`."""
+
+    in_channels: int
+    features: int
+    convolution: str = "lax"
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.layer = UnetResBlock(self.in_channels, self.features, self.convolution, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layer(x)
+
+
+def residual_block(
+    in_channels: int, features: int, *, convolution: str, remat: bool, dtype: DTypeLike
+) -> UnetrBasicBlock:
+    """A `UnetrBasicBlock`, with its norms and activations recomputed in the gradient if asked.
+
+    Args:
+        in_channels: input channels.
+        features: output channels.
+        convolution: `lax` or `planes`.
+        remat: keep only the convolutions' outputs for the gradient, recompute the rest.
+        dtype: of the computation.
+
+    Returns:
+        The unbound module: `b x y z in_channels` -> `b x y z features`.
+    """
+    block = UnetrBasicBlock
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names(SAVED_CONVOLUTION)
+        block = nn.remat(UnetrBasicBlock, policy=policy)
+    return block(in_channels, features, convolution, dtype)

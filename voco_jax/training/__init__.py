@@ -1,0 +1,1 @@
+"""Everything with state, devices or disks: optimizer, mesh, checkpoints, metrics, the loop."""

@@ -1,0 +1,1 @@
+"""The method: augmentation, losses and the training step, as pure functions."""

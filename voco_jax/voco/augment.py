@@ -1,0 +1,114 @@
+"""Resize and augmentation of crops, on the device and inside the jitted step.
+
+Crops are (crops, x, y, z) without a channel axis; values are 0..1 of the HU window.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Size = tuple[int, int, int]
+
+
+@flax.struct.dataclass
+class Draws:
+    """The random choices for n crops."""
+
+    flips: jax.Array  # (n, 3) bool, per axis
+    turns: jax.Array  # (n,) int32 in 0..3: rotations by 90 degrees in the x-y plane
+    shifts: jax.Array  # (n,) float32, added to every voxel
+
+
+def to_unit(crops: jax.Array) -> jax.Array:
+    """Cached voxels -> float32 0..1; uint8 is a 255th of the window a step."""
+    unit = crops.astype(jnp.float32)
+    return unit / 255 if crops.dtype == jnp.uint8 else unit
+
+
+def interpolation_matrix(source: int, target: int) -> np.ndarray:
+    """Linear interpolation with aligned corners: (target, source) float32, rows sum to 1.
+
+    As torch.nn.functional.interpolate(..., align_corners=True) along one axis.
+    """
+    positions = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
+    lower = np.minimum(positions.astype(int), max(source - 2, 0))
+    fraction = positions - lower
+    rows = np.arange(target)
+    matrix = np.zeros((target, source))
+    matrix[rows, lower] = 1 - fraction
+    matrix[rows, np.minimum(lower + 1, source - 1)] += fraction
+    return matrix.astype(np.float32)
+
+
+def resize(crops: jax.Array, size: Size) -> jax.Array:
+    """Trilinear resize with aligned corners and no anti-aliasing (MONAI's Resize).
+
+    Args:
+        crops: (n, x, y, z) float32.
+        size: target (x, y, z).
+
+    Returns:
+        (n, *size).
+    """
+    for axis, (source, target) in enumerate(zip(crops.shape[1:], size, strict=True), start=1):
+        if source != target:
+            matrix = interpolation_matrix(source, target)
+            moved = jnp.tensordot(crops, matrix, (axis, 1), precision=jax.lax.Precision.HIGHEST)
+            crops = jnp.moveaxis(moved, -1, axis)
+    return crops
+
+
+def draw(
+    key: jax.Array,
+    count: int,
+    *,
+    flip_probability: float,
+    rotate_probability: float,
+    shift_probability: float,
+    shift: float,
+) -> Draws:
+    """Draws for `count` crops, independent of each other; the same on any number of devices.
+
+    Turns are 1, 2 or 3 with equal probability where there is one (MONAI's RandRotate90), shifts
+    uniform in [-shift, shift] (RandShiftIntensity).
+    """
+    flip_key, turn_key, turns_key, shift_key, shifts_key = jax.random.split(key, 5)
+    turned = jax.random.bernoulli(turn_key, rotate_probability, (count,))
+    shifted = jax.random.bernoulli(shift_key, shift_probability, (count,))
+    return Draws(
+        flips=jax.random.bernoulli(flip_key, flip_probability, (count, 3)),
+        turns=jnp.where(turned, jax.random.randint(turns_key, (count,), 1, 4), 0),
+        shifts=jnp.where(
+            shifted, jax.random.uniform(shifts_key, (count,), minval=-shift, maxval=shift), 0.0
+        ),
+    )
+
+
+def apply(crops: jax.Array, draws: Draws) -> jax.Array:
+    """Flips, then turns, then shifts each crop; nothing is clipped.
+
+    Args:
+        crops: (n, x, y, z) with x = y wherever a crop may be turned an odd number of times.
+        draws: for n crops.
+
+    Returns:
+        (n, x, y, z).
+    """
+    for axis in range(3):
+        crops = _flip_where(crops, draws.flips[:, axis], axis + 1)
+    if crops.shape[1] == crops.shape[2]:
+        # numpy.rot90: an odd turn is a transposition, then one flip; two turns are two flips.
+        turns = draws.turns
+        crops = jnp.where(_each(turns % 2 == 1), jnp.swapaxes(crops, 1, 2), crops)
+        crops = _flip_where(crops, (turns == 1) | (turns == 2), 1)
+        crops = _flip_where(crops, (turns == 2) | (turns == 3), 2)
+    return crops + _each(draws.shifts)
+
+
+def _flip_where(crops: jax.Array, mask: jax.Array, axis: int) -> jax.Array:
+    return jnp.where(_each(mask), jnp.flip(crops, axis), crops)
+
+
+def _each(values: jax.Array) -> jax.Array:
+    return values[:, None, None, None]

@@ -1,0 +1,190 @@
+"""The voco_10k training step and its validation: (state, batch) -> (state, metrics)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from voco_jax.voco import augment, losses
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, jax.Array]  # subs (b, s, x, y, z), bases (b, n, x, y, z), labels (b, s, n)
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that training changes. `step` is the number of completed updates."""
+
+    step: jax.Array
+    student: Params
+    teacher: Params
+    optimizer: optax.OptState
+
+
+@flax.struct.dataclass
+class Embeddings:
+    """Projected crops of one network."""
+
+    x: jax.Array  # (b, s, d) sub-volumes
+    bases: jax.Array  # (b, n, d) base crops
+
+
+def init_state(
+    network: nn.Module, optimizer: optax.GradientTransformation, encoder_size: augment.Size, seed: int
+) -> State:
+    """Random student and, independently, random teacher (as published)."""
+    student_key, teacher_key = jax.random.split(jax.random.key(seed))
+    crops = jnp.zeros((2, *encoder_size, 1), jnp.float32)
+
+    def init(key: jax.Array) -> Params:
+        return network.init(key, crops, False)["params"]
+
+    student = init(student_key)
+    return State(
+        step=jnp.zeros((), jnp.int32),
+        student=student,
+        teacher=init(teacher_key),
+        optimizer=optimizer.init(student),
+    )
+
+
+def prepare(batch: Batch, encoder_size: augment.Size) -> jax.Array:
+    """Cached crops of a batch -> (b * (s + n), x, y, z) float32, sub-volumes first per volume."""
+    crops = jnp.concatenate([batch["subs"], batch["bases"]], axis=1)
+    crops = crops.reshape(-1, *crops.shape[2:])
+    return augment.resize(augment.to_unit(crops), encoder_size)
+
+
+def embed(
+    network: nn.Module,
+    params: Params,
+    crops: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array | None = None,
+) -> Embeddings:
+    """All crops through one network together: the batch norm sees the whole batch.
+
+    Args:
+        network: crops (m, x, y, z, 1), train -> embeddings (m, d).
+        params: of the network.
+        crops: (b * (s + n), x, y, z).
+        labels: (b, s, n); only its shape is used.
+        dropout_key: for drop path; None turns it off.
+    """
+    batch, sub_volumes, bases = labels.shape
+    train = dropout_key is not None
+    rngs = {"dropout": dropout_key} if train else {}
+    rows = network.apply({"params": params}, crops[..., None], train, rngs=rngs)
+    rows = rows.reshape(batch, sub_volumes + bases, -1)
+    return Embeddings(x=rows[:, :sub_volumes], bases=rows[:, sub_volumes:])
+
+
+def ema(teacher: Params, student: Params, momentum: float) -> Params:
+    """momentum * teacher + (1 - momentum) * student, leaf by leaf."""
+    return jax.tree.map(lambda t, s: momentum * t + (1 - momentum) * s, teacher, student)
+
+
+def make_train_step(
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    encoder_size: augment.Size,
+    momentum: float,
+    draw: Callable[[jax.Array, int], augment.Draws] | None,
+    seed: int,
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """One update, in the published order.
+
+    Student forward; teacher = momentum * teacher + (1 - momentum) * student; teacher forward;
+    loss; gradient; optimizer.
+
+    Args:
+        network: see `embed`.
+        optimizer: of the student.
+        encoder_size: crops are resized to it.
+        momentum: of the teacher.
+        draw: (key, number of crops) -> augmentation; None: no augmentation.
+        seed: of augmentation and drop path; each step's key is folded in from its number, so
+            that a resumed run needs no random state.
+
+    Returns:
+        The step: (state, batch) -> (state, metrics); metrics are float32 scalars.
+    """
+    base_key = jax.random.key(seed)
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        augment_key, dropout_key = jax.random.split(jax.random.fold_in(base_key, state.step))
+        crops, labels = prepare(batch, encoder_size), batch["labels"]
+        if draw is not None:
+            crops = augment.apply(crops, draw(augment_key, crops.shape[0]))
+        teacher = ema(state.teacher, state.student, momentum)
+
+        def loss(student: Params) -> tuple[jax.Array, losses.Losses]:
+            s = embed(network, student, crops, labels, dropout_key)
+            t = embed(network, teacher, crops, labels)
+            terms = losses.voco_10k(
+                x_student=s.x,
+                bases_student=s.bases,
+                x_teacher=t.x,
+                bases_teacher=t.bases,
+                labels=labels,
+            )
+            return terms.total, terms
+
+        gradients, terms = jax.grad(loss, has_aux=True)(state.student)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.student)
+        metrics = {
+            "loss": terms.total,
+            "pos": terms.pos,
+            "neg": terms.neg,
+            "reg": terms.reg,
+            "gradient_norm": optax.global_norm(gradients),
+        }
+        new_state = State(
+            step=state.step + 1,
+            student=optax.apply_updates(state.student, updates),
+            teacher=teacher,
+            optimizer=optimizer_state,
+        )
+        return new_state, metrics
+
+    return step
+
+
+@flax.struct.dataclass
+class Predictions:
+    """What validation looks at."""
+
+    similarities: jax.Array  # (b, s, n) predicted overlaps
+    spread: jax.Array  # scalar, see `embedding_spread`
+
+
+def make_predict(
+    network: nn.Module, *, encoder_size: augment.Size
+) -> Callable[[State, Batch], Predictions]:
+    """Predictions without augmentation, as the training loss sees them."""
+
+    def predict(state: State, batch: Batch) -> Predictions:
+        crops, labels = prepare(batch, encoder_size), batch["labels"]
+        s = embed(network, state.student, crops, labels)
+        t = embed(network, state.teacher, crops, labels)
+        return Predictions(
+            similarities=losses.voco_10k_prediction(
+                x_student=s.x, bases_student=s.bases, x_teacher=t.x, bases_teacher=t.bases
+            ),
+            spread=embedding_spread(s),
+        )
+
+    return predict
+
+
+def embedding_spread(embeddings: Embeddings) -> jax.Array:
+    """1 - |mean of the unit embeddings|^2: 0 where all crops have one embedding, 1 at most."""
+    rows = jnp.concatenate([embeddings.x, embeddings.bases], axis=1)
+    rows = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
+    # cosine() is all pairs' product; its mean over all pairs is |mean unit row|^2.
+    return 1 - jnp.mean(losses.cosine(rows, rows))
