@@ -109,9 +109,11 @@ def test_zero_embeddings_have_finite_gradients():
     labels = np.full((1, 2, 2), 0.5)
     for recipe in (losses.paper, losses.voco_10k, losses.voco_v2):
         gradient = jax.grad(
-            lambda x, recipe=recipe: recipe(
-                x_student=x, bases_student=x, x_teacher=x, bases_teacher=x, labels=labels
-            ).total
+            lambda x, recipe=recipe: (
+                recipe(
+                    x_student=x, bases_student=x, x_teacher=x, bases_teacher=x, labels=labels
+                ).total
+            )
         )(zeros)
         assert np.isfinite(gradient).all()
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
@@ -73,13 +75,14 @@ def test_block_equals_monai_with_padding_and_shrunken_windows(size: windows.Size
             parameter.copy_(torch.from_numpy(value))
     ours = swin.SwinTransformerBlock(10, 5, full, shifted, mlp_ratio=3.0, qkv_bias=False)
     x = reference.noise((2, *size, 10))
-    params = ours.init(jax.random.key(0), x, False)["params"]
+    params = jax.eval_shape(lambda key: ours.init(key, x, False), jax.random.key(0))["params"]
     params = reference.load(params, reference.parameters(theirs))
     window, used = monai_swin.get_window_size(size, full, shift)
     padded = [-(-extent // w) * w for extent, w in zip(size, window, strict=True)]
     mask = monai_swin.compute_mask(padded, window, used, "cpu")
     expected = theirs(torch.from_numpy(x), mask).detach().numpy()
-    np.testing.assert_allclose(ours.apply({"params": params}, x, False), expected, atol=1e-5)
+    out = jax.jit(lambda p, x: ours.apply({"params": p}, x, False))(params, x)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_drop_path():
@@ -103,6 +106,26 @@ def test_drop_path():
     ratio = np.asarray(branch / x).reshape(512, -1)
     assert set(np.round(np.unique(ratio), 4)) == {np.float32(0.0), np.round(np.float32(1 / 0.6), 4)}
     assert abs(ratio.mean() - 1) < 0.1
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_recomputing_changes_nothing(drop_path: float):
+    gradients = []
+    with jax.enable_x64(True):
+        x = reference.noise((2, 6, 6, 4, 6)).astype(np.float64)
+        for remat in (False, True):
+            stage = swin.BasicLayer(
+                6, 2, 3, (4, 4, 4), "merging", (0.0, drop_path), remat=remat, dtype=jnp.float64
+            )
+            variables = jax.jit(stage.init, static_argnums=2)(jax.random.key(0), x, False)
+
+            def loss(variables: Any, x: Any, stage: swin.BasicLayer = stage) -> jax.Array:
+                rngs = {"dropout": jax.random.key(5)}
+                return jnp.sum(stage.apply(variables, x, True, rngs=rngs) ** 3)
+
+            gradients.append(jax.jit(jax.grad(loss))(variables, x))
+            assert ("remat" in str(jax.make_jaxpr(loss)(variables, x))) == remat
+        assert reference.relative_error(*gradients) < 1e-12
 
 
 def test_drop_path_rates_rise_from_zero():

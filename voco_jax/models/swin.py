@@ -18,6 +18,7 @@ from voco_jax.models.windows import (
     fit_window,
     relative_position_bias,
     shift_mask,
+    spatial_size,
     window_partition,
     window_reverse,
 )
@@ -45,7 +46,7 @@ NEIGHBOURS: dict[str, tuple[Size3, ...]] = {
         (0, 1, 1),
         (1, 1, 1),
     ),
-    "mergingv2": tuple(itertools.product((0, 1), (0, 1), (0, 1))),  # type: ignore[arg-type]
+    "mergingv2": tuple(itertools.product((0, 1), (0, 1), (0, 1))),
 }
 """For each patch merging, the order in which the eight voxels of a 2x2x2 cell are concatenated."""
 
@@ -187,12 +188,12 @@ class SwinTransformerBlock(nn.Module):
         return x + self._drop_path(self.mlp(self.norm2(x)), train)
 
     def _attend(self, x: jax.Array) -> jax.Array:
-        size: Size3 = x.shape[1:4]
+        size = spatial_size(x)
         window, shift = fit_window(size, self.window_size, self.shifted)
         # Padding comes after the norm, at the far end; padded tokens are keys like any other.
         padding = [(0, -extent % w) for extent, w in zip(size, window, strict=True)]
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        padded: Size3 = x.shape[1:4]
+        padded = spatial_size(x)
         mask = None
         if any(shift):
             x = jnp.roll(x, [-s for s in shift], axis=(1, 2, 3))

@@ -118,11 +118,12 @@ class EncoderModules(nn.Module):
         self._check()
         fs = self.feature_size
         window = self.window_size
+        wx, wy, wz = (window,) * 3 if isinstance(window, int) else window
         self.swinViT = SwinTransformer(
             features=fs,
             depths=tuple(self.depths),
             num_heads=tuple(self.num_heads),
-            window_size=(window,) * 3 if isinstance(window, int) else tuple(window),
+            window_size=(wx, wy, wz),
             patch_merging=self.patch_merging,
             use_v2=self.use_v2,
             mlp_ratio=self.mlp_ratio,

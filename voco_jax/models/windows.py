@@ -16,6 +16,12 @@ MASKED = -100.0
 """Added to the attention logit of two tokens that only the shift brought into one window."""
 
 
+def spatial_size(x: jax.Array) -> Size3:
+    """`x y z` of `b x y z c`."""
+    _, size_x, size_y, size_z, _ = x.shape
+    return size_x, size_y, size_z
+
+
 def relative_position_index(window_size: Size3) -> np.ndarray:
     """The row of the bias table for each pair of tokens of a window.
 

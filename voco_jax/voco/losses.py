@@ -33,9 +33,7 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     Returns:
         (..., m, n) float32 in [-1, 1]; 0 where a row is all zeros.
     """
-    return jnp.einsum(
-        "...md,...nd->...mn", _unit(a), _unit(b), precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.einsum("...md,...nd->...mn", _unit(a), _unit(b), precision=jax.lax.Precision.HIGHEST)
 
 
 def _unit(rows: jax.Array) -> jax.Array:
@@ -51,7 +49,11 @@ def similarity(x: jax.Array, bases: jax.Array) -> jax.Array:
 
 
 def voco_10k_prediction(
-    *, x_student: jax.Array, bases_student: jax.Array, x_teacher: jax.Array, bases_teacher: jax.Array
+    *,
+    x_student: jax.Array,
+    bases_student: jax.Array,
+    x_teacher: jax.Array,
+    bases_teacher: jax.Array,
 ) -> jax.Array:
     """The voco_10k prediction p: mean of student-against-teacher and teacher-against-student.
 

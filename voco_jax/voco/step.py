@@ -34,7 +34,10 @@ class Embeddings:
 
 
 def init_state(
-    network: nn.Module, optimizer: optax.GradientTransformation, encoder_size: augment.Size, seed: int
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    encoder_size: augment.Size,
+    seed: int,
 ) -> State:
     """Random student and, independently, random teacher (as published)."""
     student_key, teacher_key = jax.random.split(jax.random.key(seed))

@@ -1,0 +1,54 @@
+"""Pre-trains a 3D medical image encoder with VoCo.
+
+Examples:
+  python main.py --config configs/demo.py --workdir runs/demo
+  python main.py --config configs/voco_10k.py --workdir runs/voco_10k --config.batch_size=8
+
+Every setting of the config file can be overridden as --config.section.field=value. The same
+command again resumes from the last checkpoint.
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
+
+
+def main(arguments: list[str]) -> None:
+    """Flags, then the run; the user's mistakes are one line and exit status 2."""
+    # Imported here: worker processes import this file too, and need none of it.
+    from voco_jax.errors import InputError
+    from voco_jax.training.pretrain import DivergedError, run
+
+    try:
+        if len(arguments) > 1:
+            raise InputError(f"arguments: found {arguments[1:]}, expected only flags (see --help)")
+        if _CONFIG.value is None or _WORKDIR.value is None:
+            raise InputError("--config and --workdir: give both, see --help for an example")
+        run(_CONFIG.value, _WORKDIR.value)
+    except InputError as error:
+        sys.exit(_fail(error, 2))
+    except DivergedError as error:
+        sys.exit(_fail(error, 3))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """Absl's parser; a wrong flag or config field is one line."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(_fail(f"flags: {error}", 2))
+
+
+def _fail(error: object, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,81 @@
+"""Where numbers go: the console, JSON lines, TensorBoard (without TensorFlow)."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+JSON_LINES = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes each measurement to WORKDIR/metrics.jsonl and WORKDIR/tensorboard.
+
+    A run that resumes at `start_step` first forgets what lies behind that step: those steps are
+    done again, and no step stands twice.
+    """
+
+    def __init__(self, workdir: Path, start_step: int) -> None:
+        self._path = workdir / JSON_LINES
+        _keep_until(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of scalars for a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """An image (rows, columns, 3) uint8 for TensorBoard."""
+        self._board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        self._board.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # the line that a kill cut off
+            continue
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(kept), "utf-8")
+    os.replace(aside, path)
+
+
+class Progress:
+    """Rate and time left, from the steps of this process."""
+
+    def __init__(
+        self, start_step: int, total_steps: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._total, self._clock = total_steps, clock
+        self._last = (start_step, clock())
+
+    def lap(self, step: int, paused: float = 0.0) -> tuple[float, str]:
+        """(steps per second since the last lap without `paused` seconds, time left as h:mm:ss)."""
+        last_step, last_time = self._last
+        now = self._clock()
+        self._last = (step, now)
+        rate = (step - last_step) / max(now - last_time - paused, 1e-9)
+        return rate, duration((self._total - step) / rate if rate else 0.0)
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -1,0 +1,100 @@
+"""Validation during training: position accuracy, the collapse warning and the picture."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from PIL import Image
+
+from voco_jax.config import Config
+from voco_jax.data.cache import Cache, Entry
+from voco_jax.data.pipeline import Sample, held_out_samples
+from voco_jax.data.volumes import dequantise
+from voco_jax.evaluation.position import PositionMetrics, measure
+from voco_jax.report.positions import draw_positions
+from voco_jax.voco.step import Predictions, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What a validation found, and its picture."""
+
+    metrics: PositionMetrics
+    image: np.ndarray  # (rows, columns, 3) uint8
+
+
+class Validator:
+    """Position accuracy on the same crops of the same held-out volumes at every call."""
+
+    def __init__(
+        self,
+        config: Config,
+        cache: Cache,
+        held_out: Sequence[Entry],
+        predict: Callable[[State, Mapping[str, jax.Array]], Predictions],
+        batch_sharding: Sharding,
+    ) -> None:
+        self._config, self._cache, self._predict = config, cache, predict
+        self._sharding = batch_sharding
+        self._entries = tuple(held_out[: config.validation.volumes])
+
+    def __call__(self, state: State, step: int) -> Validation:
+        """Predicts all held-out volumes in batches of the training's size.
+
+        The last batch is filled up with volumes from the start, which are not counted again:
+        the batch norm needs batches of one size.
+        """
+        size = self._config.batch_size
+        similarities: list[np.ndarray] = []
+        labels: list[np.ndarray] = []
+        spreads: list[float] = []
+        first: Sample | None = None
+        for start in range(0, len(self._entries), size):
+            rows = [(start + i) % len(self._entries) for i in range(size)]
+            samples = [
+                sample
+                for _, sample in held_out_samples(
+                    self._cache,
+                    [self._entries[row] for row in rows],
+                    self._config.crops,
+                    sub_volumes=self._config.validation.sub_volumes,
+                    seed=self._config.seed,
+                )
+            ]
+            first = first or samples[0]
+            batch = {
+                "subs": np.stack([sample["subs"] for sample in samples]),
+                "bases": np.stack([sample["bases"] for sample in samples]),
+                "labels": np.stack([sample["labels"] for sample in samples]),
+            }
+            found = jax.device_get(self._predict(state, jax.device_put(batch, self._sharding)))
+            count = min(size, len(self._entries) - start)
+            similarities.extend(found.similarities[:count])
+            labels.extend(batch["labels"][:count])
+            spreads.append(float(found.spread))
+        assert first is not None
+        metrics = measure(
+            np.concatenate(similarities), np.concatenate(labels), float(np.mean(spreads))
+        )
+        image = draw_positions(
+            dequantise(self._cache.read(self._entries[0])),
+            first["origins"],
+            labels[0],
+            similarities[0],
+            grid=self._config.crops.grid,
+            crop_size=self._config.crops.crop_size,
+            title=(
+                f"{self._entries[0].id}, step {step}: position accuracy of all held-out volumes "
+                f"{metrics.accuracy:.0%} (chance {metrics.chance:.0%})"
+            ),
+        )
+        return Validation(metrics, image)
+
+
+def save_picture(image: np.ndarray, path: Path) -> None:
+    """Writes a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
