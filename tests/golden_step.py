@@ -8,7 +8,7 @@ import numpy as np
 
 
 def torch_name(path):
-    """Tree path -> PyTorch name; the test's own copy of the rule in voco_jax/models/swin_unetr.py."""
+    """Tree path -> PyTorch name; the tests' own copy of the rule in models/swin_unetr.py."""
     *modules, leaf = [str(entry.key) for entry in path]
     modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
     return ".".join([*modules, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])

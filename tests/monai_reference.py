@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import torch
@@ -131,6 +132,20 @@ def load(template: Any, values: Mapping[str, np.ndarray]) -> Any:
     for name, ours, theirs in zip(names, leaves, loaded, strict=True):
         assert ours.shape == theirs.shape, name
     return jax.tree.unflatten(structure, [np.ascontiguousarray(value) for value in loaded])
+
+
+def abstract(model: nn.Module, *inputs: Any) -> Any:
+    """The shapes of a Flax module's parameters, without the time that drawing them takes."""
+    return jax.eval_shape(lambda key: model.init(key, *inputs), jax.random.key(0))["params"]
+
+
+def load_by_rule(template: Any) -> Any:
+    """The golden files' weights in the tree `template`."""
+    values = {
+        name: weight_by_rule(name, torch_shape(name, leaf))
+        for name, leaf in flatten(template).items()
+    }
+    return load(template, values)
 
 
 def parameters(model: torch.nn.Module, children: tuple[str, ...] = ()) -> dict[str, np.ndarray]:

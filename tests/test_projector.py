@@ -28,7 +28,7 @@ def test_projector_equals_torch():
     theirs = TorchProjector(20, 16)
     ours = Projector(20, 16)
     x = reference.noise((9, 20))
-    variables = ours.init(jax.random.key(0), x)
+    variables = jax.eval_shape(ours.init, jax.random.key(0), x)
     assert set(variables) == {"params"}
     params = reference.load(variables["params"], reference.parameters(theirs))
     expected = theirs(torch.from_numpy(x))

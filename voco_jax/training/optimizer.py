@@ -13,7 +13,7 @@ from voco_jax.config import Optimizer
 class AmsgradState(NamedTuple):
     """First moment, second moment and the maximum of the second moments."""
 
-    count: jax.Array
+    step: jax.Array
     mu: optax.Updates
     nu: optax.Updates
     nu_max: optax.Updates
@@ -36,24 +36,24 @@ def scale_by_amsgrad(beta1: float, beta2: float, eps: float) -> optax.GradientTr
         updates: optax.Updates, state: AmsgradState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AmsgradState]:
         del params
-        count = state.count + 1
+        step = state.step + 1
         mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, updates)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
-        correction1, correction2 = _bias_correction(beta1, count), _bias_correction(beta2, count)
+        correction1, correction2 = _bias_correction(beta1, step), _bias_correction(beta2, step)
         direction = jax.tree.map(
             lambda m, v: (m / correction1) / (jnp.sqrt(v / correction2) + eps), mu, nu_max
         )
-        return direction, AmsgradState(count, mu, nu, nu_max)
+        return direction, AmsgradState(step, mu, nu, nu_max)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
-def _bias_correction(beta: float, count: jax.Array) -> jax.Array:
-    """1 - beta^count without the cancellation that costs float32 four digits at 0.999."""
+def _bias_correction(beta: float, step: jax.Array) -> jax.Array:
+    """1 - beta^step without the cancellation that costs float32 four digits at 0.999."""
     if beta == 0:
         return jnp.ones((), jnp.float32)
-    return -jnp.expm1(count.astype(jnp.float32) * math.log(beta))
+    return -jnp.expm1(step.astype(jnp.float32) * math.log(beta))
 
 
 def schedule(settings: Optimizer, total_steps: int) -> optax.Schedule:

@@ -91,7 +91,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
         state = checkpoints.restore(latest, abstract)
         print(f"resuming at step {latest} of {config.total_steps}", flush=True)
     first_step = int(state.step)
-    info = {
+    info: dict[str, Any] = {
         "config": to_dict(config),
         "seed": config.seed,
         "batch_size": config.batch_size,
@@ -155,6 +155,8 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 values = pending.fetch()
                 rate, left = progress.lap(step, paused)
                 paused = 0.0
+                if step == first_step + 1:
+                    left = f"after compiling for {1 / rate:.0f} s"
                 values["learning_rate"] = float(learning_rate(step - 1))
                 writer.write(step, {**values, "volumes_per_second": rate * config.batch_size})
                 print(

@@ -190,5 +190,6 @@ def _regularizer(bases: jax.Array, *, one_sided: bool) -> jax.Array:
 def _combine(
     pos: jax.Array, neg: jax.Array, reg: jax.Array, inter: jax.Array | None = None
 ) -> Losses:
-    means = [jnp.mean(t) for t in (pos, neg, reg, jnp.zeros(()) if inter is None else inter)]
-    return Losses(*means, total=sum(means[1:], start=means[0]))
+    pos, neg, reg = jnp.mean(pos), jnp.mean(neg), jnp.mean(reg)
+    inter = jnp.zeros(()) if inter is None else jnp.mean(inter)
+    return Losses(pos=pos, neg=neg, reg=reg, inter=inter, total=pos + neg + inter + reg)

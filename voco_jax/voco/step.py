@@ -79,9 +79,9 @@ def embed(
         dropout_key: for drop path; None turns it off.
     """
     batch, sub_volumes, bases = labels.shape
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
     train = dropout_key is not None
-    rngs = {"dropout": dropout_key} if train else {}
-    rows = network.apply({"params": params}, crops[..., None], train, rngs=rngs)
+    rows = jnp.asarray(network.apply({"params": params}, crops[..., None], train, rngs=rngs))
     rows = rows.reshape(batch, sub_volumes + bases, -1)
     return Embeddings(x=rows[:, :sub_volumes], bases=rows[:, sub_volumes:])
 

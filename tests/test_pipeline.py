@@ -1,0 +1,116 @@
+"""The pipeline: what a batch holds depends on (seed, step) and the data alone."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from voco_jax.config import parse
+from voco_jax.data.cache import Cache
+from voco_jax.data.crops import overlap_labels
+from voco_jax.data.datalists import collect
+from voco_jax.data.phantom import make_phantoms
+from voco_jax.data.pipeline import batches, held_out_samples, split
+from voco_jax.data.prepare import prepare
+from voco_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    chain = parse(tiny_config()).data.chain
+    listed = make_phantoms(folder / "ct", 5, seed=0, shape=(40, 40, 24))
+    prepare(collect([str(listed)], [str(folder / "ct")]), folder / "cache", chain, workers=0)
+    return Cache.open(folder / "cache", chain)
+
+
+CROPS = parse(tiny_config()).crops
+
+
+def _take(cache, count, *, entries=None, batch_size=2, **options):
+    stream = batches(
+        cache, entries or cache.entries, CROPS, seed=3, batch_size=batch_size, **options
+    )
+    return list(islice(stream, count))
+
+
+def _equal(a, b):
+    return all(np.array_equal(a[name], b[name]) for name in ("subs", "bases", "labels"))
+
+
+def test_a_batch(cache):
+    (batch,) = _take(cache, 1)
+    assert batch["subs"].shape == (2, 1, 32, 32, 64)
+    assert batch["bases"].shape == (2, 2, 32, 32, 64)
+    assert batch["subs"].dtype == batch["bases"].dtype == np.uint8
+    assert batch["labels"].dtype == np.float32
+    np.testing.assert_allclose(batch["labels"].sum(axis=2), 1, atol=1e-6)
+
+
+def test_bases_rebuild_the_volume_and_subs_are_where_the_labels_say(cache):
+    for entry, found in held_out_samples(cache, cache.entries[:2], CROPS, sub_volumes=3, seed=0):
+        volume = cache.read(entry)
+        np.testing.assert_array_equal(np.concatenate(found["bases"]), volume)
+        labels = overlap_labels(found["origins"], CROPS.grid, CROPS.crop_size)
+        np.testing.assert_allclose(found["labels"], labels, atol=1e-7)
+        for sub, (x, y, z) in zip(found["subs"], found["origins"], strict=True):
+            np.testing.assert_array_equal(sub, volume[x : x + 32, y : y + 32, z : z + 64])
+
+
+def test_worker_count_changes_nothing(cache):
+    expected = _take(cache, 6)
+    for workers in (1, 2):
+        found = _take(cache, 6, workers=workers)
+        assert all(map(_equal, found, expected))
+
+
+def test_any_start_step_continues_the_same_stream(cache):
+    expected = _take(cache, 8)
+    for start in (1, 2, 5):
+        assert all(map(_equal, _take(cache, 8 - start, start_step=start), expected[start:]))
+
+
+def test_batch_size_does_not_change_the_order(cache):
+    """One host's batch of 4 is two hosts' (or two steps') batches of 2."""
+    small, large = _take(cache, 4), _take(cache, 2, batch_size=4)
+    for name in ("subs", "bases", "labels"):
+        np.testing.assert_array_equal(
+            np.concatenate([batch[name] for batch in small]),
+            np.concatenate([batch[name] for batch in large]),
+        )
+
+
+def test_every_epoch_has_every_volume_once_in_its_own_order(cache):
+    first = [cache.read(entry)[:32].tobytes() for entry in cache.entries]
+    drawn = [first.index(b["bases"][0, 0].tobytes()) for b in _take(cache, 15, batch_size=1)]
+    epochs = [tuple(drawn[i : i + 5]) for i in (0, 5, 10)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_the_seed_changes_crops(cache):
+    one = next(batches(cache, cache.entries, CROPS, seed=1, batch_size=2))
+    two = next(batches(cache, cache.entries, CROPS, seed=2, batch_size=2))
+    assert not _equal(one, two)
+
+
+def test_split(cache):
+    training, held_out = split(cache.entries, 0.4, seed=0)
+    assert (len(training), len(held_out)) == (3, 2)
+    assert {e.id for e in training} | {e.id for e in held_out} == {e.id for e in cache.entries}
+    assert split(cache.entries[::-1], 0.4, seed=0)[1] == held_out[::-1]
+    assert split(cache.entries, 0.0, seed=0) == (cache.entries, ())
+    assert len(split(cache.entries, 0.01, seed=0)[1]) == 1
+    assert any(split(cache.entries, 0.4, seed=s)[1] != held_out for s in range(1, 5))
+    with pytest.raises(InputError, match=r"data.held_out: found 1.0 of 5 .* leaves none"):
+        split(cache.entries, 1.0, seed=0)
+
+
+def test_validation_section_is_never_trained_on(cache):
+    import dataclasses
+
+    entries = (dataclasses.replace(cache.entries[0], section="validation"), *cache.entries[1:])
+    training, held_out = split(entries, 0.0, seed=0)
+    assert held_out == entries[:1]
+    assert training == entries[1:]

@@ -1,0 +1,55 @@
+"""Position metrics in closed form, the collapse warning and the picture."""
+
+import numpy as np
+import pytest
+
+from voco_jax.evaluation.position import collapse_warning, measure
+from voco_jax.report.positions import draw_positions
+
+
+def test_perfect_predictions():
+    labels = np.array([[0.7, 0.3, 0, 0], [0, 0.4, 0.6, 0]])
+    found = measure(labels, labels, 0.5)
+    assert (found.accuracy, found.chance, found.overlap_error) == (1.0, 0.25, 0.0)
+    assert collapse_warning(found) is None
+
+
+def test_ties():
+    labels = np.array([[0.5, 0.5, 0, 0]])
+    found = measure(np.array([[0.1, 0.9, 0, 0]]), labels, 0.5)
+    assert (found.accuracy, found.chance) == (1.0, 0.5)
+    assert found.overlap_error == pytest.approx(0.2)
+    # A constant prediction names everything: it is right as often as guessing.
+    constant = measure(np.full((1, 4), 0.2), labels, 0.5)
+    assert constant.accuracy == constant.chance
+
+
+def test_guessing_reaches_chance(generator):
+    labels = generator.dirichlet(np.ones(9), size=20000)
+    found = measure(generator.random((20000, 9)), labels, 0.5)
+    assert found.chance == pytest.approx(1 / 9)
+    assert found.accuracy == pytest.approx(1 / 9, abs=0.01)
+
+
+def test_collapse_is_told_in_words():
+    labels = np.array([[0.7, 0.3, 0, 0]])
+    assert "similarities are constant" in collapse_warning(measure(np.zeros((1, 4)), labels, 0.5))
+    assert "nearly one embedding" in collapse_warning(measure(labels, labels, 1e-5))
+
+
+@pytest.mark.parametrize("grid", [(3, 2, 1), (1, 2, 2)])
+def test_picture_shows_box_and_maps(generator, grid):
+    crop = (16, 16, 8)
+    size = np.multiply(grid, crop)
+    n = int(np.prod(grid))
+    origins = np.zeros((5, 3), int)
+    maps = generator.random((5, n))
+    image = draw_positions(
+        np.zeros(size), origins, maps, maps, grid=grid, crop_size=crop, title="t"
+    )
+    assert image.dtype == np.uint8
+    assert image.ndim == 3
+    left = image[:, : image.shape[1] // 3].reshape(-1, 3)
+    red = np.abs(left.astype(int) - [0xFF, 0x5A, 0x5F]).max(axis=1) < 24
+    assert red.any()  # the first sub-volume's box
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20  # the maps' colours

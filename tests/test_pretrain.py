@@ -1,0 +1,203 @@
+"""The loop: resume, guards and errors, in this process and at the smallest size."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from voco_jax.errors import InputError
+from voco_jax.training import pretrain
+from voco_jax.training.checkpoint import Checkpoints, read_network
+from voco_jax.training.metrics import MetricsWriter, Progress, duration
+
+
+def _losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of four steps, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    pretrain.run(tiny_config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_everything(finished):
+    assert sorted(_losses(finished)) == [1, 2, 3, 4]
+    assert (finished / "pictures" / "positions_0000004.png").stat().st_size > 1000
+    assert (finished / "voco_encoder.safetensors").exists()
+    card = json.loads((finished / "voco_encoder.safetensors.json").read_text())
+    assert (card["recipe"], card["step"], card["network"]) == ("voco_10k", 4, "teacher")
+    assert list((finished / "tensorboard").glob("events*"))
+    validation = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert validation["validation/chance"] >= 0.5
+
+
+def test_a_finished_run_trains_nothing_more(finished, capsys):
+    before = _losses(finished)
+    pretrain.run(tiny_config(), finished)
+    assert "nothing left to train" in capsys.readouterr().out
+    assert _losses(finished) == before
+
+
+def test_resume_is_bit_for_bit(finished, tmp_path, capsys):
+    class Killed(Exception):
+        pass
+
+    def die(self, step, values):
+        original(self, step, values)
+        if step == 3:  # the checkpoint is of step 2
+            raise Killed
+
+    original = MetricsWriter.write
+    workdir = tmp_path / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", die)
+        with pytest.raises(Killed):
+            pretrain.run(tiny_config(), workdir)
+    (workdir / "metrics.jsonl").open("a").write('{"step": 3, "los')  # and a line cut off
+    capsys.readouterr()
+    pretrain.run(tiny_config(), workdir)
+    assert "resuming at step 2 of 4" in capsys.readouterr().out
+    assert _losses(workdir) == _losses(finished)
+    for network in ("student", "teacher"):
+        expected, _ = read_network(finished, network)
+        found, _ = read_network(workdir, network)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_another_experiment_in_the_workdir(finished):
+    config = tiny_config()
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(
+        InputError, match=r"holds another experiment; optimizer.learning_rate: 0.001 -> 0.5"
+    ):
+        pretrain.run(config, finished)
+
+
+def test_runtime_settings_may_change(finished):
+    config = tiny_config()
+    config.log_every_steps = 7
+    config.checkpoint.keep = 5
+    pretrain.run(config, finished)
+
+
+def test_other_data_in_the_cache(finished):
+    info_of = Checkpoints.restore_info
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Checkpoints, "restore_info", lambda s, k: {**info_of(s, k), "data_fingerprint": "old"}
+        )
+        with pytest.raises(InputError, match=r"not those of its checkpoints .*expected old"):
+            pretrain.run(tiny_config(), finished)
+
+
+def test_a_cache_of_other_settings(finished, tmp_path):
+    config = tiny_config()
+    config.data.phantoms = 0
+    config.data.prepare = False
+    config.data.cache = str(finished / "cache")
+    config.data.chain.window = (-1000.0, 500.0)
+    with pytest.raises(InputError, match=r"window"):
+        pretrain.run(config, tmp_path / "other")
+
+
+def test_no_cache(tmp_path):
+    config = tiny_config()
+    config.data.phantoms = 0
+    config.data.prepare = False
+    with pytest.raises(InputError, match=r"voco_jax.data.prepare"):
+        pretrain.run(config, tmp_path)
+
+
+def test_prepare_without_lists(tmp_path):
+    config = tiny_config()
+    config.data.phantoms = 0
+    with pytest.raises(InputError, match=r"data.lists: found none"):
+        pretrain.run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("crops.encoder_size", (32, 32, 48), r"crops.encoder_size: .*\(32, 32, 48\).*multiples"),
+        ("crops.encoder_size", (32, 32, 32), r"crops.encoder_size: .*nearest sizes"),
+        ("model.num_heads", (5, 6, 12, 24), r"model.num_heads: found 5 .*divisor"),
+        ("model.feature_size", 13, r"model.feature_size: found 13.*multiple of 12"),
+        ("export_to", "{workdir}/voco.onnx", r"voco.onnx: found suffix '.onnx'"),
+    ],
+)
+def test_settings_that_the_encoder_cannot_take(tmp_path, field, value, message):
+    config = tiny_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=message):
+        pretrain.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_workdir_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be used as --workdir"):
+        pretrain.run(tiny_config(), tmp_path / "file")
+    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"found checkpoints but no config.json"):
+        pretrain.run(tiny_config(), tmp_path / "old")
+
+
+def test_weights_start_both_networks(finished, tmp_path, capsys):
+    config = tiny_config()
+    config.init_from = str(finished / "voco_encoder.safetensors")
+    config.total_steps = 2
+    config.optimizer.learning_rate = 1e-30
+    pretrain.run(config, tmp_path / "second")
+    out = capsys.readouterr().out
+    assert "matched" in out
+    expected, _ = read_network(finished, "teacher")
+    for network in ("student", "teacher"):
+        found, _ = read_network(tmp_path / "second", network)
+        for name in ("swinViT", "encoder1", "encoder10"):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8),
+                found[name],
+                expected[name],
+            )
+
+
+def test_weights_of_the_wrong_size(finished, tmp_path):
+    config = tiny_config()
+    config.init_from = str(finished / "voco_encoder.safetensors")
+    config.model.feature_size = 24
+    with pytest.raises(InputError, match=r"does not fit the model.*\n.*feature.size"):
+        pretrain.run(config, tmp_path)
+
+
+def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path):
+    config = tiny_config()
+    config.log_every_steps = 100  # found before the checkpoint of step 4, not at a log line
+    config.optimizer.warmup_steps = 2
+    config.optimizer.learning_rate = 1e38
+    with pytest.raises(
+        pretrain.DivergedError,
+        match=r"step [34]: .* is not finite.*Last good checkpoint: .*checkpoints/2",
+    ):
+        pretrain.run(config, tmp_path)
+
+
+def test_progress_has_its_own_clock():
+    times = iter([0.0, 10.0, 25.0])
+    progress = Progress(100, 200, clock=lambda: next(times))
+    assert progress.lap(110) == (1.0, "0:01:30")
+    rate, left = progress.lap(120, paused=5.0)
+    assert (rate, left) == (1.0, "0:01:20")
+    assert duration(3 * 3600 + 62) == "3:01:02"
+
+
+def test_read_network_errors(finished, tmp_path):
+    with pytest.raises(InputError, match=r"found no folder 'checkpoints'"):
+        read_network(tmp_path, "teacher")
+    with pytest.raises(InputError, match=r"found no step 3, expected one of 2, 4"):
+        read_network(finished, "teacher", 3)
