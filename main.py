@@ -13,6 +13,9 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from voco_jax.config import check_field
+from voco_jax.errors import InputError
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
 
@@ -20,7 +23,6 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the 
 def main(arguments: list[str]) -> None:
     """Flags, then the run; the user's mistakes are one line and exit status 2."""
     # Imported here: worker processes import this file too, and need none of it.
-    from voco_jax.errors import InputError
     from voco_jax.training.pretrain import DivergedError, run
 
     try:
@@ -28,7 +30,11 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"arguments: found {arguments[1:]}, expected only flags (see --help)")
         if _CONFIG.value is None or _WORKDIR.value is None:
             raise InputError("--config and --workdir: give both, see --help for an example")
-        run(_CONFIG.value, _WORKDIR.value)
+        try:
+            config = _CONFIG.value.to_dict()
+        except OSError as error:  # config_flags tells only now that the file did not load
+            raise InputError(f"--config: {error}") from error
+        run(config, _WORKDIR.value)
     except InputError as error:
         sys.exit(_fail(error, 2))
     except DivergedError as error:
@@ -40,9 +46,14 @@ def main(arguments: list[str]) -> None:
 def _parse_flags(arguments: list[str]) -> list[str]:
     """Absl's parser; a wrong flag or config field is one line."""
     try:
-        return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(_fail(f"flags: {error}", 2))
+        for argument in arguments[1:]:
+            if argument.startswith("--config."):
+                check_field(argument.removeprefix("--config.").split("=")[0])
+        return flags.FLAGS(arguments)
+    except InputError as error:
+        sys.exit(_fail(error, 2))
+    except (flags.Error, KeyError, OSError, TypeError, ValueError) as error:
+        sys.exit(_fail(f"flags: {error} (see --help)", 2))
 
 
 def _fail(error: object, status: int) -> int:

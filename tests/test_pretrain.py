@@ -45,19 +45,19 @@ def test_a_finished_run_trains_nothing_more(finished, capsys):
 
 
 def test_resume_is_bit_for_bit(finished, tmp_path, capsys):
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def die(self, step, values):
         original(self, step, values)
         if step == 3:  # the checkpoint is of step 2
-            raise Killed
+            raise KilledError
 
     original = MetricsWriter.write
     workdir = tmp_path / "killed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsWriter, "write", die)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             pretrain.run(tiny_config(), workdir)
     (workdir / "metrics.jsonl").open("a").write('{"step": 3, "los')  # and a line cut off
     capsys.readouterr()

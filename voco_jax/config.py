@@ -98,6 +98,7 @@ class Model:
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
     projector_size: Positive
     remat: bool  # recompute activations in the backward pass: less memory, more time
+    crops_per_pass: NotNegative  # encoded at a time on each device: less memory; 0: all of them
     dtype: Literal["bfloat16", "float32"]  # of the computation; parameters are float32
     convolution: Literal["auto", "lax", "planes"]  # form of 3x3x3; auto: planes on a CPU, else lax
 
@@ -194,8 +195,8 @@ class Config:
             )
 
 
-# Fields that may differ when a workdir is resumed: they change where and how fast the same
-# experiment runs, or what is reported of it, never its numbers.
+# Fields that may differ when a workdir is resumed: they change where, how fast and in how much
+# memory the same experiment runs, or what is reported of it; its numbers at most by rounding.
 RUNTIME_FIELDS = (
     "data.cache",
     "data.lists",
@@ -204,6 +205,8 @@ RUNTIME_FIELDS = (
     "data.prepare",
     "data.workers",
     "data.prefetch",
+    "model.remat",
+    "model.crops_per_pass",
     "log_every_steps",
     "export_to",
     "validation.every_steps",
@@ -237,16 +240,35 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 def _problem(item: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = field_names(Config)
-        close = difflib.get_close_matches(field, known, n=1)
-        hint = f", did you mean {close[0]}?" if close else f"; fields are {', '.join(known)}"
-        return f"{field}: no such field{hint}"
+        return _unknown(field)
     if item["type"].startswith("missing"):
         return f"{field}: missing; start from configs/voco_10k.py, which sets every field"
     if item["type"] == "value_error":
         message = item["msg"].removeprefix("Value error, ")
         return f"{field}.{message}" if field else message
     return f"{field}: found {item['input']!r}, expected: {item['msg']}"
+
+
+def check_field(name: str) -> None:
+    """Checks that a setting exists.
+
+    Args:
+        name: dotted, as on the command line; an index, as in model.depths[0], is left aside.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    field = name.split("[")[0]
+    known = field_names(Config)
+    if field not in known and not any(other.startswith(f"{field}.") for other in known):
+        raise InputError(f"config: {_unknown(name)}")
+
+
+def _unknown(field: str) -> str:
+    known = field_names(Config)
+    close = difflib.get_close_matches(field, known, n=1)
+    hint = f", did you mean {close[0]}?" if close else f"; fields are {', '.join(known)}"
+    return f"{field}: no such field{hint}"
 
 
 def field_names(kind: Any, prefix: str = "") -> list[str]:

@@ -254,4 +254,8 @@ class VoCoNetwork(EncoderModules):
         self.proj_head = Projector(self.pooled_size, self.projector_size, self.dtype)
 
     def __call__(self, crops: jax.Array, train: bool) -> jax.Array:
-        return self.proj_head(self.encode(crops, train).pooled)
+        return self.project(self.encode(crops, train).pooled)
+
+    def project(self, pooled: jax.Array) -> jax.Array:
+        """Pooled features `b pooled_size` of all crops of a batch -> embeddings."""
+        return self.proj_head(pooled)

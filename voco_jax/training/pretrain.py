@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -99,6 +100,9 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     }
 
     # ---- compiled functions
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # On a CPU, XLA merges recomputed activations with the first ones, and remat saves nothing.
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None
     step_function = jax.jit(
         make_train_step(
             network,
@@ -113,13 +117,19 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 shift=config.augment.shift,
             ),
             seed=config.seed,
+            passes=count_passes(config, mesh, config.crops.sub_volumes),
         ),
         in_shardings=(replicated, by_volume),
         out_shardings=(replicated, replicated),
         donate_argnums=0,
+        compiler_options=options,
     )
     predict = jax.jit(
-        make_predict(network, encoder_size=config.crops.encoder_size),
+        make_predict(
+            network,
+            encoder_size=config.crops.encoder_size,
+            passes=count_passes(config, mesh, config.validation.sub_volumes),
+        ),
         in_shardings=(replicated, by_volume),
         out_shardings=replicated,
     )
@@ -234,6 +244,16 @@ def make_network(config: Config, mesh: Mesh) -> nn.Module:
     except InputError as error:
         raise InputError(f"model.{error}") from error
     return network
+
+
+def count_passes(config: Config, mesh: Mesh, sub_volumes: int) -> int:
+    """Into how many parts each device's crops are cut, by `model.crops_per_pass`."""
+    volumes = config.batch_size // mesh.devices.size
+    crops = volumes * (sub_volumes + math.prod(config.crops.grid))
+    limit = config.model.crops_per_pass or crops
+    return next(
+        passes for passes in range(1, crops + 1) if crops % passes == 0 and crops // passes <= limit
+    )
 
 
 def claim_workdir(workdir: Path, config: Config) -> Path:

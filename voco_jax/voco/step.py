@@ -68,21 +68,41 @@ def embed(
     crops: jax.Array,
     labels: jax.Array,
     dropout_key: jax.Array | None = None,
+    passes: int = 1,
 ) -> Embeddings:
-    """All crops through one network together: the batch norm sees the whole batch.
+    """All crops through one network; the projector's batch norm sees the whole batch.
 
     Args:
-        network: crops (m, x, y, z, 1), train -> embeddings (m, d).
+        network: a `VoCoNetwork`.
         params: of the network.
         crops: (b * (s + n), x, y, z).
         labels: (b, s, n); only its shape is used.
         dropout_key: for drop path; None turns it off.
+        passes: the encoder, which takes each crop for itself, runs over so many equal parts of
+            the crops one after the other and keeps nothing between them but pooled features.
     """
     batch, sub_volumes, bases = labels.shape
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    train = dropout_key is not None
-    rows = jnp.asarray(network.apply({"params": params}, crops[..., None], train, rngs=rngs))
-    rows = rows.reshape(batch, sub_volumes + bases, -1)
+
+    def encode(part: jax.Array, key: jax.Array | None) -> jax.Array:
+        pooled = network.apply(
+            {"params": params},
+            part[..., None],
+            key is not None,
+            rngs={} if key is None else {"dropout": key},
+            method=lambda module, x, train: module.encode(x, train).pooled,
+        )
+        return jnp.asarray(pooled)
+
+    if passes == 1:
+        pooled = encode(crops, dropout_key)
+    else:
+        # Every part takes crops from the whole range, so that all devices work on every part.
+        parts = crops.reshape(-1, passes, *crops.shape[1:]).swapaxes(0, 1)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, passes)
+        pooled = jax.lax.map(jax.checkpoint(lambda part: encode(*part)), (parts, keys))
+        pooled = pooled.swapaxes(0, 1).reshape(crops.shape[0], -1)
+    rows = network.apply({"params": params}, pooled, method="project")
+    rows = jnp.asarray(rows).reshape(batch, sub_volumes + bases, -1)
     return Embeddings(x=rows[:, :sub_volumes], bases=rows[:, sub_volumes:])
 
 
@@ -99,6 +119,7 @@ def make_train_step(
     momentum: float,
     draw: Callable[[jax.Array, int], augment.Draws] | None,
     seed: int,
+    passes: int = 1,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """One update, in the published order.
 
@@ -113,6 +134,7 @@ def make_train_step(
         draw: (key, number of crops) -> augmentation; None: no augmentation.
         seed: of augmentation and drop path; each step's key is folded in from its number, so
             that a resumed run needs no random state.
+        passes: see `embed`.
 
     Returns:
         The step: (state, batch) -> (state, metrics); metrics are float32 scalars.
@@ -127,8 +149,8 @@ def make_train_step(
         teacher = ema(state.teacher, state.student, momentum)
 
         def loss(student: Params) -> tuple[jax.Array, losses.Losses]:
-            s = embed(network, student, crops, labels, dropout_key)
-            t = embed(network, teacher, crops, labels)
+            s = embed(network, student, crops, labels, dropout_key, passes)
+            t = embed(network, teacher, crops, labels, passes=passes)
             terms = losses.voco_10k(
                 x_student=s.x,
                 bases_student=s.bases,
@@ -145,7 +167,7 @@ def make_train_step(
             "pos": terms.pos,
             "neg": terms.neg,
             "reg": terms.reg,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
         }
         new_state = State(
             step=state.step + 1,
@@ -167,14 +189,14 @@ class Predictions:
 
 
 def make_predict(
-    network: nn.Module, *, encoder_size: augment.Size
+    network: nn.Module, *, encoder_size: augment.Size, passes: int = 1
 ) -> Callable[[State, Batch], Predictions]:
     """Predictions without augmentation, as the training loss sees them."""
 
     def predict(state: State, batch: Batch) -> Predictions:
         crops, labels = prepare(batch, encoder_size), batch["labels"]
-        s = embed(network, state.student, crops, labels)
-        t = embed(network, state.teacher, crops, labels)
+        s = embed(network, state.student, crops, labels, passes=passes)
+        t = embed(network, state.teacher, crops, labels, passes=passes)
         return Predictions(
             similarities=losses.voco_10k_prediction(
                 x_student=s.x, bases_student=s.bases, x_teacher=t.x, bases_teacher=t.bases

@@ -1,0 +1,189 @@
+"""The commands as a user runs them: real CT in, kill -9, resume, PyTorch weights out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared_file
+from monai.networks.nets import SwinUNETR
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "total_steps": 40,
+    "log_every_steps": 1,
+    "data.phantoms": 0,
+    "data.prepare": False,
+    "data.workers": 1,
+    "data.chain.volume_size": "(64, 32, 64)",
+    "crops.grid": "(2, 1, 1)",
+    "crops.sub_volumes": 1,
+    "augment.flip_probability": 0.2,
+    "augment.rotate_probability": 0.2,
+    "model.depths": "(1, 1, 1, 1)",
+    "model.projector_size": 32,
+    "validation.every_steps": 0,
+    "checkpoint.every_steps": 7,
+}
+
+
+def _command(module_or_file, *flags):
+    start = [module_or_file] if module_or_file.endswith(".py") else ["-m", module_or_file]
+    return [sys.executable, *start, *flags]
+
+
+def _run(command, **options):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _train(workdir, cache):
+    flags = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+    flags += [f"--workdir={workdir}", f"--config.data.cache={cache}"]
+    return _command("main.py", "--config=configs/demo.py", *flags)
+
+
+def _lines(workdir):
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {line["step"]: line["loss"] for line in map(json.loads, whole) if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    listed = shared_file("ct", "pretrain.json")
+    folder = tmp_path_factory.mktemp("real") / "cache"
+    flags = ["--datalist", listed, "--root", listed.parent, "--cache", folder]
+    out = _run(
+        _command("voco_jax.data.prepare", *map(str, flags), "--size", "64", "32", "64", "--strict")
+    )
+    assert "12 training and 3 validation volumes" in out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    _run(_train(workdir, cache))
+    assert sorted(_lines(workdir)) == list(range(1, 41))
+    return workdir
+
+
+def test_kill_and_resume_is_bit_for_bit(cache, whole, tmp_path):
+    step = int(np.random.default_rng(20261123).integers(9, 38))
+    command = _train(tmp_path, cache)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while max(_lines(tmp_path), default=0) < step:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    before = _lines(tmp_path)
+    out = _run(command)
+    resumed = int(out.split("resuming at step ")[1].split()[0])
+    assert 0 < resumed <= max(before)
+    assert _lines(tmp_path) == _lines(whole)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_exported_weights_are_monais(whole, tmp_path, suffix):
+    from voco_jax.models.swin_unetr import SwinUNETREncoder
+    from voco_jax.training.checkpoint import read_network
+
+    output = tmp_path / f"voco{suffix}"
+    out = _run(
+        _command("voco_jax.interop.export", "--checkpoint", str(whole), "--output", str(output))
+    )
+    assert "SwinUNETR" in out
+    model = SwinUNETR(
+        in_channels=1,
+        out_channels=2,
+        feature_size=12,
+        use_v2=True,
+        window_size=4,
+        depths=(1, 1, 1, 1),
+    )
+    weights = torch.load(output, weights_only=True) if suffix == ".pt" else load_file(output)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert missing
+    assert all(name.startswith(("decoder", "out.")) for name in missing)
+
+    params, info = read_network(whole, "teacher")
+    assert info["step"] == 40
+    params.pop("proj_head")
+    crops = np.random.default_rng(0).random((2, 32, 32, 64, 1), dtype=np.float32)
+    network = SwinUNETREncoder(
+        feature_size=12,
+        window_size=4,
+        depths=(1, 1, 1, 1),
+        patch_merging="merging",
+        convolution="planes",
+    )
+    import jax
+
+    ours = jax.jit(lambda p, x: network.apply({"params": p}, x, False))(params, crops)
+    images = torch.from_numpy(np.moveaxis(crops, -1, 1))
+    with torch.no_grad():
+        states = model.swinViT(images, True)
+        features = [
+            model.encoder1(images),
+            model.encoder2(states[0]),
+            model.encoder3(states[1]),
+            model.encoder4(states[2]),
+        ]
+        last = model.encoder10(states[4])
+    for found, expected in zip(
+        [*ours.hidden_states, *ours.features[:4]], [*states, *features], strict=True
+    ):
+        np.testing.assert_allclose(np.moveaxis(found, -1, 1), expected.numpy(), atol=1e-4)
+    # Two voxels: InstanceNorm is nearly a sign there and multiplies rounding by up to 300.
+    pooled = np.asarray(ours.features[4]).mean((1, 2, 3))
+    np.testing.assert_allclose(pooled, last.mean((2, 3, 4)).numpy(), atol=1e-3)
+
+    described = _run(_command("voco_jax.interop.inspect", str(output)))
+    assert "feature size" in described.lower()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model.nonsense=1"], "nonsense"),
+        (["--config.crops.grid=(5, 1, 1)"], "crops.grid"),
+        (["--config=configs/none.py"], "none.py"),
+        (["extra"], "extra"),
+        (["--nonsense"], "nonsense"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(tmp_path, flags, message):
+    command = _command("main.py", "--config=configs/demo.py", f"--workdir={tmp_path}", *flags)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stderr
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["main.py", "voco_jax.data.prepare", "voco_jax.interop.export", "voco_jax.interop.inspect"],
+)
+def test_help_has_an_example(command):
+    done = subprocess.run(_command(command, "--help"), cwd=ROOT, capture_output=True, text=True)
+    assert "xample" in done.stdout
+    name = "main.py" if command == "main.py" else command
+    assert f"python {name}" in done.stdout or f"python -m {name}" in done.stdout
