@@ -79,7 +79,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     latest = checkpoints.latest_step()
     if latest is None:
-        state = jax.jit(make_state, out_shardings=replicated)()
+        state = make_state(sharding=replicated)
         if config.init_from:
             state = jax.device_put(initialise_from(config, state), replicated)
         print("starting at step 0", flush=True)

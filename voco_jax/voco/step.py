@@ -1,6 +1,7 @@
 """The voco_10k training step and its validation: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -38,20 +39,25 @@ def init_state(
     optimizer: optax.GradientTransformation,
     encoder_size: augment.Size,
     seed: int,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> State:
-    """Random student and, independently, random teacher (as published)."""
+    """Random student and, independently, random teacher (as published).
+
+    One network's initialisation is compiled and called twice: compiling takes most of the time.
+    """
     student_key, teacher_key = jax.random.split(jax.random.key(seed))
     crops = jnp.zeros((2, *encoder_size, 1), jnp.float32)
 
+    @partial(jax.jit, out_shardings=sharding)
     def init(key: jax.Array) -> Params:
         return network.init(key, crops, False)["params"]
 
     student = init(student_key)
     return State(
-        step=jnp.zeros((), jnp.int32),
+        step=jax.device_put(jnp.zeros((), jnp.int32), sharding),
         student=student,
         teacher=init(teacher_key),
-        optimizer=optimizer.init(student),
+        optimizer=jax.jit(optimizer.init, out_shardings=sharding)(student),
     )
 
 
