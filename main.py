@@ -52,7 +52,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except InputError as error:
         sys.exit(_fail(error, 2))
-    except (flags.Error, KeyError, OSError, TypeError, ValueError) as error:
+    except (flags.Error, LookupError, OSError, TypeError, ValueError) as error:
         sys.exit(_fail(f"flags: {error} (see --help)", 2))
 
 

@@ -88,6 +88,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint = {"every_steps": 1_000, "keep": 3}
     config.init = {
         "allow_missing": ("proj_head.*",),
-        "allow_unexpected": ("decoder*", "out.*"),
+        "allow_unexpected": ("decoder*", "out.*", "proj_head.*"),
     }
     return config

@@ -125,7 +125,7 @@ def test_exported_weights_are_monais(whole, tmp_path, suffix):
     params, info = read_network(whole, "teacher")
     assert info["step"] == 40
     params.pop("proj_head")
-    crops = np.random.default_rng(0).random((2, 32, 32, 64, 1), dtype=np.float32)
+    crops = np.random.default_rng(0).random((2, 64, 64, 64, 1), dtype=np.float32)
     network = SwinUNETREncoder(
         feature_size=12,
         window_size=4,
@@ -144,15 +144,12 @@ def test_exported_weights_are_monais(whole, tmp_path, suffix):
             model.encoder2(states[0]),
             model.encoder3(states[1]),
             model.encoder4(states[2]),
+            model.encoder10(states[4]),
         ]
-        last = model.encoder10(states[4])
     for found, expected in zip(
-        [*ours.hidden_states, *ours.features[:4]], [*states, *features], strict=True
+        [*ours.hidden_states, *ours.features], [*states, *features], strict=True
     ):
         np.testing.assert_allclose(np.moveaxis(found, -1, 1), expected.numpy(), atol=1e-4)
-    # Two voxels: InstanceNorm is nearly a sign there and multiplies rounding by up to 300.
-    pooled = np.asarray(ours.features[4]).mean((1, 2, 3))
-    np.testing.assert_allclose(pooled, last.mean((2, 3, 4)).numpy(), atol=1e-3)
 
     described = _run(_command("voco_jax.interop.inspect", str(output)))
     assert "feature size" in described.lower()

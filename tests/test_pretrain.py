@@ -1,6 +1,8 @@
 """The loop: resume, guards and errors, in this process and at the smallest size."""
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -92,7 +94,7 @@ def test_other_data_in_the_cache(finished):
         patch.setattr(
             Checkpoints, "restore_info", lambda s, k: {**info_of(s, k), "data_fingerprint": "old"}
         )
-        with pytest.raises(InputError, match=r"not those of its checkpoints .*expected old"):
+        with pytest.raises(InputError, match=r"expected those of the checkpoints, old"):
             pretrain.run(tiny_config(), finished)
 
 
@@ -143,9 +145,52 @@ def test_a_workdir_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be used as --workdir"):
         pretrain.run(tiny_config(), tmp_path / "file")
-    (tmp_path / "old" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"found checkpoints but no config.json"):
+    (tmp_path / "old" / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"config.json: cannot be read .*not known whose"):
         pretrain.run(tiny_config(), tmp_path / "old")
+
+
+def test_a_start_that_failed_may_be_mended(tmp_path):
+    config = tiny_config()
+    config.init_from = str(tmp_path / "none.pt")
+    with pytest.raises(InputError, match=r"none.pt"):
+        pretrain.run(config, tmp_path / "run")
+    parsed = pretrain.parse(tiny_config())
+    assert pretrain.claim_workdir(tmp_path / "run", parsed) == tmp_path / "run"
+
+
+def test_export_beside_a_running_save(finished):
+    half_written = finished / "checkpoints" / "9.orbax-checkpoint-tmp"
+    half_written.mkdir()
+    read_network(finished, "teacher")
+    assert half_written.exists()
+    half_written.rmdir()
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for file in (copy / "checkpoints" / "4" / "info").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"{")
+    with pytest.raises(
+        InputError, match=r"checkpoints/4: .*cannot be restored .*to resume from step 2"
+    ):
+        read_network(copy, "teacher")
+
+
+def test_a_cache_may_grow_but_not_change(finished):
+    config = pretrain._fill_in(pretrain.parse(tiny_config()), finished)
+    cache = pretrain.Cache.open(config.data.cache, config.data.chain)
+    chosen = pretrain.choose_volumes(cache, config, finished, resuming=True)
+    assert [len(part) for part in chosen] == [3, 1]
+    more = dataclasses.replace(cache.entries[0], id="zzz", checksum="other")
+    grown = dataclasses.replace(cache, entries=(*cache.entries, more))
+    assert pretrain.choose_volumes(grown, config, finished, resuming=True) == chosen
+    changed = dataclasses.replace(cache.entries[0], checksum="other")
+    other = dataclasses.replace(cache, entries=(changed, *cache.entries[1:]))
+    with pytest.raises(InputError, match=r"1 volumes that this run began with .*have changed"):
+        pretrain.choose_volumes(other, config, finished, resuming=True)
 
 
 def test_weights_start_both_networks(finished, tmp_path, capsys):

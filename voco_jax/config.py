@@ -196,7 +196,8 @@ class Config:
 
 
 # Fields that may differ when a workdir is resumed: they change where, how fast and in how much
-# memory the same experiment runs, or what is reported of it; its numbers at most by rounding.
+# memory the same experiment runs, or what is reported of it; its numbers at most by rounding
+# (and by the draws of drop path, if there is any).
 RUNTIME_FIELDS = (
     "data.cache",
     "data.lists",
@@ -241,6 +242,13 @@ def _problem(item: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _unknown(field)
+    if item["loc"] and isinstance(item["loc"][-1], int):
+        field = ".".join(str(part) for part in item["loc"][:-1])
+        position = f"value {item['loc'][-1] + 1}"
+        if item["type"].startswith("missing"):
+            return f"{field}: {position} is missing; give the whole tuple, as (7, 7, 7)"
+        if item["type"] != "value_error":
+            return f"{field}: {position}: found {item['input']!r}, expected: {item['msg']}"
     if item["type"].startswith("missing"):
         return f"{field}: missing; start from configs/voco_10k.py, which sets every field"
     if item["type"] == "value_error":

@@ -6,8 +6,10 @@ labels do not change with the number of workers, threads or hosts.
 
 import dataclasses
 import hashlib
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
@@ -59,10 +61,7 @@ def split(
         InputError: nothing is left to train on.
     """
 
-    def rank(entry: Entry) -> bytes:
-        return hashlib.blake2b(f"{seed}/{entry.id}".encode()).digest()
-
-    candidates = sorted((e for e in entries if e.section == "training"), key=rank)
+    candidates = shuffled([e for e in entries if e.section == "training"], seed)
     count = max(1, round(held_out * len(candidates))) if held_out > 0 else 0
     kept = {entry.id for entry in candidates[count:]}
     training = tuple(e for e in entries if e.id in kept)
@@ -73,6 +72,11 @@ def split(
             "data.held_out"
         )
     return training, tuple(e for e in entries if e.id not in kept)
+
+
+def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:
+    """Entries in the order of a hash of (seed, id): random, but not changed by other entries."""
+    return sorted(entries, key=lambda e: hashlib.blake2b(f"{seed}/{e.id}".encode()).digest())
 
 
 def sample(
@@ -148,11 +152,22 @@ def batches(
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Keeps workers off the accelerator and alive until the main process has saved."""
+    """Keeps a worker off the accelerator, and alive exactly as long as the main process.
+
+    A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is for the main process.
+    """
     del index, count
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def held_out_samples(

@@ -453,7 +453,11 @@ def _read_config(path: str) -> Config:
     if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise InputError(f"{path}: no such config file, expected a .py with get_config()")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, os.getcwd())  # config files import each other from the project's root
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path}: this config file fails: {error!r}") from error
     if not hasattr(module, "get_config"):
         raise InputError(f"{path}: found no get_config() in it; see configs/voco_10k.py")
     return parse(module.get_config())

@@ -1,6 +1,7 @@
 """Writes a network as the published weights are: for MONAI's SwinUNETR, with a card beside it."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -86,6 +87,11 @@ def check_output(output: str | PathLike[str]) -> Path:
     if path.suffix not in (".pt", SAFETENSORS_SUFFIX):
         raise InputError(
             f"{path}: found suffix {path.suffix!r}, expected .pt or {SAFETENSORS_SUFFIX}"
+        )
+    if path.suffix == ".pt" and importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"{path}: writing .pt needs torch, which is not installed: pip install torch, or "
+            f"choose {SAFETENSORS_SUFFIX}"
         )
     if path.is_dir():
         raise InputError(f"{path}: found a folder, expected a file to write")

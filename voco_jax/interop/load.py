@@ -38,7 +38,8 @@ def load_into(
         path_or_tensors: a weight file, or what `weights.read` returned for one.
         allow_missing: patterns as in shells, of PyTorch names that the file may lack; these
             parameters keep the template's values.
-        allow_unexpected: patterns of names in the file that are left aside.
+        allow_unexpected: patterns of names in the file that are left aside; a name of another
+            shape is, if both kinds of patterns allow it.
         network: `teacher` or `student`, where the file holds both.
         window_size: the model's; without it a cube is assumed in checking the file's
             `relative_position_index`.
@@ -72,12 +73,17 @@ def load_into(
     report = dataclasses.replace(report, notes=tuple(notes))
     missing = _not_allowed(report.missing, allow_missing)
     unexpected = _not_allowed(report.unexpected, allow_unexpected)
+    wrong_shape = [
+        wrong
+        for wrong in report.wrong_shape
+        if _not_allowed([wrong.name], allow_missing) or _not_allowed([wrong.name], allow_unexpected)
+    ]
     problems = [
         f"{len(names)} {what}"
         for names, what in (
             (missing, "missing"),
             (unexpected, "unexpected"),
-            (report.wrong_shape, "of another shape"),
+            (wrong_shape, "of another shape"),
             (wrong_windows, "relative_position_index of another window"),
         )
         if names

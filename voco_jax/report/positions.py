@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 Size = tuple[int, int, int]
-_COLOURS = ("#ff5a5f", "#2ec4b6", "#ffbf00", "#9d7bff")
+_COLOURS = ("#ff5a5f", "#2ec4b6", "#ffbf00", "#9d7bff", "#5ab1ff", "#ff9f5a", "#a8e05f", "#ff7bd5")
 
 
 def draw_positions(
@@ -24,7 +24,7 @@ def draw_positions(
 
     Args:
         volume: (x, y, z) RAS, 0..1.
-        origins: (s, 3) corners of the sub-volumes, voxels; the first four are drawn.
+        origins: (s, 3) corners of the sub-volumes, voxels; the first eight are drawn.
         labels: (s, n) overlap ratios.
         similarities: (s, n) predicted.
         grid: base crops along (x, y, z).
@@ -67,7 +67,7 @@ def draw_positions(
                     color="black" if table[i, j] > 0.6 * top else "white",
                 )
             axis.set(xticks=[], yticks=[])
-            axis.set_title(name, fontsize=9)
+            axis.set_title(name + (f", layer {layer + 1}" if grid[2] > 1 else ""), fontsize=9)
         figure.colorbar(image, ax=axes[row, 1:], shrink=0.8)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

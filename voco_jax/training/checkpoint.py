@@ -4,8 +4,9 @@ A step's folder holds `student`, `teacher` and `optimizer` (arrays) and `info` (
 position and the experiment's config). Steps are written asynchronously and become visible whole.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,31 @@ from voco_jax.voco.step import State
 FOLDER = "checkpoints"
 _NETWORKS = ("student", "teacher")
 _ITEMS = (*_NETWORKS, "optimizer", "info")
+_WRITE_ERRORS = (OSError, ValueError)  # TensorStore reports a full disk as a ValueError
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir.
 
-    def __init__(self, workdir: Path, keep: int) -> None:
+    Attributes:
+        folder: where they are.
+    """
+
+    def __init__(self, workdir: Path, keep: int | None) -> None:
+        """Opens a workdir's checkpoints.
+
+        Args:
+            workdir: of the run.
+            keep: how many of the latest to keep; None: only to read, beside a run that saves.
+        """
         logging.getLogger("absl").setLevel(logging.WARNING)
         self.folder = (workdir / FOLDER).resolve()
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_names=_ITEMS,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        )
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            # What a killed run left half-written is removed.
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.folder, item_names=_ITEMS, options=options)
 
     def latest_step(self) -> int | None:
         """The last step that was saved whole; None: nothing was."""
@@ -60,7 +73,7 @@ class Checkpoints:
         )
         try:
             self._manager.save(int(state.step), args=arguments)
-        except OSError as error:
+        except _WRITE_ERRORS as error:
             raise self._unwritable(error) from error
 
     def wait(self) -> None:
@@ -71,13 +84,29 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-        except OSError as error:
+        except _WRITE_ERRORS as error:
             raise self._unwritable(error) from error
 
     def restore_info(self, step: int) -> dict[str, Any]:
-        """The JSON of a step."""
-        found = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
-        return dict(found["info"])
+        """The JSON of a step.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        arguments = ocp.args.Composite(info=ocp.args.JsonRestore())
+        with self._damage_named(step):
+            info = dict(self._manager.restore(step, args=arguments)["info"])
+            return {name: info[name] for name in ("config", "step", "data_fingerprint")}
+
+    def restore_network(self, step: int, network: str) -> dict[str, Any]:
+        """One network's parameters as nested dicts of NumPy arrays.
+
+        Raises:
+            InputError: they are damaged.
+        """
+        with self._damage_named(step), ocp.StandardCheckpointer() as reader:
+            arrays = reader.restore(self.folder / str(step) / network)
+        return jax.tree.map(np.asarray, arrays)
 
     def restore(self, step: int, abstract: State) -> State:
         """The state of a step.
@@ -89,25 +118,13 @@ class Checkpoints:
         Raises:
             InputError: the arrays are damaged or of another model.
         """
-        try:
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    student=ocp.args.StandardRestore(abstract.student),
-                    teacher=ocp.args.StandardRestore(abstract.teacher),
-                    optimizer=ocp.args.StandardRestore(abstract.optimizer),
-                ),
-            )
-        except (ValueError, KeyError, OSError) as error:
-            earlier = [s for s in self.steps() if s != step]
-            raise InputError(
-                f"{self.folder / str(step)}: this checkpoint cannot be restored ({error}); "
-                + (
-                    f"move it away to resume from step {earlier[-1]}"
-                    if earlier
-                    else "move it away to start again"
-                )
-            ) from error
+        arguments = ocp.args.Composite(
+            student=ocp.args.StandardRestore(abstract.student),
+            teacher=ocp.args.StandardRestore(abstract.teacher),
+            optimizer=ocp.args.StandardRestore(abstract.optimizer),
+        )
+        with self._damage_named(step):
+            found = self._manager.restore(step, args=arguments)
         return State(
             step=jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
             student=found["student"],
@@ -119,7 +136,19 @@ class Checkpoints:
         """Waits for saves and lets go of the folder."""
         self._manager.close()
 
-    def _unwritable(self, error: OSError) -> InputError:
+    @contextlib.contextmanager
+    def _damage_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            earlier = [s for s in self.steps() if s < step]
+            raise InputError(
+                f"{self.folder / str(step)}: this checkpoint cannot be restored "
+                f"({type(error).__name__}: {error}); move it away to "
+                + (f"resume from step {earlier[-1]}" if earlier else "start again")
+            ) from error
+
+    def _unwritable(self, error: Exception) -> InputError:
         last = self.latest_step()
         return InputError(
             f"{self.folder}: cannot save a checkpoint ({error}); free space or mend permissions, "
@@ -152,7 +181,7 @@ def read_network(
         raise InputError(
             f"{workdir}: found no folder {FOLDER!r} in it, expected the --workdir of a training run"
         )
-    checkpoints = Checkpoints(Path(workdir), keep=1)
+    checkpoints = Checkpoints(Path(workdir), keep=None)
     try:
         steps = checkpoints.steps()
         if not steps:
@@ -162,9 +191,6 @@ def read_network(
             raise InputError(
                 f"{folder}: found no step {chosen}, expected one of {', '.join(map(str, steps))}"
             )
-        with ocp.StandardCheckpointer() as reader:
-            arrays = reader.restore(folder.resolve() / str(chosen) / network)
-        info = checkpoints.restore_info(chosen)
+        return checkpoints.restore_network(chosen, network), checkpoints.restore_info(chosen)
     finally:
         checkpoints.close()
-    return jax.tree.map(np.asarray, arrays), info

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from voco_jax.config import RUNTIME_FIELDS, Config, differences, parse, to_dict
-from voco_jax.data.cache import Cache, fingerprint
+from voco_jax.data.cache import Cache, Entry, fingerprint
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.pipeline import batches, split
@@ -31,6 +31,7 @@ from voco_jax.interop.export import Card, check_output, export
 from voco_jax.interop.load import load_into
 from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
+from voco_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from voco_jax.training.checkpoint import Checkpoints
 from voco_jax.training.metrics import MetricsWriter, Progress, duration
 from voco_jax.training.optimizer import make_optimizer, schedule
@@ -38,7 +39,7 @@ from voco_jax.training.validate import Validator, save_picture
 from voco_jax.voco import augment
 from voco_jax.voco.step import State, init_state, make_predict, make_train_step
 
-CONFIG = "config.json"
+CONFIG, VOLUMES = "config.json", "volumes.json"
 
 
 class DivergedError(RuntimeError):
@@ -67,8 +68,10 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     print(f"devices: {meshes.describe(mesh)}; workdir: {workdir}", flush=True)
 
     # ---- data
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    latest = checkpoints.latest_step()
     cache = open_cache(config, workdir)
-    training, held_out = split(cache.entries, config.data.held_out, config.seed)
+    training, held_out = choose_volumes(cache, config, workdir, resuming=latest is not None)
     data_fingerprint = fingerprint(training)
     print(f"data: {len(training)} volumes to train on, {len(held_out)} held out", flush=True)
 
@@ -76,8 +79,6 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     make_state = partial(init_state, network, optimizer, config.crops.encoder_size, config.seed)
     replicated, by_volume = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    latest = checkpoints.latest_step()
     if latest is None:
         state = make_state(sharding=replicated)
         if config.init_from:
@@ -165,15 +166,17 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 values = pending.fetch()
                 rate, left = progress.lap(step, paused)
                 paused = 0.0
-                if step == first_step + 1:
-                    left = f"after compiling for {1 / rate:.0f} s"
                 values["learning_rate"] = float(learning_rate(step - 1))
-                writer.write(step, {**values, "volumes_per_second": rate * config.batch_size})
+                if step == first_step + 1:  # its time is the compiler's
+                    speed = f"compiled in {1 / rate:.0f} s"
+                else:
+                    values["volumes_per_second"] = rate * config.batch_size
+                    speed = f"{values['volumes_per_second']:.2f} volumes/s  ETA {left}"
+                writer.write(step, values)
                 print(
                     f"step {step}/{config.total_steps}  loss {values['loss']:.4f} "
                     f"(pos {values['pos']:.4f} neg {values['neg']:.4f} reg {values['reg']:.4f})  "
-                    f"lr {values['learning_rate']:.2e}  "
-                    f"{rate * config.batch_size:.2f} volumes/s  ETA {left}",
+                    f"lr {values['learning_rate']:.2e}  {speed}",
                     flush=True,
                 )
 
@@ -183,6 +186,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 checkpoints.save(state, info)
             every = config.validation.every_steps
             if validator and every and (step % every == 0 or last):
+                pending.fetch()
                 _validate(validator, state, step, writer, workdir)
             paused += time.monotonic() - pause_start
         checkpoints.wait()
@@ -272,16 +276,10 @@ def claim_workdir(workdir: Path, config: Config) -> Path:
     path = workdir / CONFIG
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        # Before the first checkpoint there is nothing to resume: settings may still be mended.
+        if any((workdir / CHECKPOINTS).glob("[0-9]*")):
             _check_same_experiment(path, config)
-        elif (workdir / "checkpoints").exists():
-            raise InputError(
-                f"{workdir}: found checkpoints but no {CONFIG}, so their experiment is not known; "
-                "choose another --workdir"
-            )
-        aside = path.with_name(CONFIG + ".tmp")
-        aside.write_text(json.dumps(to_dict(config), indent=2) + "\n", "utf-8")
-        os.replace(aside, path)
+        _write_whole(path, json.dumps(to_dict(config), indent=2))
     except OSError as error:
         raise InputError(
             f"{workdir}: cannot be used as --workdir ({error}); choose another"
@@ -291,9 +289,12 @@ def claim_workdir(workdir: Path, config: Config) -> Path:
 
 def _check_same_experiment(path: Path, config: Config) -> None:
     try:
-        old = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); choose another --workdir") from error
+        old = dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}), so it is not known whose checkpoints are beside "
+            "it; choose another --workdir"
+        ) from error
     changed = [
         line
         for line in differences(old, to_dict(config))
@@ -330,6 +331,61 @@ def open_cache(config: Config, workdir: Path) -> Cache:
     return Cache.open(data.cache, data.chain)
 
 
+def choose_volumes(
+    cache: Cache, config: Config, workdir: Path, *, resuming: bool
+) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """Training and held-out volumes: split anew, or, when resuming, those that the run began with.
+
+    They are kept in WORKDIR/volumes.json, so that a cache may gain volumes while a run goes on.
+
+    Returns:
+        (training, held-out), each in order of id.
+
+    Raises:
+        InputError: a volume that the run began with is gone or has changed.
+    """
+    path = workdir / VOLUMES
+    if not resuming:
+        chosen = split(cache.entries, config.data.held_out, config.seed)
+        names = ("training", "held_out")
+        content = {
+            name: {entry.id: entry.checksum for entry in entries}
+            for name, entries in zip(names, chosen, strict=True)
+        }
+        _write_whole(path, json.dumps(content, indent=1))
+        return chosen
+    try:
+        old = json.loads(path.read_text("utf-8"))
+        wanted = old["training"], old["held_out"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error!r}), so it is not known which volumes this run began "
+            "with; choose another --workdir"
+        ) from error
+    entries = {entry.id: entry for entry in cache.entries}
+    for checksums in wanted:
+        changed = [
+            name
+            for name, checksum in checksums.items()
+            if name not in entries or entries[name].checksum != checksum
+        ]
+        if changed:
+            raise InputError(
+                f"{cache.path}: {len(changed)} volumes that this run began with are gone or have "
+                f"changed ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}); bring "
+                "them back to resume, or choose another --workdir and --config.init_from with "
+                "this run's exported weights"
+            )
+    training, held_out = (tuple(entries[name] for name in sorted(c)) for c in wanted)
+    return training, held_out
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text + "\n", "utf-8")
+    os.replace(aside, path)
+
+
 def initialise_from(config: Config, state: State) -> State:
     """Replaces both networks' weights by those of `config.init_from`, and prints what matched.
 
@@ -364,10 +420,8 @@ def _fill_in(config: Config, workdir: Path) -> Config:
 def _check_data(info: Mapping[str, Any], data_fingerprint: str, workdir: Path) -> None:
     if info["data_fingerprint"] != data_fingerprint:
         raise InputError(
-            f"{workdir}: the training volumes are not those of its checkpoints (fingerprint "
-            f"{data_fingerprint}, expected {info['data_fingerprint']}): the cache has gained, lost "
-            "or changed volumes. Use the cache as it was to resume, or choose another --workdir "
-            "and --config.init_from with this run's exported weights"
+            f"{workdir / VOLUMES}: found volumes of fingerprint {data_fingerprint}, expected those "
+            f"of the checkpoints, {info['data_fingerprint']}; choose another --workdir"
         )
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from voco_jax.config import Config
 from voco_jax.data.cache import Cache, Entry
-from voco_jax.data.pipeline import Sample, held_out_samples
+from voco_jax.data.pipeline import Sample, held_out_samples, shuffled
 from voco_jax.data.volumes import dequantise
 from voco_jax.evaluation.position import PositionMetrics, measure
 from voco_jax.report.positions import draw_positions
@@ -39,7 +39,8 @@ class Validator:
     ) -> None:
         self._config, self._cache, self._predict = config, cache, predict
         self._sharding = batch_sharding
-        self._entries = tuple(held_out[: config.validation.volumes])
+        # The first by id would mostly be of one data set.
+        self._entries = tuple(shuffled(held_out, config.seed)[: config.validation.volumes])
 
     def __call__(self, state: State, step: int) -> Validation:
         """Predicts all held-out volumes in batches of the training's size.
