@@ -61,7 +61,8 @@ def test_resume_is_bit_for_bit(finished, tmp_path, capsys):
         patch.setattr(MetricsWriter, "write", die)
         with pytest.raises(KilledError):
             pretrain.run(tiny_config(), workdir)
-    (workdir / "metrics.jsonl").open("a").write('{"step": 3, "los')  # and a line cut off
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')  # and a line cut off
     capsys.readouterr()
     pretrain.run(tiny_config(), workdir)
     assert "resuming at step 2 of 4" in capsys.readouterr().out

@@ -496,3 +496,18 @@ def test_pickles_of_protocol_5_are_refused_not_misread(tmp_path):
     Path(tmp_path / "w.pt").write_bytes(buffer.getvalue())
     with pytest.raises(InputError):
         read(tmp_path / "w.pt")
+
+
+def test_projector_of_another_width_is_left_aside_where_both_patterns_allow_it():
+    other = VoCoNetwork(feature_size=12, window_size=4, projector_size=32)
+    crops = jax.ShapeDtypeStruct((2, 32, 32, 64, 1), np.float32)
+    shapes = jax.eval_shape(lambda x: other.init(jax.random.key(0), x, False), crops)["params"]
+    tensors = to_torch(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+    projector = ("proj_head.*",)
+    params, report = load_into(network(), tensors, projector, projector)
+    assert {wrong.name for wrong in report.wrong_shape} >= {"proj_head.layer1.0.weight"}
+    assert not np.any(params["proj_head"]["layer1_0"]["kernel"])
+    assert np.all(params["encoder1"]["layer"]["conv1"]["conv"]["kernel"] == 1)
+    for allowed in ((projector, ()), ((), projector)):
+        with pytest.raises(InputError, match="of another shape"):
+            load_into(network(), tensors, *allowed)
