@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         try:
             config = _CONFIG.value.to_dict()
         except OSError as error:  # config_flags tells only now that the file did not load
-            raise InputError(f"--config: {error}") from error
+            raise InputError(f"--config: {' '.join(str(error).split())}") from error
         run(config, _WORKDIR.value)
     except InputError as error:
         sys.exit(_fail(error, 2))

@@ -32,7 +32,10 @@ def generator() -> np.random.Generator:
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
     """One compilation cache for the whole session, child processes included."""
-    folder = str(tmp_path_factory.mktemp("xla"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+    folder = str(base / "xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     jax.config.update("jax_compilation_cache_dir", folder)

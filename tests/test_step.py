@@ -1,13 +1,13 @@
-"""Three optimizer steps of the whole model: live PyTorch in float64, and the golden files.
+"""Whole training steps: exactly PyTorch's in float64, and the golden files' in float32.
 
-PyTorch's side is the published step on MONAI's blocks. In float64 ours must agree with it to
-rounding. The golden values are float32, and at their crop size (the last stage is 1x1x2 voxels,
-where InstanceNorm is nearly a sign and multiplies rounding by up to 300, twice) they are up to
-3e-4 (embeddings) and 6e-3 (gradients) from exact: PyTorch's own float32 differs as much from its
-float64. So golden values are held against exact ones with the issue's tolerance or, where their
-own rounding is larger, with the bound measured for it, written below.
+The golden crops leave 1x1x2 voxels to the last stage, where InstanceNorm is nearly a sign and
+multiplies rounding by up to 300, twice. Measured: PyTorch's own float32 embeddings are 2e-4
+(student) and 3e-4 (teacher) relative L2 from its float64 ones, and so are the golden ones; and
+one LeakyReLU input that rounds to the other side moves gradients by several 1e-3. So what is
+exact is tested in float64, and golden values have the tolerances of their own rounding.
 """
 
+import functools
 import json
 
 import jax
@@ -23,9 +23,6 @@ from voco_jax.models.swin_unetr import VoCoNetwork
 from voco_jax.training.optimizer import scale_by_amsgrad
 from voco_jax.voco import step as voco_step
 
-# Largest distance of the golden float32 values from exact ones; see the module's docstring.
-GOLDEN_ROUNDING = {"embeddings": 4e-4, "losses": 1e-3, "gradients": 1e-2, "parameters": 1e-4}
-
 
 class TorchVoCo(torch.nn.Module):
     """The published student or teacher: SwinUNETR's encoder, pooled, and the projector."""
@@ -33,7 +30,11 @@ class TorchVoCo(torch.nn.Module):
     def __init__(self, config, patch_merging):
         super().__init__()
         self.net = reference.swin_unetr(
-            feature_size=config["feature_size"], patch_merging=patch_merging, use_v2=True
+            feature_size=config["feature_size"],
+            patch_merging=patch_merging,
+            use_v2=True,
+            window_size=4,
+            depths=(1, 1, 1, 1),
         )
         for name in [n for n, _ in self.net.named_children() if n.startswith(("decoder", "out"))]:
             delattr(self.net, name)
@@ -55,7 +56,7 @@ class TorchVoCo(torch.nn.Module):
 
 
 def _torch_steps(config, patch_merging, values, crops, labels):
-    """Embeddings before any update, losses and first gradients, final parameters."""
+    """Losses, first gradients and final parameters."""
     networks = {name: TorchVoCo(config, patch_merging) for name in ("student", "teacher")}
     for name, network in networks.items():
         state = {key: torch.from_numpy(value) for key, value in values[name].items()}
@@ -63,8 +64,6 @@ def _torch_steps(config, patch_merging, values, crops, labels):
     student, teacher = networks["student"], networks["teacher"]
     count, labels = labels.shape[1], torch.from_numpy(labels[0]).double()
     x = reference.to_torch(crops).double()
-    with torch.no_grad():
-        embeddings = {name: network(x).numpy() for name, network in networks.items()}
     optimizer = torch.optim.AdamW(
         student.parameters(), config["lr"], weight_decay=0.01, amsgrad=True
     )
@@ -87,7 +86,7 @@ def _torch_steps(config, patch_merging, values, crops, labels):
         optimizer.step()
         losses.append([float(pos.detach()), float(neg.detach()), float(reg.detach())])
     final = {name: reference.parameters(network.net) for name, network in networks.items()}
-    return embeddings, np.array(losses), gradients, final
+    return np.array(losses), gradients, final
 
 
 def _distance(found, expected):
@@ -98,102 +97,147 @@ def _norms(values, keys):
     return np.array([np.linalg.norm(np.asarray(values[str(key)], np.float64)) for key in keys])
 
 
-@pytest.mark.parametrize(
-    ("file", "patch_merging"),
-    [("voco_10k_step", "merging"), ("voco_10k_step_legacy_merging", "legacy")],
-)
-def test_three_steps(file, patch_merging):
-    golden = np.load(shared_file("golden", f"{file}.npz"))
-    config = json.loads(str(golden["config"]))
-    size, batch, count = tuple(config["roi"]), config["batch"], config["sub_volumes"]
-    subs = reference.crops_by_rule(config["seed"], batch * count, size)
-    bases = reference.crops_by_rule(config["seed"] + 1, batch * 16, size)
-    narrow = VoCoNetwork(
-        feature_size=config["feature_size"],
-        patch_merging=patch_merging,
-        projector_size=config["hidden"],
-        convolution="planes",
-    )
-    network = narrow.clone(dtype=jnp.float64)
-    template = reference.abstract(narrow, jnp.zeros((2, *size, 1)), False)
-    shapes = {
-        name: reference.torch_shape(name, leaf)
-        for name, leaf in reference.flatten(template).items()
-    }
+TINY = {"feature_size": 12, "hidden": 16, "lr": 1e-3, "steps": 2}
+TINY_SIZE = (32, 32, 64)
+TINY_LABELS = np.array([[[0.5, 0.3, 0.2, 0.0]]])
+
+
+def _shapes(template):
+    return {n: reference.torch_shape(n, leaf) for n, leaf in reference.flatten(template).items()}
+
+
+def _weights(shapes):
+    """(student, teacher) by the golden files' rule, for PyTorch names and shapes."""
     student = {name: reference.weight_by_rule(name, shape) for name, shape in shapes.items()}
     teacher = {
         name: value + np.float32(0.1) * reference.weight_by_rule(f"teacher.{name}", shapes[name])
         for name, value in student.items()
     }
-    exact_embeddings, exact_losses, exact_gradients, exact_final = _torch_steps(
-        config,
-        patch_merging,
-        {"student": student, "teacher": teacher},
-        np.concatenate([subs, bases]),
-        golden["labels"],
-    )
+    return student, teacher
 
-    optimizer = optax.chain(
+
+def _optimizer(rate):
+    return optax.chain(
         scale_by_amsgrad(0.9, 0.999, 1e-8),
         optax.add_decayed_weights(0.01),
-        optax.scale(-config["lr"]),
+        optax.scale(-rate),
     )
-    data = {
-        "subs": subs.reshape(batch, count, *size),
-        "bases": bases.reshape(batch, 16, *size),
-        "labels": np.asarray(golden["labels"], np.float32),
-    }
+
+
+def _first_gradients(state):
+    """Read off the first moment after one step: (1 - beta1) times the gradient."""
+    return reference.flatten(jax.tree.map(lambda moment: moment / 0.1, state.optimizer[0].mu))
+
+
+def _run(network, rate, params, batch, count, passes):
+    """Losses and first gradients of `count` steps, and the last state."""
+    optimizer = _optimizer(rate)
+    state = voco_step.State(jnp.zeros((), jnp.int32), *params, optimizer.init(params[0]))
+    size = batch["subs"].shape[2:]
+    step = jax.jit(
+        voco_step.make_train_step(
+            network,
+            optimizer,
+            encoder_size=size,
+            momentum=0.9,
+            draw=None,
+            seed=0,
+            passes=passes,
+        )
+    )
+    losses, gradients = [], {}
+    for _ in range(count):
+        state, metrics = step(state, batch)
+        losses.append([float(metrics[name]) for name in ("pos", "neg", "reg")])
+        gradients = gradients or _first_gradients(state)
+    return np.array(losses), gradients, state
+
+
+@pytest.mark.parametrize("passes", [1, 5])
+def test_steps_are_pytorchs_in_float64(passes):
+    config, size = TINY, TINY_SIZE
+    network = VoCoNetwork(
+        feature_size=12,
+        window_size=4,
+        depths=(1, 1, 1, 1),
+        patch_merging="merging",
+        projector_size=16,
+        convolution="planes",
+    )
+    template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
+    student, teacher = _weights(_shapes(template))
+    exact_losses, exact_gradients, exact = _pytorch_in_float64()
+    crops = reference.crops_by_rule(0, 5, size)[..., 0]
+    batch = {"subs": crops[None, :1], "bases": crops[None, 1:], "labels": np.float32(TINY_LABELS)}
     with jax.enable_x64(True):
         wide = [
             jax.tree.map(np.float64, reference.load(template, values))
             for values in (student, teacher)
         ]
-        state = voco_step.State(jnp.zeros((), jnp.int32), *wide, optimizer.init(wide[0]))
-        step = jax.jit(
-            voco_step.make_train_step(
-                network, optimizer, encoder_size=size, momentum=0.9, draw=None, seed=0, passes=3
-            )
+        losses, gradients, state = _run(
+            network.clone(dtype=jnp.float64), config["lr"], wide, batch, config["steps"], passes
         )
-        losses = []
-        for index in range(config["steps"]):
-            state, metrics = step(state, data)
-            losses.append([float(metrics[name]) for name in ("pos", "neg", "reg")])
-            if index == 0:  # the first moment after one step is (1 - beta1) times the gradient
-                gradients = reference.flatten(
-                    jax.tree.map(lambda m: m / 0.1, state.optimizer[0].mu)
-                )
     np.testing.assert_allclose(losses, exact_losses, rtol=1e-5)
+    floor = 1e-6 * max(np.linalg.norm(value) for value in exact_gradients.values())
     for name, value in gradients.items():
         expected = reference.our_layout(name, exact_gradients[name])
-        floor = 1e-6 * np.linalg.norm(exact_gradients["encoder1.layer.conv1.conv.weight"])
         assert np.linalg.norm(value - expected) < 1e-5 * np.linalg.norm(expected) + floor, name
     for name in ("student", "teacher"):
         for key, value in reference.flatten(getattr(state, name)).items():
-            assert _distance(value, reference.our_layout(key, exact_final[name][key])) < 1e-4, key
+            assert _distance(value, reference.our_layout(key, exact[name][key])) < 1e-5, key
 
-    for name, expected in exact_embeddings.items():
-        assert _distance(golden[f"embed_{name}"], expected) < GOLDEN_ROUNDING["embeddings"]
-        norms = _norms(exact_final[name], golden["param_keys"])
-        np.testing.assert_allclose(
-            golden[f"{name}_norms"], norms, rtol=GOLDEN_ROUNDING["parameters"]
-        )
-    np.testing.assert_allclose(golden["losses"], exact_losses, rtol=GOLDEN_ROUNDING["losses"])
-    norms = _norms(exact_gradients, golden["grad_keys"])
-    np.testing.assert_allclose(
-        golden["grad_norms"],
-        norms,
-        rtol=GOLDEN_ROUNDING["gradients"],
-        atol=1e-6 * norms.max(),  # exact zeros, rounded
+
+@functools.cache
+def _pytorch_in_float64():
+    parameters = TorchVoCo(TINY, "merging").net.named_parameters()
+    student, teacher = _weights({name: tuple(value.shape) for name, value in parameters})
+    return _torch_steps(
+        TINY,
+        "merging",
+        {"student": student, "teacher": teacher},
+        reference.crops_by_rule(0, 5, TINY_SIZE),
+        TINY_LABELS,
     )
 
-    # Ours in float32 is no farther from exact than the golden values' own rounding.
+
+@pytest.mark.parametrize(
+    ("file", "patch_merging"),
+    [("voco_10k_step", "merging"), ("voco_10k_step_legacy_merging", "legacy")],
+)
+def test_golden_steps(file, patch_merging):
+    golden = np.load(shared_file("golden", f"{file}.npz"))
+    config = json.loads(str(golden["config"]))
+    size, batch, count = tuple(config["roi"]), config["batch"], config["sub_volumes"]
+    data = {
+        "subs": reference.crops_by_rule(config["seed"], batch * count, size),
+        "bases": reference.crops_by_rule(config["seed"] + 1, batch * 16, size),
+        "labels": np.asarray(golden["labels"], np.float32),
+    }
+    data["subs"] = data["subs"].reshape(batch, count, *size)
+    data["bases"] = data["bases"].reshape(batch, 16, *size)
+    network = VoCoNetwork(
+        feature_size=config["feature_size"],
+        patch_merging=patch_merging,
+        projector_size=config["hidden"],
+        convolution="planes",
+    )
+    template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
+    params = [reference.load(template, values) for values in _weights(_shapes(template))]
+
     embed = jax.jit(
-        lambda params, batch: voco_step.embed(
-            narrow, params, voco_step.prepare(batch, size), batch["labels"]
-        )
+        lambda p, d: voco_step.embed(network, p, voco_step.prepare(d, size), d["labels"])
     )
-    for name, values in (("student", student), ("teacher", teacher)):
-        rows = embed(reference.load(template, values), data)
+    for name, tree in zip(("student", "teacher"), params, strict=True):
+        rows = embed(tree, data)
         found = np.concatenate([rows.x[0], rows.bases[0]])
-        golden_rounding = _distance(golden[f"embed_{name}"], exact_embeddings[name])
-        assert _distance(found, exact_embeddings[name]) < max(1e-4, golden_rounding), name
+        assert _distance(found, golden[f"embed_{name}"]) < 5e-4, name
+
+    losses, gradients, state = _run(network, config["lr"], params, data, config["steps"], 1)
+    np.testing.assert_allclose(losses, golden["losses"], rtol=1e-3)
+    norms = _norms(gradients, golden["grad_keys"])
+    expected = golden["grad_norms"]
+    np.testing.assert_allclose(norms, expected, rtol=1e-2, atol=1e-6 * expected.max())
+    assert _distance(norms, expected) < 5e-3
+    for name in ("student", "teacher"):
+        found = _norms(reference.flatten(getattr(state, name)), golden["param_keys"])
+        np.testing.assert_allclose(found, golden[f"{name}_norms"], rtol=1e-4)
