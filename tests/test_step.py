@@ -126,7 +126,7 @@ def _optimizer(rate):
 
 def _first_gradients(state):
     """Read off the first moment after one step: (1 - beta1) times the gradient."""
-    return reference.flatten(jax.tree.map(lambda moment: moment / 0.1, state.optimizer[0].mu))
+    return reference.flatten(jax.tree.map(lambda m: np.asarray(m) / 0.1, state.optimizer[0].mu))
 
 
 def _run(network, rate, params, batch, count, passes):
@@ -150,7 +150,7 @@ def _run(network, rate, params, batch, count, passes):
         state, metrics = step(state, batch)
         losses.append([float(metrics[name]) for name in ("pos", "neg", "reg")])
         gradients = gradients or _first_gradients(state)
-    return np.array(losses), gradients, state
+    return np.array(losses), gradients, jax.device_get(state)
 
 
 @pytest.mark.parametrize("passes", [1, 5])
