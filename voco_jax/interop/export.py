@@ -91,7 +91,7 @@ def check_output(output: str | PathLike[str]) -> Path:
     if path.suffix == ".pt" and importlib.util.find_spec("torch") is None:
         raise InputError(
             f"{path}: writing .pt needs torch, which is not installed: pip install torch, or "
-            f"choose {SAFETENSORS_SUFFIX}"
+            f"write {SAFETENSORS_SUFFIX}"
         )
     if path.is_dir():
         raise InputError(f"{path}: found a folder, expected a file to write")
