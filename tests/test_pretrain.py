@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from voco_jax.config import parse
+from voco_jax.data.cache import Cache
 from voco_jax.errors import InputError
 from voco_jax.training import pretrain
 from voco_jax.training.checkpoint import Checkpoints, read_network
 from voco_jax.training.metrics import MetricsWriter, Progress, duration
+from voco_jax.training.workdir import choose_volumes, claim_workdir
 
 
 def _losses(workdir):
@@ -156,8 +159,8 @@ def test_a_start_that_failed_may_be_mended(tmp_path):
     config.init_from = str(tmp_path / "none.pt")
     with pytest.raises(InputError, match=r"none.pt"):
         pretrain.run(config, tmp_path / "run")
-    parsed = pretrain.parse(tiny_config())
-    assert pretrain.claim_workdir(tmp_path / "run", parsed) == tmp_path / "run"
+    parsed = parse(tiny_config())
+    assert claim_workdir(tmp_path / "run", parsed) == tmp_path / "run"
 
 
 def test_export_beside_a_running_save(finished):
@@ -181,17 +184,17 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
 
 
 def test_a_cache_may_grow_but_not_change(finished):
-    config = pretrain._fill_in(pretrain.parse(tiny_config()), finished)
-    cache = pretrain.Cache.open(config.data.cache, config.data.chain)
-    chosen = pretrain.choose_volumes(cache, config, finished, resuming=True)
+    config = pretrain._fill_in(parse(tiny_config()), finished)
+    cache = Cache.open(config.data.cache, config.data.chain)
+    chosen = choose_volumes(cache, config, finished, resuming=True)
     assert [len(part) for part in chosen] == [3, 1]
     more = dataclasses.replace(cache.entries[0], id="zzz", checksum="other")
     grown = dataclasses.replace(cache, entries=(*cache.entries, more))
-    assert pretrain.choose_volumes(grown, config, finished, resuming=True) == chosen
+    assert choose_volumes(grown, config, finished, resuming=True) == chosen
     changed = dataclasses.replace(cache.entries[0], checksum="other")
     other = dataclasses.replace(cache, entries=(changed, *cache.entries[1:]))
     with pytest.raises(InputError, match=r"1 volumes that this run began with .*have changed"):
-        pretrain.choose_volumes(other, config, finished, resuming=True)
+        choose_volumes(other, config, finished, resuming=True)
 
 
 def test_weights_start_both_networks(finished, tmp_path, capsys):

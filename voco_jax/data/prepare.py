@@ -10,17 +10,15 @@ import collections
 import dataclasses
 import importlib.util
 import json
-import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pydantic
 from tqdm import tqdm
@@ -37,6 +35,7 @@ from voco_jax.data.cache import (
 )
 from voco_jax.data.datalists import Volume, collect, combine
 from voco_jax.data.volumes import VolumeError, prepare_volume, quantise
+from voco_jax.data.workers import available_cores, in_processes
 from voco_jax.errors import InputError
 
 CHAIN_10K = Chain(
@@ -47,6 +46,7 @@ CHAIN_10K = Chain(
     dtype="uint8",
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_KILLED = "worker killed: as a rule out of memory; use fewer workers"
 
 
 class PrepareError(InputError):
@@ -161,17 +161,6 @@ def prepare(
     return summary
 
 
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def dask_setup(worker: object) -> None:
-    """Called by Dask in each new worker: Ctrl-C is for the main process, which ends them."""
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @dataclass(frozen=True)
 class _Job:
     volume: Volume
@@ -239,7 +228,7 @@ def _run(
 ) -> list[Failure]:
     failures: list[Failure] = []
     here = ((job, _do(job)) for job in jobs)
-    outcomes = _in_dask(jobs, workers) if workers and jobs else here
+    outcomes = in_processes(_do, jobs, workers) if workers and jobs else here
     try:
         with (
             open(cache.path / FAILURES, "w", encoding="utf-8") as file,
@@ -249,7 +238,7 @@ def _run(
                 if isinstance(outcome, Entry):
                     cache.add(outcome)
                 else:
-                    failure = Failure(job.volume.id, str(job.volume.path), outcome)
+                    failure = Failure(job.volume.id, str(job.volume.path), outcome or _KILLED)
                     failures.append(failure)
                     file.write(_line(failure))
                     file.flush()
@@ -265,64 +254,6 @@ def _run(
     finally:
         outcomes.close()  # ends Dask's processes now
     return failures
-
-
-def _in_dask(jobs: list[_Job], workers: int) -> Generator[tuple[_Job, Entry | str], None, None]:
-    """Runs the jobs on a local cluster, one at a time on each worker, and yields as they end."""
-    import dask
-    from dask.distributed import Client, LocalCluster, as_completed
-    from distributed.scheduler import KilledWorker
-
-    workers = min(workers, len(jobs))
-    settings = {
-        "distributed.scheduler.allowed-failures": 1,  # one more try after a worker died
-        # Nothing is kept between tasks, so there is nothing to move to disk or to pause for.
-        "distributed.worker.memory.target": False,
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.pause": False,
-        "distributed.worker.memory.terminate": 0.95,
-        "distributed.worker.preload": [dask_setup.__module__],
-        # Dask's own value makes glibc ask the system for every array anew: half the speed.
-        "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1},
-    }
-    with (
-        tempfile.TemporaryDirectory(prefix="voco_prepare_") as scratch,
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-            local_directory=scratch,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        waiting = iter(jobs)
-        running = {}
-
-        def submit() -> Any:
-            job = next(waiting, None)
-            if job is None:
-                return None
-            future = client.submit(_do, job, pure=False)
-            running[future.key] = job
-            return future
-
-        finished = as_completed([submit() for _ in range(workers)])
-        for future in finished:
-            job = running.pop(future.key)
-            error = future.exception() if future.status == "error" else None
-            if isinstance(error, KilledWorker):
-                yield job, "worker killed: as a rule out of memory; use fewer workers"
-            elif error is not None:
-                raise error
-            else:
-                yield job, future.result()
-            following = submit()
-            if following is not None:
-                finished.add(following)
 
 
 def _progress(total: int, show: bool) -> tqdm:

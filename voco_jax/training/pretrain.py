@@ -3,9 +3,7 @@
 `step` is the number of completed updates, everywhere: step k used batch number k - 1.
 """
 
-import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -19,11 +17,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from voco_jax.config import RUNTIME_FIELDS, Config, differences, parse, to_dict
-from voco_jax.data.cache import Cache, Entry, fingerprint
+from voco_jax.config import Config, parse, to_dict
+from voco_jax.data.cache import Cache, fingerprint
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
-from voco_jax.data.pipeline import batches, split
+from voco_jax.data.pipeline import batches
 from voco_jax.data.prepare import prepare
 from voco_jax.errors import InputError
 from voco_jax.evaluation.position import collapse_warning
@@ -31,15 +29,13 @@ from voco_jax.interop.export import Card, check_output, export
 from voco_jax.interop.load import load_into
 from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
-from voco_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from voco_jax.training.checkpoint import Checkpoints
 from voco_jax.training.metrics import MetricsWriter, Progress, duration
 from voco_jax.training.optimizer import make_optimizer, schedule
 from voco_jax.training.validate import Validator, save_picture
+from voco_jax.training.workdir import check_data, choose_volumes, claim_workdir
 from voco_jax.voco import augment
 from voco_jax.voco.step import State, init_state, make_predict, make_train_step
-
-CONFIG, VOLUMES = "config.json", "volumes.json"
 
 
 class DivergedError(RuntimeError):
@@ -85,7 +81,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             state = jax.device_put(initialise_from(config, state), replicated)
         print("starting at step 0", flush=True)
     else:
-        _check_data(checkpoints.restore_info(latest), data_fingerprint, workdir)
+        check_data(checkpoints.restore_info(latest), data_fingerprint, workdir)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
             jax.eval_shape(make_state),
@@ -260,53 +256,6 @@ def count_passes(config: Config, mesh: Mesh, sub_volumes: int) -> int:
     )
 
 
-def claim_workdir(workdir: Path, config: Config) -> Path:
-    """Makes the workdir this experiment's own, or checks that it is.
-
-    Args:
-        workdir: made if missing.
-        config: compared with the one that the workdir was started with.
-
-    Returns:
-        The resolved path.
-
-    Raises:
-        InputError: the workdir holds another experiment, is a file or cannot be written.
-    """
-    path = workdir / CONFIG
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        # Before the first checkpoint there is nothing to resume: settings may still be mended.
-        if any((workdir / CHECKPOINTS).glob("[0-9]*")):
-            _check_same_experiment(path, config)
-        _write_whole(path, json.dumps(to_dict(config), indent=2))
-    except OSError as error:
-        raise InputError(
-            f"{workdir}: cannot be used as --workdir ({error}); choose another"
-        ) from error
-    return workdir.resolve()
-
-
-def _check_same_experiment(path: Path, config: Config) -> None:
-    try:
-        old = dict(json.loads(path.read_text("utf-8")))
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}), so it is not known whose checkpoints are beside "
-            "it; choose another --workdir"
-        ) from error
-    changed = [
-        line
-        for line in differences(old, to_dict(config))
-        if line.split(": ")[0] not in RUNTIME_FIELDS
-    ]
-    if changed:
-        raise InputError(
-            f"{path.parent}: holds another experiment; {'; '.join(changed)}. "
-            "Choose another --workdir, or set these back to resume"
-        )
-
-
 def open_cache(config: Config, workdir: Path) -> Cache:
     """Opens the cache; makes phantoms and fills it first where the config says so.
 
@@ -329,61 +278,6 @@ def open_cache(config: Config, workdir: Path) -> Cache:
         workers = 0 if data.phantoms else None
         print(prepare(collect(lists, roots), data.cache, data.chain, workers), flush=True)
     return Cache.open(data.cache, data.chain)
-
-
-def choose_volumes(
-    cache: Cache, config: Config, workdir: Path, *, resuming: bool
-) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Training and held-out volumes: split anew, or, when resuming, those that the run began with.
-
-    They are kept in WORKDIR/volumes.json, so that a cache may gain volumes while a run goes on.
-
-    Returns:
-        (training, held-out), each in order of id.
-
-    Raises:
-        InputError: a volume that the run began with is gone or has changed.
-    """
-    path = workdir / VOLUMES
-    if not resuming:
-        chosen = split(cache.entries, config.data.held_out, config.seed)
-        names = ("training", "held_out")
-        content = {
-            name: {entry.id: entry.checksum for entry in entries}
-            for name, entries in zip(names, chosen, strict=True)
-        }
-        _write_whole(path, json.dumps(content, indent=1))
-        return chosen
-    try:
-        old = json.loads(path.read_text("utf-8"))
-        wanted = old["training"], old["held_out"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error!r}), so it is not known which volumes this run began "
-            "with; choose another --workdir"
-        ) from error
-    entries = {entry.id: entry for entry in cache.entries}
-    for checksums in wanted:
-        changed = [
-            name
-            for name, checksum in checksums.items()
-            if name not in entries or entries[name].checksum != checksum
-        ]
-        if changed:
-            raise InputError(
-                f"{cache.path}: {len(changed)} volumes that this run began with are gone or have "
-                f"changed ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}); bring "
-                "them back to resume, or choose another --workdir and --config.init_from with "
-                "this run's exported weights"
-            )
-    training, held_out = (tuple(entries[name] for name in sorted(c)) for c in wanted)
-    return training, held_out
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text + "\n", "utf-8")
-    os.replace(aside, path)
 
 
 def initialise_from(config: Config, state: State) -> State:
@@ -415,14 +309,6 @@ def _fill_in(config: Config, workdir: Path) -> Config:
     for section, name in ((values, "export_to"), (values["data"], "cache")):
         section[name] = section[name].replace("{workdir}", str(workdir))
     return parse(values)
-
-
-def _check_data(info: Mapping[str, Any], data_fingerprint: str, workdir: Path) -> None:
-    if info["data_fingerprint"] != data_fingerprint:
-        raise InputError(
-            f"{workdir / VOLUMES}: found volumes of fingerprint {data_fingerprint}, expected those "
-            f"of the checkpoints, {info['data_fingerprint']}; choose another --workdir"
-        )
 
 
 def _to_device(stream: Iterator[Any], sharding: Any) -> Iterator[Any]:

@@ -1,0 +1,128 @@
+"""The workdir: whose it is, and which volumes its run began with."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from voco_jax.config import RUNTIME_FIELDS, Config, differences, to_dict
+from voco_jax.data.cache import Cache, Entry, write_whole
+from voco_jax.data.pipeline import split
+from voco_jax.errors import InputError
+from voco_jax.training.checkpoint import FOLDER as CHECKPOINTS
+
+CONFIG, VOLUMES = "config.json", "volumes.json"
+
+
+def claim_workdir(workdir: Path, config: Config) -> Path:
+    """Makes the workdir this experiment's own, or checks that it is.
+
+    Args:
+        workdir: made if missing.
+        config: compared with the one that the workdir was started with.
+
+    Returns:
+        The resolved path.
+
+    Raises:
+        InputError: the workdir holds another experiment, is a file or cannot be written.
+    """
+    path = workdir / CONFIG
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # Before the first checkpoint there is nothing to resume: settings may still be mended.
+        if any((workdir / CHECKPOINTS).glob("[0-9]*")):
+            _check_same_experiment(path, config)
+        write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"{workdir}: cannot be used as --workdir ({error}); choose another"
+        ) from error
+    return workdir.resolve()
+
+
+def _check_same_experiment(path: Path, config: Config) -> None:
+    try:
+        old = dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}), so it is not known whose checkpoints are beside "
+            "it; choose another --workdir"
+        ) from error
+    changed = [
+        line
+        for line in differences(old, to_dict(config))
+        if line.split(": ")[0] not in RUNTIME_FIELDS
+    ]
+    if changed:
+        raise InputError(
+            f"{path.parent}: holds another experiment; {'; '.join(changed)}. "
+            "Choose another --workdir, or set these back to resume"
+        )
+
+
+def choose_volumes(
+    cache: Cache, config: Config, workdir: Path, *, resuming: bool
+) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """Training and held-out volumes: split anew, or, when resuming, those that the run began with.
+
+    They are kept in WORKDIR/volumes.json, so that a cache may gain volumes while a run goes on.
+
+    Returns:
+        (training, held-out), each in order of id.
+
+    Raises:
+        InputError: a volume that the run began with is gone or has changed.
+    """
+    path = workdir / VOLUMES
+    if not resuming:
+        chosen = split(cache.entries, config.data.held_out, config.seed)
+        names = ("training", "held_out")
+        content = {
+            name: {entry.id: entry.checksum for entry in entries}
+            for name, entries in zip(names, chosen, strict=True)
+        }
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+        return chosen
+    try:
+        old = json.loads(path.read_text("utf-8"))
+        wanted = old["training"], old["held_out"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error!r}), so it is not known which volumes this run began "
+            "with; choose another --workdir"
+        ) from error
+    entries = {entry.id: entry for entry in cache.entries}
+    for checksums in wanted:
+        changed = [
+            name
+            for name, checksum in checksums.items()
+            if name not in entries or entries[name].checksum != checksum
+        ]
+        if changed:
+            raise InputError(
+                f"{cache.path}: {len(changed)} volumes that this run began with are gone or have "
+                f"changed ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}); bring "
+                "them back to resume, or choose another --workdir and --config.init_from with "
+                "this run's exported weights"
+            )
+    training, held_out = (tuple(entries[name] for name in sorted(c)) for c in wanted)
+    return training, held_out
+
+
+def check_data(info: Mapping[str, Any], data_fingerprint: str, workdir: Path) -> None:
+    """Checks that a checkpoint saw the very volumes that the run is about to continue with.
+
+    Args:
+        info: of the checkpoint.
+        data_fingerprint: of the training volumes now.
+        workdir: named in the error.
+
+    Raises:
+        InputError: they differ.
+    """
+    if info["data_fingerprint"] != data_fingerprint:
+        raise InputError(
+            f"{workdir / VOLUMES}: found volumes of fingerprint {data_fingerprint}, expected those "
+            f"of the checkpoints, {info['data_fingerprint']}; choose another --workdir"
+        )
