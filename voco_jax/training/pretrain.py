@@ -177,13 +177,14 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 )
 
             pause_start = time.monotonic()
-            if step % config.checkpoint.every_steps == 0 or last:
-                pending.fetch()  # never save what a NaN has reached
-                checkpoints.save(state, info)
             every = config.validation.every_steps
             if validator and every and (step % every == 0 or last):
                 pending.fetch()
                 _validate(validator, state, step, writer, workdir)
+            # After validation: what is saved lacks nothing when the run is resumed.
+            if step % config.checkpoint.every_steps == 0 or last:
+                pending.fetch()  # never save what a NaN has reached
+                checkpoints.save(state, info)
             paused += time.monotonic() - pause_start
         checkpoints.wait()
         if first_step == config.total_steps:
