@@ -5,10 +5,17 @@ Examples:
   python main.py --config configs/voco_10k.py --workdir runs/voco_10k --config.batch_size=8
 
 Every setting of the config file can be overridden as --config.section.field=value. The same
-command again resumes from the last checkpoint.
+command again resumes from the last checkpoint. On TPU pods, SLURM, Open MPI and Kubernetes the
+processes of a run find each other; elsewhere start each with --coordinator, --processes and
+--process_id.
+
+Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the same command again.
 """
 
+import os
 import sys
+import traceback
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -18,12 +25,17 @@ from voco_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of this run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 
 
 def main(arguments: list[str]) -> None:
     """Flags, then the run; the user's mistakes are one line and exit status 2."""
     # Imported here: worker processes import this file too, and need none of it.
-    from voco_jax.training.pretrain import DivergedError, run
+    from voco_jax.training import distributed
+    from voco_jax.training.pretrain import DivergedError, PreemptedError, run
 
     try:
         if len(arguments) > 1:
@@ -34,13 +46,27 @@ def main(arguments: list[str]) -> None:
             config = _CONFIG.value.to_dict()
         except OSError as error:  # config_flags tells only now that the file did not load
             raise InputError(f"--config: {' '.join(str(error).split())}") from error
+        distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
         run(config, _WORKDIR.value)
     except InputError as error:
-        sys.exit(_fail(error, 2))
+        _leave(_fail(error, 2))
     except DivergedError as error:
-        sys.exit(_fail(error, 3))
+        _leave(_fail(error, 3))
+    except PreemptedError as error:
+        print(error, flush=True)
+        sys.exit(_PREEMPTED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends this process at once: one of several must not wait for the others, nor they for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:

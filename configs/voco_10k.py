@@ -85,7 +85,14 @@ def get_config() -> ml_collections.ConfigDict:
         "warmup_steps": 5_000,
     }
     config.validation = {"every_steps": 5_000, "volumes": 64, "sub_volumes": 8}
-    config.checkpoint = {"every_steps": 1_000, "keep": 3}
+    config.checkpoint = {
+        "every_steps": 1_000,
+        "keep": 3,
+        "keep_every_steps": 50_000,
+        "keep_best": 1,
+    }
+    config.mesh = {"fsdp": 1}
+    config.profile = {"start": 0, "steps": 5}
     config.init = {
         "allow_missing": ("proj_head.*",),
         "allow_unexpected": ("decoder*", "out.*", "proj_head.*"),

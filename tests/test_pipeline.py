@@ -11,7 +11,7 @@ from voco_jax.data.cache import Cache
 from voco_jax.data.crops import overlap_labels
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
-from voco_jax.data.pipeline import batches, held_out_samples, split
+from voco_jax.data.pipeline import batches, held_out_sample, split
 from voco_jax.data.prepare import prepare
 from voco_jax.errors import InputError
 
@@ -49,7 +49,8 @@ def test_a_batch(cache):
 
 
 def test_bases_rebuild_the_volume_and_subs_are_where_the_labels_say(cache):
-    for entry, found in held_out_samples(cache, cache.entries[:2], CROPS, sub_volumes=3, seed=0):
+    for entry in cache.entries[:2]:
+        found = held_out_sample(cache, entry, CROPS, sub_volumes=3, seed=0)
         volume = cache.read(entry)
         np.testing.assert_array_equal(np.concatenate(found["bases"]), volume)
         labels = overlap_labels(found["origins"], CROPS.grid, CROPS.crop_size)

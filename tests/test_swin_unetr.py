@@ -110,7 +110,7 @@ CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
     ),
     (
         (96, 64, 32),
-        "lax",
+        "planes",
         {
             "feature_size": 12,
             "window_size": 4,
@@ -121,7 +121,7 @@ CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
     ),
     (
         (32, 32, 64),
-        "planes",
+        "lax",
         {
             "feature_size": 24,
             "window_size": 7,

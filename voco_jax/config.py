@@ -137,6 +137,23 @@ class Checkpoint:
 
     every_steps: Positive
     keep: Positive  # the latest so many
+    keep_every_steps: NotNegative  # and for good each step that is a multiple of it; 0: none
+    keep_best: NotNegative  # and so many of the best by position accuracy, saved when validated
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Mesh:
+    """How the devices of all processes share the work; the batch is split over all of them."""
+
+    fsdp: Positive  # devices that share one copy of the state (for L and H); 1: each has its own
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Profile:
+    """A window of steps whose trace goes to WORKDIR/profile, for TensorBoard or XProf."""
+
+    start: NotNegative  # first step of it; 0: none
+    steps: Positive
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -166,6 +183,8 @@ class Config:
     optimizer: Optimizer
     validation: Validation
     checkpoint: Checkpoint
+    mesh: Mesh
+    profile: Profile
     init: InitFrom
 
     def __post_init__(self) -> None:
@@ -215,6 +234,11 @@ RUNTIME_FIELDS = (
     "validation.sub_volumes",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.keep_every_steps",
+    "checkpoint.keep_best",
+    "mesh.fsdp",
+    "profile.start",
+    "profile.steps",
 )
 
 

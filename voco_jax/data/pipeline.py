@@ -108,6 +108,20 @@ class _Sampler:
         return Batch(subs=found["subs"], bases=found["bases"], labels=found["labels"])
 
 
+class _Rows:
+    """Of each global batch only the rows of this process, in a random-access sequence."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
+        self._dataset, self._batch_size, self._rows = dataset, batch_size, tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        step, place = divmod(index, len(self._rows))
+        return self._dataset[step * self._batch_size + self._rows[place]]
+
+
 def batches(
     cache: Cache,
     entries: tuple[Entry, ...],
@@ -115,6 +129,7 @@ def batches(
     *,
     seed: int,
     batch_size: int,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
     workers: int = 0,
     prefetch: int = 2,
@@ -126,23 +141,26 @@ def batches(
         entries: the training volumes, in an order that does not change between runs.
         crops: grid and crop sizes.
         seed: of order and crops; every epoch has its own order.
-        batch_size: volumes per batch.
+        batch_size: volumes per batch, over all processes.
+        rows: which of them this process needs; None: all.
         start_step: number of the first batch: what a resumed run passes.
         workers: processes that read and crop; 0: threads of this process.
         prefetch: batches kept ready (per worker).
 
     Returns:
-        An iterator of `Batch`.
+        An iterator of `Batch`, of these rows.
     """
-    dataset = (
+    samples = (
         grain.MapDataset.source(range(len(entries)))
         .seed(seed)
         .shuffle()
         .repeat()
         .random_map(_Sampler(cache, entries, crops))
-    )[start_step * batch_size :]
+    )
+    rows = range(batch_size) if rows is None else rows
+    local = grain.MapDataset.source(_Rows(samples, batch_size, rows))[start_step * len(rows) :]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)
-    stream = dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(options)
+    stream = local.batch(len(rows), drop_remainder=True).to_iter_dataset(options)
     if workers:
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
@@ -170,11 +188,10 @@ def _start_worker(index: int, count: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def held_out_samples(
-    cache: Cache, entries: Sequence[Entry], crops: Crops, *, sub_volumes: int, seed: int
-) -> Iterator[tuple[Entry, Sample]]:
-    """Samples for validation, the same ones at every call: crops depend on (seed, id) alone."""
-    for entry in entries:
-        digest = hashlib.blake2b(f"validation/{seed}/{entry.id}".encode()).digest()
-        generator = np.random.default_rng(np.frombuffer(digest, np.uint32))
-        yield entry, sample(cache, entry, crops, sub_volumes, generator)
+def held_out_sample(
+    cache: Cache, entry: Entry, crops: Crops, *, sub_volumes: int, seed: int
+) -> Sample:
+    """A sample for validation, the same at every call: crops depend on (seed, id) alone."""
+    digest = hashlib.blake2b(f"validation/{seed}/{entry.id}".encode()).digest()
+    generator = np.random.default_rng(np.frombuffer(digest, np.uint32))
+    return sample(cache, entry, crops, sub_volumes, generator)

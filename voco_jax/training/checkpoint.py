@@ -1,12 +1,18 @@
 """Orbax checkpoints: the only place that imports Orbax.
 
-A step's folder holds `student`, `teacher` and `optimizer` (arrays) and `info` (JSON: the data
-position and the experiment's config). Steps are written asynchronously and become visible whole.
+A step's folder holds `student`, `teacher` and `optimizer` (arrays), `info` (JSON: the data
+position and the experiment's config) and `digests.json` (of every other file). Steps are written
+asynchronously and become visible whole.
 """
 
 import contextlib
+import hashlib
+import json
 import logging
+import os
+import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as preservation
 
+from voco_jax.config import Checkpoint as Keep
 from voco_jax.errors import InputError
 from voco_jax.voco.step import State
 
-FOLDER = "checkpoints"
+FOLDER, DAMAGED = "checkpoints", "damaged_checkpoints"
+DIGESTS = "digests.json"
 _NETWORKS = ("student", "teacher")
 _ITEMS = (*_NETWORKS, "optimizer", "info")
 _WRITE_ERRORS = (OSError, ValueError)  # TensorStore reports a full disk as a ValueError
@@ -31,20 +40,36 @@ class Checkpoints:
         folder: where they are.
     """
 
-    def __init__(self, workdir: Path, keep: int | None) -> None:
+    def __init__(self, workdir: Path, keep: Keep | None) -> None:
         """Opens a workdir's checkpoints.
 
         Args:
             workdir: of the run.
-            keep: how many of the latest to keep; None: only to read, beside a run that saves.
+            keep: which to keep; None: only to read, beside a run that saves.
         """
         logging.getLogger("absl").setLevel(logging.WARNING)
         self.folder = (workdir / FOLDER).resolve()
+        self._saving = 0
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
-            # What a killed run left half-written is removed.
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            policies: list[Any] = [preservation.LatestN(keep.keep)]
+            if keep.keep_every_steps:
+                policies.append(preservation.EveryNSteps(keep.keep_every_steps))
+            if keep.keep_best:
+                policies.append(
+                    preservation.BestN(
+                        get_metric_fn=_accuracy,
+                        n=keep.keep_best,
+                        keep_checkpoints_without_metrics=False,
+                    )
+                )
+            options = ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,  # what a killed run left half-written
+                preservation_policy=preservation.AnyPreservationPolicy(policies),
+                best_fn=_accuracy,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+            )
         self._manager = ocp.CheckpointManager(self.folder, item_names=_ITEMS, options=options)
 
     def latest_step(self) -> int | None:
@@ -55,12 +80,19 @@ class Checkpoints:
         """All steps that are there, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: State, info: Mapping[str, Any]) -> None:
+    def best_accuracy(self) -> float | None:
+        """The best position accuracy among the checkpoints; None: none has one."""
+        best = self._manager.best_step()
+        metrics = None if best is None else self._manager.metrics(best)
+        return None if metrics is None else _accuracy(metrics)
+
+    def save(self, state: State, info: Mapping[str, Any], accuracy: float | None = None) -> None:
         """Starts to save the state under its step; returns once the arrays may change.
 
         Args:
             state: on the devices.
             info: for JSON.
+            accuracy: position accuracy at this very step, if it was validated.
 
         Raises:
             InputError: the folder cannot be written.
@@ -72,7 +104,10 @@ class Checkpoints:
             info=ocp.args.JsonSave({**info, "step": int(state.step)}),
         )
         try:
-            self._manager.save(int(state.step), args=arguments)
+            self._manager.wait_until_finished()  # of the step before: its digests need its number
+            self._saving = int(state.step)
+            metrics = None if accuracy is None else {"position_accuracy": accuracy}
+            self._manager.save(self._saving, args=arguments, metrics=metrics)
         except _WRITE_ERRORS as error:
             raise self._unwritable(error) from error
 
@@ -136,6 +171,12 @@ class Checkpoints:
         """Waits for saves and lets go of the folder."""
         self._manager.close()
 
+    def _write_digests(self) -> None:
+        """Called on the first process when a step is written whole, before it becomes visible."""
+        for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            text = json.dumps(_digests(folder), indent=1)
+            (folder / DIGESTS).write_text(text, "utf-8")
+
     @contextlib.contextmanager
     def _damage_named(self, step: int) -> Iterator[None]:
         try:
@@ -155,6 +196,83 @@ class Checkpoints:
             "then run the same command: it resumes from "
             + (f"step {last}" if last is not None else "the start")
         )
+
+
+def _accuracy(metrics: Any) -> float:
+    return float(metrics["position_accuracy"])
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Relative path -> BLAKE2b of each file."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / DIGESTS)
+    with ThreadPoolExecutor() as pool:
+        values = pool.map(digest, files)
+        return {
+            str(file.relative_to(folder)): value for file, value in zip(files, values, strict=True)
+        }
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a step's folder, against its own digests; None: every bit is as saved."""
+    try:
+        expected = dict(json.loads((folder / DIGESTS).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        return f"{DIGESTS} cannot be read ({error!r})"
+    try:
+        found = _digests(folder)
+    except OSError as error:
+        return str(error)
+    for name, value in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != value:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def set_damaged_aside(workdir: Path) -> str:
+    """Makes the newest whole checkpoint the latest one: moves damaged newer ones away.
+
+    To be called on one process, before any opens `Checkpoints`.
+
+    Returns:
+        A loud message about each; "": all is well.
+
+    Raises:
+        InputError: there are checkpoints, but none is whole.
+    """
+    folder, messages = workdir / FOLDER, []
+    steps = sorted((int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit()), reverse=True)
+    damaged = []
+    for step in steps:
+        reason = damage(folder / str(step))
+        if reason is None:
+            break
+        damaged.append((step, reason))
+    else:
+        if steps:
+            listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
+            raise InputError(
+                f"{folder}: every checkpoint is damaged ({listed}); bring one back from a backup "
+                "to resume, or choose another --workdir to start again"
+            )
+    for number, (bad, reason) in enumerate(damaged):
+        away = workdir / DAMAGED / str(bad)
+        away.parent.mkdir(exist_ok=True)
+        if away.exists():
+            away = away.with_name(f"{bad}_{time.time_ns()}")
+        os.replace(folder / str(bad), away)
+        before = damaged[number + 1][0] if number + 1 < len(damaged) else step
+        messages.append(
+            f"DAMAGED CHECKPOINT: step {bad} ({reason}); moved to {away}, "
+            f"falling back to step {before}"
+        )
+    return "\n".join(messages)
 
 
 def read_network(
@@ -190,6 +308,13 @@ def read_network(
         if chosen not in steps:
             raise InputError(
                 f"{folder}: found no step {chosen}, expected one of {', '.join(map(str, steps))}"
+            )
+        reason = damage(checkpoints.folder / str(chosen))
+        if reason is not None:
+            others = ", ".join(str(other) for other in steps if other != chosen)
+            raise InputError(
+                f"{checkpoints.folder / str(chosen)}: this checkpoint is damaged ({reason}); "
+                + (f"others: step {others}" if others else "there is no other")
             )
         return checkpoints.restore_network(chosen, network), checkpoints.restore_info(chosen)
     finally:

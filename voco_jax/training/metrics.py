@@ -57,6 +57,62 @@ def _keep_until(path: Path, step: int) -> None:
     os.replace(aside, path)
 
 
+class Log:
+    """Words for people: on the first process's console, and in each process's own file."""
+
+    def __init__(self, workdir: Path, process: int) -> None:
+        self._process = process
+        folder = workdir / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"process_{process}.log").open("a", encoding="utf-8")
+
+    def __call__(self, text: str, *, everywhere: bool = False) -> None:
+        """Writes lines.
+
+        Args:
+            text: one line or several.
+            everywhere: print it on this process's console too, whichever it is.
+        """
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        for line in text.splitlines():
+            self._file.write(f"{now} process {self._process}: {line}\n")
+        self._file.flush()
+        if self._process == 0:
+            print(text, flush=True)
+        elif everywhere:
+            print(f"process {self._process}: {text}", flush=True)
+
+
+class StepTimes:
+    """Seconds of each step since the last report, and how much of them was waiting for input."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything and starts anew, as after a pause."""
+        self._last = self._clock()
+        self._seconds: list[float] = []
+        self._waited = 0.0
+
+    def wait(self, seconds: float) -> None:
+        """The device had nothing to do for so long, because no batch was ready."""
+        self._waited += seconds
+
+    def step(self) -> None:
+        """A step has ended."""
+        now = self._clock()
+        self._seconds.append(now - self._last)
+        self._last = now
+
+    def report(self) -> tuple[float, float, float]:
+        """(median seconds of a step, the longest, fraction of the time spent waiting)."""
+        seconds = np.asarray(self._seconds or [0.0])
+        fraction = self._waited / max(float(seconds.sum()), 1e-9)
+        return float(np.median(seconds)), float(seconds.max()), min(fraction, 1.0)
+
+
 class Progress:
     """Rate and time left, from the steps of this process."""
 

@@ -3,21 +3,17 @@
 `step` is the number of completed updates, everywhere: step k used batch number k - 1.
 """
 
-import math
 import time
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from voco_jax.config import Config, parse, to_dict
+from voco_jax.config import Config, Profile, parse, to_dict
 from voco_jax.data.cache import Cache, fingerprint
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
@@ -27,23 +23,29 @@ from voco_jax.errors import InputError
 from voco_jax.evaluation.position import collapse_warning
 from voco_jax.interop.export import Card, check_output, export
 from voco_jax.interop.load import load_into
-from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
-from voco_jax.training.checkpoint import Checkpoints
-from voco_jax.training.metrics import MetricsWriter, Progress, duration
-from voco_jax.training.optimizer import make_optimizer, schedule
+from voco_jax.training.checkpoint import Checkpoints, set_damaged_aside
+from voco_jax.training.distributed import everywhere, gather, is_first, on_first, should_stop
+from voco_jax.training.metrics import Log, MetricsWriter, Progress, StepTimes, duration
+from voco_jax.training.optimizer import schedule
+from voco_jax.training.program import make_program
 from voco_jax.training.validate import Validator, save_picture
-from voco_jax.training.workdir import check_data, choose_volumes, claim_workdir
-from voco_jax.voco import augment
-from voco_jax.voco.step import State, init_state, make_predict, make_train_step
+from voco_jax.training.workdir import check_data, claim_workdir, read_volumes, write_volumes
+from voco_jax.voco.step import State
 
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is no longer a number; the message names step and checkpoint."""
 
 
+class PreemptedError(RuntimeError):
+    """A preemption signal came; everything is saved and the same command goes on."""
+
+
 def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str | Path) -> None:
     """Trains, or goes on training, until `total_steps`; then exports the teacher's encoder.
+
+    Of a run of several processes each one calls this, with the same arguments.
 
     Args:
         config_dict: as a config file returns it.
@@ -52,42 +54,44 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     Raises:
         InputError: anything the user has to mend.
         DivergedError: NaN or infinite loss.
+        PreemptedError: SIGTERM reached a process; saved everywhere.
     """
     start_time = time.monotonic()
     config = _fill_in(parse(config_dict), Path(workdir))
-    mesh = meshes.make_mesh()
-    network = make_network(config, mesh)
-    meshes.check_batch_size(config.batch_size, mesh)
+    mesh = meshes.make_mesh(config.mesh.fsdp)
+    program = make_program(config, mesh)
     if config.export_to:
         check_output(config.export_to)
-    workdir = claim_workdir(Path(workdir), config)
-    print(f"devices: {meshes.describe(mesh)}; workdir: {workdir}", flush=True)
+    workdir = Path(on_first(lambda: str(claim_workdir(Path(workdir), config))))
+    say = Log(workdir, jax.process_index())
+    say(f"devices: {meshes.describe(mesh)}; workdir: {workdir}")
 
     # ---- data
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    message = on_first(lambda: set_damaged_aside(workdir))
+    if message:
+        say(message)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
     latest = checkpoints.latest_step()
-    cache = open_cache(config, workdir)
-    training, held_out = choose_volumes(cache, config, workdir, resuming=latest is not None)
+    summary = on_first(lambda: fill_cache(config, workdir))
+    if summary:
+        say(summary)
+    cache = everywhere(lambda: Cache.open(config.data.cache, config.data.chain))
+    if latest is None:
+        on_first(lambda: write_volumes(cache, config, workdir))
+    training, held_out = everywhere(lambda: read_volumes(cache, workdir))
     data_fingerprint = fingerprint(training)
-    print(f"data: {len(training)} volumes to train on, {len(held_out)} held out", flush=True)
+    say(f"data: {len(training)} volumes to train on, {len(held_out)} held out")
 
     # ---- state: restored, or new
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    make_state = partial(init_state, network, optimizer, config.crops.encoder_size, config.seed)
-    replicated, by_volume = meshes.replicated(mesh), meshes.batch_sharding(mesh)
     if latest is None:
-        state = make_state(sharding=replicated)
+        state = program.init()
         if config.init_from:
-            state = jax.device_put(initialise_from(config, state), replicated)
-        print("starting at step 0", flush=True)
+            state = initialise_from(config, state, mesh, say)
+        say("starting at step 0")
     else:
         check_data(checkpoints.restore_info(latest), data_fingerprint, workdir)
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-            jax.eval_shape(make_state),
-        )
-        state = checkpoints.restore(latest, abstract)
-        print(f"resuming at step {latest} of {config.total_steps}", flush=True)
+        state = checkpoints.restore(latest, program.state)
+        say(f"resuming at step {latest} of {config.total_steps}")
     first_step = int(state.step)
     info: dict[str, Any] = {
         "config": to_dict(config),
@@ -95,67 +99,48 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
         "batch_size": config.batch_size,
         "data_fingerprint": data_fingerprint,
     }
-
-    # ---- compiled functions
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    # On a CPU, XLA merges recomputed activations with the first ones, and remat saves nothing.
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else None
-    step_function = jax.jit(
-        make_train_step(
-            network,
-            optimizer,
-            encoder_size=config.crops.encoder_size,
-            momentum=config.teacher.momentum,
-            draw=partial(
-                augment.draw,
-                flip_probability=config.augment.flip_probability,
-                rotate_probability=config.augment.rotate_probability,
-                shift_probability=config.augment.shift_probability,
-                shift=config.augment.shift,
-            ),
-            seed=config.seed,
-            passes=count_passes(config, mesh, config.crops.sub_volumes),
-        ),
-        in_shardings=(replicated, by_volume),
-        out_shardings=(replicated, replicated),
-        donate_argnums=0,
-        compiler_options=options,
-    )
-    predict = jax.jit(
-        make_predict(
-            network,
-            encoder_size=config.crops.encoder_size,
-            passes=count_passes(config, mesh, config.validation.sub_volumes),
-        ),
-        in_shardings=(replicated, by_volume),
-        out_shardings=replicated,
-    )
-    validator = Validator(config, cache, held_out, predict, by_volume) if held_out else None
+    validator = Validator(config, cache, held_out, program.predict, mesh) if held_out else None
 
     # ---- the loop
-    writer = MetricsWriter(workdir, first_step)
+    writer = MetricsWriter(workdir, first_step) if is_first() else None
     learning_rate = schedule(config.optimizer, config.total_steps)
     progress = Progress(first_step, config.total_steps)
+    times = StepTimes()
     pending = _Pending(checkpoints)
     paused = 0.0  # seconds of validation and of saving since the last lap
+    best = checkpoints.best_accuracy()
+    running: Any = None  # the loss of the step before, perhaps still to come
     try:
         if first_step < config.total_steps:
-            print("compiling the step (minutes for a large model) ...", flush=True)
-            stream = batches(
-                cache,
-                training,
-                config.crops,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                start_step=first_step,
-                workers=config.data.workers,
-                prefetch=config.data.prefetch,
+            say("compiling the step (minutes for a large model) ...")
+            stream = _to_device(
+                batches(
+                    cache,
+                    training,
+                    config.crops,
+                    seed=config.seed,
+                    batch_size=config.batch_size,
+                    rows=meshes.local_rows(config.batch_size, mesh),
+                    start_step=first_step,
+                    workers=config.data.workers,
+                    prefetch=config.data.prefetch,
+                ),
+                config.batch_size,
+                mesh,
             )
-            device_batches = _to_device(stream, by_volume)
         for step in range(first_step + 1, config.total_steps + 1):
-            with jax.transfer_guard("disallow"):  # nothing moves unseen: only device_put and _get
-                state, metrics = step_function(state, next(device_batches))
+            _profile(config.profile, step, workdir, running)
+            asked = time.monotonic()
+            batch = next(stream)
+            if running is None or running.is_ready():  # nothing to do for the device meanwhile
+                times.wait(time.monotonic() - asked)
+            with jax.transfer_guard("disallow"):  # nothing moves unseen: only _to_device and fetch
+                state, metrics = program.step(state, batch)
             pending.add(step, metrics)
+            if running is not None:  # at most one step is queued, so that times mean something
+                running.block_until_ready()
+                times.step()
+            running = metrics["loss"]
 
             last = step == config.total_steps
             if step == first_step + 1 or step % config.log_every_steps == 0 or last:
@@ -163,144 +148,142 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 rate, left = progress.lap(step, paused)
                 paused = 0.0
                 values["learning_rate"] = float(learning_rate(step - 1))
+                hosts = gather(np.asarray(times.report()))
+                times.reset()
                 if step == first_step + 1:  # its time is the compiler's
                     speed = f"compiled in {1 / rate:.0f} s"
                 else:
                     values["volumes_per_second"] = rate * config.batch_size
+                    values["step_seconds_median"] = float(np.median(hosts[:, 0]))
+                    values["step_seconds_longest"] = float(hosts[:, 1].max())
+                    values["input_wait_fraction"] = float(hosts[:, 2].max())
                     speed = f"{values['volumes_per_second']:.2f} volumes/s  ETA {left}"
-                writer.write(step, values)
-                print(
+                if writer:
+                    writer.write(step, values)
+                say(
                     f"step {step}/{config.total_steps}  loss {values['loss']:.4f} "
                     f"(pos {values['pos']:.4f} neg {values['neg']:.4f} reg {values['reg']:.4f})  "
-                    f"lr {values['learning_rate']:.2e}  {speed}",
-                    flush=True,
+                    f"lr {values['learning_rate']:.2e}  {speed}"
                 )
+                if step > first_step + 1 and jax.process_count() > 1:
+                    say(heartbeat(hosts))
 
             pause_start = time.monotonic()
             every = config.validation.every_steps
+            accuracy: float | None = None
             if validator and every and (step % every == 0 or last):
                 pending.fetch()
-                _validate(validator, state, step, writer, workdir)
+                accuracy = _validate(validator, state, step, writer, workdir, say)
+            is_best = bool(
+                config.checkpoint.keep_best
+                and accuracy is not None
+                and (best is None or accuracy > best)
+            )
+            preempted = should_stop(step)
             # After validation: what is saved lacks nothing when the run is resumed.
-            if step % config.checkpoint.every_steps == 0 or last:
+            if step % config.checkpoint.every_steps == 0 or last or is_best or preempted:
                 pending.fetch()  # never save what a NaN has reached
-                checkpoints.save(state, info)
+                checkpoints.save(state, info, accuracy)
+                best = accuracy if is_best else best
+            if preempted and not last:
+                checkpoints.wait()
+                raise PreemptedError(
+                    f"preempted (SIGTERM); saved step {step}: the same command resumes there"
+                )
+            if time.monotonic() - pause_start > 0.01 or step == first_step + 1:
+                times.reset()
             paused += time.monotonic() - pause_start
         checkpoints.wait()
         if first_step == config.total_steps:
-            print(f"nothing left to train: {workdir} is at step {first_step}", flush=True)
+            say(f"nothing left to train: {workdir} is at step {first_step}")
     except KeyboardInterrupt:
         checkpoints.wait()
         saved = checkpoints.latest_step()
-        print(f"\ninterrupted; saved up to step {saved}: the same command resumes there")
+        say(f"\ninterrupted; saved up to step {saved}: the same command resumes there")
         raise
     finally:
-        writer.close()
+        if writer:
+            writer.close()
         checkpoints.close()
 
     # ---- weights
     if config.export_to:
+        teacher = meshes.fetch(state.teacher, mesh)
         card = Card(
             config=info["config"],
             step=int(state.step),
             network="teacher",
             data_fingerprint=data_fingerprint,
         )
-        print(export(jax.device_get(state.teacher), config.export_to, card).text(), flush=True)
-    print(f"done in {duration(time.monotonic() - start_time)}; everything is in {workdir}")
+        say(on_first(lambda: export(teacher, config.export_to, card).text()))
+    say(f"done in {duration(time.monotonic() - start_time)}; everything is in {workdir}")
 
 
-def make_network(config: Config, mesh: Mesh) -> nn.Module:
-    """The student's and teacher's network, checked against the crops.
+def heartbeat(hosts: np.ndarray) -> str:
+    """One line about all processes.
 
-    Raises:
-        InputError: settings that the encoder cannot take.
+    Args:
+        hosts: (processes, 3) of `StepTimes.report`.
     """
-    model = config.model
-    convolution = model.convolution
-    if convolution == "auto":
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        convolution = "planes" if on_cpu else "lax"
-    try:
-        check_crop_size(config.crops.encoder_size)
-    except ValueError as error:
-        raise InputError(f"crops.encoder_size: {error}") from error
-    network = VoCoNetwork(
-        feature_size=model.feature_size,
-        depths=model.depths,
-        num_heads=model.num_heads,
-        window_size=model.window_size,
-        patch_merging=model.patch_merging,
-        use_v2=model.use_v2,
-        drop_path_rate=model.drop_path_rate,
-        projector_size=model.projector_size,
-        remat=model.remat,
-        dtype=jnp.dtype(model.dtype),
-        convolution=convolution,
-    )
-    # Tracing the initialisation checks every other setting without computing anything.
-    crops = jax.ShapeDtypeStruct((2, *config.crops.encoder_size, 1), jnp.float32)
-    try:
-        jax.eval_shape(lambda x: network.init(jax.random.key(0), x, False), crops)
-    except InputError as error:
-        raise InputError(f"model.{error}") from error
-    return network
-
-
-def count_passes(config: Config, mesh: Mesh, sub_volumes: int) -> int:
-    """Into how many parts each device's crops are cut, by `model.crops_per_pass`."""
-    volumes = config.batch_size // mesh.devices.size
-    crops = volumes * (sub_volumes + math.prod(config.crops.grid))
-    limit = config.model.crops_per_pass or crops
-    return next(
-        passes for passes in range(1, crops + 1) if crops % passes == 0 and crops // passes <= limit
+    slowest, waiting = int(hosts[:, 1].argmax()), int(hosts[:, 2].argmax())
+    return (
+        f"heartbeat: {len(hosts)} processes, median step {np.median(hosts[:, 0]):.3f} s; slowest: "
+        f"process {slowest} with {hosts[slowest, 1]:.3f} s; waiting for input: process {waiting} "
+        f"{hosts[waiting, 2]:.0%} of the time"
     )
 
 
-def open_cache(config: Config, workdir: Path) -> Cache:
-    """Opens the cache; makes phantoms and fills it first where the config says so.
+def fill_cache(config: Config, workdir: Path) -> str:
+    """Makes phantoms and fills the cache where the config says so.
+
+    Returns:
+        The summary, for people.
 
     Raises:
-        InputError: no cache, another chain, nothing to prepare.
+        InputError: nothing to prepare, or a cache that cannot be written.
     """
+    if not config.data.prepare:
+        return ""
     data = config.data
     lists, roots = data.lists, data.roots
     if data.phantoms:
         folder = workdir / "phantoms"
         print(f"making {data.phantoms} phantom CTs in {folder} ...", flush=True)
         lists, roots = (str(make_phantoms(folder, data.phantoms, config.seed)),), (str(folder),)
-    if data.prepare:
-        if not lists:
-            raise InputError(
-                "data.lists: found none with data.prepare=True, expected Decathlon lists "
-                "(and their data.roots), or data.phantoms"
-            )
-        # Starting Dask takes longer than a few small phantoms do.
-        workers = 0 if data.phantoms else None
-        print(prepare(collect(lists, roots), data.cache, data.chain, workers), flush=True)
-    return Cache.open(data.cache, data.chain)
+    if not lists:
+        raise InputError(
+            "data.lists: found none with data.prepare=True, expected Decathlon lists "
+            "(and their data.roots), or data.phantoms"
+        )
+    # Starting Dask takes longer than a few small phantoms do.
+    workers = 0 if data.phantoms else None
+    return str(prepare(collect(lists, roots), data.cache, data.chain, workers))
 
 
-def initialise_from(config: Config, state: State) -> State:
-    """Replaces both networks' weights by those of `config.init_from`, and prints what matched.
+def initialise_from(config: Config, state: State, mesh: Mesh, say: Callable[[str], None]) -> State:
+    """Replaces both networks' weights by those of `config.init_from`, and says what matched.
 
     Raises:
         InputError: the file cannot be read or does not fit.
     """
 
     def load(params: Any) -> tuple[Any, Any]:
-        return load_into(
-            jax.device_get(params),
-            config.init_from,
-            config.init.allow_missing,
-            config.init.allow_unexpected,
-            window_size=config.model.window_size,
-            patch_merging=config.model.patch_merging,
+        values = meshes.fetch(params, mesh)
+        found, report = everywhere(
+            lambda: load_into(
+                values,
+                config.init_from,
+                config.init.allow_missing,
+                config.init.allow_unexpected,
+                window_size=config.model.window_size,
+                patch_merging=config.model.patch_merging,
+            )
         )
+        return jax.device_put(found, jax.tree.map(lambda leaf: leaf.sharding, params)), report
 
     student, report = load(state.student)
     teacher, _ = load(state.teacher)
-    print(report.text(), flush=True)
+    say(report.text())
     return state.replace(student=student, teacher=teacher)  # type: ignore[attr-defined]
 
 
@@ -312,12 +295,23 @@ def _fill_in(config: Config, workdir: Path) -> Config:
     return parse(values)
 
 
-def _to_device(stream: Iterator[Any], sharding: Any) -> Iterator[Any]:
+def _to_device(stream: Iterator[Any], batch_size: int, mesh: Mesh) -> Iterator[Any]:
     """Keeps one batch on its way to the device while the step before it runs."""
-    ahead = jax.device_put(dict(next(stream)), sharding)
+    ahead = meshes.to_devices(next(stream), batch_size, mesh)
     while True:
-        ready, ahead = ahead, jax.device_put(dict(next(stream)), sharding)
+        ready, ahead = ahead, meshes.to_devices(next(stream), batch_size, mesh)
         yield ready
+
+
+def _profile(profile: Profile, step: int, workdir: Path, running: jax.Array | None) -> None:
+    """Starts and stops the trace at the borders of its window."""
+    if profile.start and step in (profile.start, profile.start + profile.steps):
+        if running is not None:
+            running.block_until_ready()
+        if step == profile.start:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        else:
+            jax.profiler.stop_trace()
 
 
 class _Pending:
@@ -354,29 +348,36 @@ class _Pending:
 
 
 def _validate(
-    validator: Validator, state: State, step: int, writer: MetricsWriter, workdir: Path
-) -> None:
+    validator: Validator,
+    state: State,
+    step: int,
+    writer: MetricsWriter | None,
+    workdir: Path,
+    say: Callable[[str], None],
+) -> float:
+    """Validates, reports, and returns the position accuracy."""
     found = validator(state, step)
     metrics = found.metrics
-    writer.write(
-        step,
-        {
-            "validation/position_accuracy": metrics.accuracy,
-            "validation/chance": metrics.chance,
-            "validation/overlap_error": metrics.overlap_error,
-            "validation/similarity_spread": metrics.similarity_spread,
-            "validation/embedding_spread": metrics.embedding_spread,
-        },
-    )
-    writer.picture(step, "positions", found.image)
     picture = workdir / "pictures" / f"positions_{step:07d}.png"
-    save_picture(found.image, picture)
-    print(
+    if writer:
+        writer.write(
+            step,
+            {
+                "validation/position_accuracy": metrics.accuracy,
+                "validation/chance": metrics.chance,
+                "validation/overlap_error": metrics.overlap_error,
+                "validation/similarity_spread": metrics.similarity_spread,
+                "validation/embedding_spread": metrics.embedding_spread,
+            },
+        )
+        writer.picture(step, "positions", found.image)
+        save_picture(found.image, picture)
+    say(
         f"validation at step {step}: position accuracy {metrics.accuracy:.1%} "
         f"({metrics.accuracy / metrics.chance:.1f} times chance), mean absolute error of overlaps "
-        f"{metrics.overlap_error:.4f}, picture {picture}",
-        flush=True,
+        f"{metrics.overlap_error:.4f}, picture {picture}"
     )
     warning = collapse_warning(metrics)
     if warning:
-        print(warning, flush=True)
+        say(warning)
+    return metrics.accuracy

@@ -1,20 +1,21 @@
 """Validation during training: position accuracy, the collapse warning and the picture."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 from PIL import Image
 
 from voco_jax.config import Config
 from voco_jax.data.cache import Cache, Entry
-from voco_jax.data.pipeline import Sample, held_out_samples, shuffled
+from voco_jax.data.pipeline import Sample, held_out_sample, shuffled
 from voco_jax.data.volumes import dequantise
 from voco_jax.evaluation.position import PositionMetrics, measure
 from voco_jax.report.positions import draw_positions
+from voco_jax.training.mesh import local_rows, to_devices
 from voco_jax.voco.step import Predictions, State
 
 
@@ -35,10 +36,9 @@ class Validator:
         cache: Cache,
         held_out: Sequence[Entry],
         predict: Callable[[State, Mapping[str, jax.Array]], Predictions],
-        batch_sharding: Sharding,
+        mesh: Mesh,
     ) -> None:
-        self._config, self._cache, self._predict = config, cache, predict
-        self._sharding = batch_sharding
+        self._config, self._cache, self._predict, self._mesh = config, cache, predict, mesh
         # The first by id would mostly be of one data set.
         self._entries = tuple(shuffled(held_out, config.seed)[: config.validation.volumes])
 
@@ -52,47 +52,49 @@ class Validator:
         similarities: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         spreads: list[float] = []
-        first: Sample | None = None
         for start in range(0, len(self._entries), size):
-            rows = [(start + i) % len(self._entries) for i in range(size)]
-            samples = [
-                sample
-                for _, sample in held_out_samples(
-                    self._cache,
-                    [self._entries[row] for row in rows],
-                    self._config.crops,
-                    sub_volumes=self._config.validation.sub_volumes,
-                    seed=self._config.seed,
-                )
-            ]
-            first = first or samples[0]
-            batch = {
-                "subs": np.stack([sample["subs"] for sample in samples]),
-                "bases": np.stack([sample["bases"] for sample in samples]),
-                "labels": np.stack([sample["labels"] for sample in samples]),
-            }
-            found = jax.device_get(self._predict(state, jax.device_put(batch, self._sharding)))
+            batch = self._samples(
+                (start + row) % len(self._entries) for row in local_rows(size, self._mesh)
+            )
+            found = jax.device_get(self._predict(state, to_devices(batch, size, self._mesh)))
             count = min(size, len(self._entries) - start)
             similarities.extend(found.similarities[:count])
-            labels.extend(batch["labels"][:count])
+            labels.extend(found.labels[:count])
             spreads.append(float(found.spread))
-        assert first is not None
         metrics = measure(
             np.concatenate(similarities), np.concatenate(labels), float(np.mean(spreads))
         )
+        entry = self._entries[0]
         image = draw_positions(
-            dequantise(self._cache.read(self._entries[0])),
-            first["origins"],
+            dequantise(self._cache.read(entry)),
+            self._sample(entry)["origins"],
             labels[0],
             similarities[0],
             grid=self._config.crops.grid,
             crop_size=self._config.crops.crop_size,
             title=(
-                f"{self._entries[0].id}, step {step}: position accuracy of all held-out volumes "
+                f"{entry.id}, step {step}: position accuracy of all held-out volumes "
                 f"{metrics.accuracy:.0%} (chance {metrics.chance:.0%})"
             ),
         )
         return Validation(metrics, image)
+
+    def _sample(self, entry: Entry) -> Sample:
+        return held_out_sample(
+            self._cache,
+            entry,
+            self._config.crops,
+            sub_volumes=self._config.validation.sub_volumes,
+            seed=self._config.seed,
+        )
+
+    def _samples(self, rows: Iterable[int]) -> dict[str, np.ndarray]:
+        samples = [self._sample(self._entries[row]) for row in rows]
+        return {
+            "subs": np.stack([sample["subs"] for sample in samples]),
+            "bases": np.stack([sample["bases"] for sample in samples]),
+            "labels": np.stack([sample["labels"] for sample in samples]),
+        }
 
 
 def save_picture(image: np.ndarray, path: Path) -> None:

@@ -61,29 +61,36 @@ def _check_same_experiment(path: Path, config: Config) -> None:
         )
 
 
-def choose_volumes(
-    cache: Cache, config: Config, workdir: Path, *, resuming: bool
-) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Training and held-out volumes: split anew, or, when resuming, those that the run began with.
+def write_volumes(cache: Cache, config: Config, workdir: Path) -> str:
+    """Splits the cache's volumes anew and writes WORKDIR/volumes.json.
 
-    They are kept in WORKDIR/volumes.json, so that a cache may gain volumes while a run goes on.
+    Later the run goes on with these, so that a cache may gain volumes meanwhile.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        InputError: nothing is left to train on.
+    """
+    chosen = split(cache.entries, config.data.held_out, config.seed)
+    content = {
+        name: {entry.id: entry.checksum for entry in entries}
+        for name, entries in zip(("training", "held_out"), chosen, strict=True)
+    }
+    write_whole(workdir / VOLUMES, json.dumps(content, indent=1) + "\n")
+    return str(workdir / VOLUMES)
+
+
+def read_volumes(cache: Cache, workdir: Path) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """The training and held-out volumes that the run began with, of this machine's cache.
 
     Returns:
         (training, held-out), each in order of id.
 
     Raises:
-        InputError: a volume that the run began with is gone or has changed.
+        InputError: one of them is gone or has changed.
     """
     path = workdir / VOLUMES
-    if not resuming:
-        chosen = split(cache.entries, config.data.held_out, config.seed)
-        names = ("training", "held_out")
-        content = {
-            name: {entry.id: entry.checksum for entry in entries}
-            for name, entries in zip(names, chosen, strict=True)
-        }
-        write_whole(path, json.dumps(content, indent=1) + "\n")
-        return chosen
     try:
         old = json.loads(path.read_text("utf-8"))
         wanted = old["training"], old["held_out"]

@@ -1,0 +1,142 @@
+"""Many processes as one run: joining, agreeing, and leaving together."""
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from voco_jax.errors import InputError
+
+Result = TypeVar("Result")
+# Seconds without a sign of life after which the other processes end themselves.
+HEARTBEAT_TIMEOUT = 60
+
+
+def start(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Joins the processes of a run; call it before anything asks for devices.
+
+    With one process too: without it no preemption signal is noticed.
+
+    Args:
+        coordinator: HOST:PORT of process 0; None: found by JAX on TPU pods, SLURM, Open MPI and
+            Kubernetes (JAX_COORDINATOR_ADDRESS names it elsewhere), else one process.
+        processes: how many; None as above.
+        process_id: of this process; None as above.
+
+    Raises:
+        InputError: contradictory flags, or the others cannot be reached.
+    """
+    given = [value is not None for value in (coordinator, processes, process_id)]
+    if any(given) and not all(given):
+        raise InputError(
+            "--coordinator, --processes and --process_id: give all three, or none to detect them; "
+            f"found {coordinator}, {processes}, {process_id}"
+        )
+    if processes is not None and process_id is not None and not 0 <= process_id < processes:
+        raise InputError(f"--process_id: found {process_id}, expected 0 to {processes - 1}")
+    logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)
+    try:
+        if coordinator is None and not _detected():
+            alone = f"127.0.0.1:{_free_port()}"
+            _initialize(alone, 1, 0, bind_address=alone)
+        elif coordinator is not None:
+            _initialize(coordinator, processes, process_id)
+    except RuntimeError as error:
+        where = coordinator or "the detected coordinator"
+        raise InputError(
+            f"--coordinator: the processes did not find each other at {where} ({error}); check "
+            "that process 0 runs there, that the port is open, and --processes"
+        ) from error
+
+
+def _initialize(
+    address: str, processes: int | None, process_id: int | None, bind_address: str | None = None
+) -> None:
+    jax.distributed.initialize(
+        address,
+        processes,
+        process_id,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        coordinator_bind_address=bind_address,
+    )
+
+
+def _detected() -> bool:
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    except ValueError:  # no cluster was detected
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def should_stop(step: int) -> bool:
+    """Whether a preemption signal has reached any process; True at the same step on all.
+
+    To be called on every process at every step.
+    """
+    return bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """(n,) numbers of each process -> (processes, n), on every process."""
+    return np.asarray(multihost_utils.process_allgather(np.asarray(values))).reshape(
+        jax.process_count(), -1
+    )
+
+
+def broadcast(text: str) -> str:
+    """The first process's text, on every process."""
+    if jax.process_count() == 1:
+        return text
+    raw = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(raw.size)))
+    padded = np.zeros(length, np.uint8)
+    padded[: min(length, raw.size)] = raw[:length]
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
+
+
+def everywhere(function: Callable[[], Result]) -> Result:
+    """Runs a function on every process; where one finds a mistake of the user's, all stop.
+
+    Raises:
+        InputError: the first process's that raised one.
+    """
+    problem, result = "", None
+    try:
+        result = function()
+    except InputError as error:
+        problem = str(error)
+    if jax.process_count() == 1:
+        if problem:
+            raise InputError(problem)
+        return result  # type: ignore[return-value]
+    raw = np.frombuffer(problem.encode(), np.uint8)
+    lengths = gather(np.array([raw.size]))[:, 0]
+    if lengths.max():
+        padded = np.zeros(lengths.max(), np.uint8)
+        padded[: raw.size] = raw
+        process = int(np.flatnonzero(lengths)[0])
+        text = bytes(gather(padded)[process, : lengths[process]]).decode()
+        raise InputError(f"process {process}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def on_first(function: Callable[[], str]) -> str:
+    """Runs a function on the first process; all get its text, or its InputError."""
+    return broadcast(everywhere(lambda: function() if is_first() else ""))
