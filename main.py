@@ -13,6 +13,7 @@ Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the sa
 """
 
 import os
+import signal
 import sys
 import traceback
 from typing import NoReturn
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> None:
     except DivergedError as error:
         _leave(_fail(error, 3))
     except PreemptedError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # more of them must not change the status
         print(error, flush=True)
         sys.exit(_PREEMPTED)
     except KeyboardInterrupt:

@@ -43,30 +43,13 @@ def run_jax() -> None:
     from configs.voco_10k import get_config
     from voco_jax.config import parse
     from voco_jax.training.mesh import make_mesh
-    from voco_jax.training.optimizer import make_optimizer
-    from voco_jax.training.pretrain import count_passes, make_network
-    from voco_jax.voco.step import init_state, make_train_step
+    from voco_jax.training.program import make_program
 
     settings = get_config()
     settings.model.dtype = "float32"
     settings.batch_size = 1
-    config, mesh = parse(settings), make_mesh()
-    network = make_network(config, mesh)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    state = init_state(network, optimizer, SIZE, 0)
-    step = jax.jit(
-        make_train_step(
-            network,
-            optimizer,
-            encoder_size=SIZE,
-            momentum=0.9,
-            draw=None,
-            seed=0,
-            passes=count_passes(config, mesh, SUB_VOLUMES),
-        ),
-        donate_argnums=0,
-        compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
-    )
+    program = make_program(parse(settings), make_mesh())
+    state, step = program.init(), program.step
     seconds = []
     start = time.perf_counter()
     compiled = step.lower(state, _batch()).compile()

@@ -117,15 +117,13 @@ def everywhere(function: Callable[[], Result]) -> Result:
     Raises:
         InputError: the first process's that raised one.
     """
+    if jax.process_count() == 1:
+        return function()
     problem, result = "", None
     try:
         result = function()
     except InputError as error:
         problem = str(error)
-    if jax.process_count() == 1:
-        if problem:
-            raise InputError(problem)
-        return result  # type: ignore[return-value]
     raw = np.frombuffer(problem.encode(), np.uint8)
     lengths = gather(np.array([raw.size]))[:, 0]
     if lengths.max():

@@ -64,7 +64,7 @@ class Log:
         self._process = process
         folder = workdir / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"process_{process}.log").open("a", encoding="utf-8")
+        self._path = folder / f"process_{process}.log"
 
     def __call__(self, text: str, *, everywhere: bool = False) -> None:
         """Writes lines.
@@ -74,9 +74,9 @@ class Log:
             everywhere: print it on this process's console too, whichever it is.
         """
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        for line in text.splitlines():
-            self._file.write(f"{now} process {self._process}: {line}\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            for line in text.splitlines():
+                file.write(f"{now} process {self._process}: {line}\n")
         if self._process == 0:
             print(text, flush=True)
         elif everywhere:

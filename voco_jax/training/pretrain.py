@@ -187,6 +187,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 best = accuracy if is_best else best
             if preempted and not last:
                 checkpoints.wait()
+                gather(np.zeros(1))  # on all: a launcher may end the others when the first leaves
                 raise PreemptedError(
                     f"preempted (SIGTERM); saved step {step}: the same command resumes there"
                 )

@@ -17,7 +17,7 @@ from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
 from voco_jax.training.optimizer import make_optimizer
 from voco_jax.voco import augment
-from voco_jax.voco.step import State, init_state, make_predict, make_train_step
+from voco_jax.voco.step import State, abstract_state, init_state, make_predict, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     size, crops = config.crops.encoder_size, config.crops
     replicated, by_volume = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    make_state = partial(init_state, network, optimizer, size, config.seed)
-    state = jax.eval_shape(make_state)
+    state = abstract_state(network, optimizer, size)
     shardings = meshes.state_sharding(mesh, state)
 
     def whole(params: Any) -> Any:
@@ -108,7 +107,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind, sharding=by_volume)
             for name, (shape, kind) in shapes.items()
         },
-        init=partial(make_state, shardings=partial(meshes.state_sharding, mesh)),
+        init=partial(init_state, network, optimizer, size, config.seed, shardings),
         step=step,
         predict=predict,
     )

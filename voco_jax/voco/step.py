@@ -33,12 +33,25 @@ class Embeddings:
     bases: jax.Array  # (b, n, d) base crops
 
 
+def abstract_state(
+    network: nn.Module, optimizer: optax.GradientTransformation, encoder_size: augment.Size
+) -> State:
+    """The state's shapes and dtypes, as `jax.ShapeDtypeStruct`."""
+    params = jax.eval_shape(_initialiser(network, encoder_size), jax.random.key(0))
+    return State(
+        step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
+        student=params,
+        teacher=params,
+        optimizer=jax.eval_shape(optimizer.init, params),
+    )
+
+
 def init_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     encoder_size: augment.Size,
     seed: int,
-    shardings: Callable[[Any], Any] | None = None,
+    shardings: State | None = None,
 ) -> State:
     """Random student and, independently, random teacher (as published).
 
@@ -50,28 +63,29 @@ def init_state(
         optimizer: of the student.
         encoder_size: of the crops, voxels.
         seed: the same values come of it whatever the shardings.
-        shardings: abstract tree -> its shardings; None: the default device.
+        shardings: of each array; None: the default device.
     """
+    places = shardings or State(None, None, None, None)  # type: ignore[arg-type]
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     student_key, teacher_key = jax.random.split(jax.random.key(seed))
-    crops = jnp.zeros((2, *encoder_size, 1), jnp.float32)
-
-    def init(key: jax.Array) -> Params:
-        return network.init(key, crops, False)["params"]
-
-    def placed(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-        place = shardings(jax.eval_shape(function, *args)) if shardings else None
-        return jax.jit(function, out_shardings=place, compiler_options=options)
-
-    make_network = placed(init, student_key)
-    student = make_network(student_key)
-    return State(
-        step=placed(lambda: jnp.zeros((), jnp.int32))(),
-        student=student,
-        teacher=make_network(teacher_key),
-        optimizer=placed(optimizer.init, student)(student),
+    initialise = jax.jit(
+        _initialiser(network, encoder_size),
+        out_shardings=places.student,
+        compiler_options=options,
     )
+    student = initialise(student_key)
+    return State(
+        step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
+        student=student,
+        teacher=initialise(teacher_key),
+        optimizer=jax.jit(optimizer.init, out_shardings=places.optimizer)(student),
+    )
+
+
+def _initialiser(network: nn.Module, encoder_size: augment.Size) -> Callable[[jax.Array], Params]:
+    crops = jnp.zeros((2, *encoder_size, 1), jnp.float32)
+    return lambda key: network.init(key, crops, False)["params"]
 
 
 def prepare(batch: Batch, encoder_size: augment.Size) -> jax.Array:

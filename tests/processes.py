@@ -1,0 +1,98 @@
+"""Runs of main.py as real processes, at the smallest size."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# demo.py shrunk: three crops of 32x32x64 a volume, no v2 blocks (they take longest to compile).
+SETTINGS: dict[str, object] = {
+    "total_steps": 10,
+    "log_every_steps": 1,
+    "data.phantoms": 6,
+    "data.held_out": 0.0,
+    "data.workers": 0,
+    "data.chain.volume_size": "(64, 32, 64)",
+    "crops.grid": "(2, 1, 1)",
+    "crops.sub_volumes": 1,
+    "model.depths": "(1, 1, 1, 1)",
+    "model.use_v2": False,
+    "model.projector_size": 32,
+    "optimizer.warmup_steps": 1,
+    "validation.every_steps": 0,
+    "export_to": "",
+}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(
+    workdir: Path,
+    *,
+    processes: int = 1,
+    devices: int = 1,
+    settings: Mapping[str, object] | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Starts the processes of one run.
+
+    Args:
+        workdir: of the run.
+        processes: how many; one runs without flags.
+        devices: of each process.
+        settings: besides `SETTINGS`.
+
+    Returns:
+        The processes; stdout and stderr together go to their `stdout`.
+    """
+    flags = [f"--config.{k}={v}" for k, v in {**SETTINGS, **(settings or {})}.items()]
+    command = [sys.executable, "main.py", "--config=configs/demo.py", f"--workdir={workdir}"]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    port = free_port()
+    return [
+        subprocess.Popen(
+            command
+            + flags
+            + (
+                [
+                    f"--coordinator=127.0.0.1:{port}",
+                    f"--processes={processes}",
+                    f"--process_id={number}",
+                ]
+                if processes > 1
+                else []
+            ),
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(processes)
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 400) -> list[str]:
+    """Waits for all; their outputs."""
+    return [process.communicate(timeout=timeout)[0] for process in processes]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Step -> loss, of whole lines."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return {}
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return {line["step"]: line["loss"] for line in map(json.loads, whole) if "loss" in line}
