@@ -28,6 +28,7 @@ from voco_jax.voco.step import State
 
 FOLDER, DAMAGED = "checkpoints", "damaged_checkpoints"
 DIGESTS = "digests.json"
+_STAMP = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it, last of all
 _NETWORKS = ("student", "teacher")
 _ITEMS = (*_NETWORKS, "optimizer", "info")
 _WRITE_ERRORS = (OSError, ValueError)  # TensorStore reports a full disk as a ValueError
@@ -209,7 +210,8 @@ def _digests(folder: Path) -> dict[str, str]:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()
 
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / DIGESTS)
+    later = (folder / DIGESTS, folder / _STAMP)
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f not in later)
     with ThreadPoolExecutor() as pool:
         values = pool.map(digest, files)
         return {
@@ -219,10 +221,13 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a step's folder, against its own digests; None: every bit is as saved."""
+    name = _STAMP
     try:
-        expected = dict(json.loads((folder / DIGESTS).read_text("utf-8")))
+        json.loads((folder / name).read_text("utf-8"))
+        name = DIGESTS
+        expected = dict(json.loads((folder / name).read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        return f"{DIGESTS} cannot be read ({error!r})"
+        return f"{name} cannot be read ({error!r})"
     try:
         found = _digests(folder)
     except OSError as error:
