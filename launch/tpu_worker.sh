@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What launch/tpu_pod.sh does on each worker: tpu_worker.sh install | run FLAGS
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case $1 in
+  install)
+    if [ -n "$NFS_SHARE" ] && ! mountpoint -q "$NFS_MOUNT"; then
+      # A new machine's own updates hold apt's lock for some minutes.
+      sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
+      sudo apt-get -o DPkg::Lock::Timeout=600 -qq install -y nfs-common
+      sudo mkdir -p "$NFS_MOUNT"
+      sudo mount -t nfs "$NFS_SHARE" "$NFS_MOUNT"
+      sudo chmod 777 "$NFS_MOUNT" # a new share is root's
+    fi
+    # The machines' own Python is too old; uv brings one along.
+    [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+    [ -d ~/voco_env ] || ~/.local/bin/uv venv --quiet --python 3.11 ~/voco_env
+    ~/.local/bin/uv pip install --quiet --python ~/voco_env/bin/python \
+      -r requirements.txt "jax[tpu]"
+    ;;
+  run)
+    shift
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$NFS_MOUNT/xla_cache}
+    # A lost connection can leave a process behind that holds the TPU: SIGTERM has it save and end.
+    fuser -k -TERM ~/voco.lock >/dev/null 2>&1 || true
+    flock --timeout 120 ~/voco.lock true || fuser -k -KILL ~/voco.lock >/dev/null 2>&1 || true
+    exec flock ~/voco.lock ~/voco_env/bin/python main.py "$@"
+    ;;
+esac
