@@ -178,7 +178,8 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
         if file.is_file():
             file.write_bytes(b"{")
     with pytest.raises(
-        InputError, match=r"checkpoints/4: .*cannot be restored .*to resume from step 2"
+        InputError,
+        match=r"checkpoints/4: .*damaged \(info/.* has changed .*others: step 2",
     ):
         read_network(copy, "teacher")
 

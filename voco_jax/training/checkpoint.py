@@ -48,7 +48,7 @@ class Checkpoints:
             workdir: of the run.
             keep: which to keep; None: only to read, beside a run that saves.
         """
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = (workdir / FOLDER).resolve()
         self._saving = 0
         if keep is None:

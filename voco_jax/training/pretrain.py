@@ -145,6 +145,8 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             last = step == config.total_steps
             if step == first_step + 1 or step % config.log_every_steps == 0 or last:
                 values = pending.fetch()
+                times.step()
+                running = None
                 rate, left = progress.lap(step, paused)
                 paused = 0.0
                 values["learning_rate"] = float(learning_rate(step - 1))
