@@ -1,12 +1,12 @@
 """Whole training steps: exactly PyTorch's in float64, and the golden files' first in float32.
 
 The golden crops leave 1x1x2 voxels to the last stage, where InstanceNorm is nearly a sign and
-multiplies rounding by up to 300, twice; Adam's first updates are nearly signs too. Measured for
-voco_10k_step: against the same PyTorch model in float64, the golden float32 embeddings are 2e-4
-(student) and 3e-4 (teacher) off, 125 of 143 gradient norms by more than 1e-3 (7e-3 at most); and
-PyTorch 2.13 in float32 on another CPU differs from the golden losses by 0.6 % in the second step
-and 27 % in the third. So what is exact is tested in float64 over several steps, and the golden
-values of the first step have the tolerances of their own rounding.
+multiplies rounding by up to 300, twice; Adam's first updates are nearly signs too. So golden
+gradients and later steps are their machine's rounding. Measured for voco_10k_step: of the same
+PyTorch model in float64, the golden embeddings are 2e-4 (student) and 3e-4 (teacher) off and 125
+of 143 gradient norms by more than 1e-3; the positive loss of the third step is 0.120 exactly,
+0.125 here in float32, 0.167 in PyTorch's float32 on another CPU and 0.230 in the file. What is
+exact is therefore tested in float64, over two steps, against live PyTorch.
 """
 
 import functools
@@ -128,15 +128,6 @@ def _first_gradients(state):
     return reference.flatten(jax.tree.map(lambda m: np.asarray(m) / 0.1, state.optimizer[0].mu))
 
 
-# A bias in front of a batch norm, and a 1x1x1 convolution of one channel in front of an instance
-# norm: the loss does not depend on them, their gradients are rounding (and epsilon).
-NOTHING_BUT_ROUNDING = {
-    "proj_head.layer1.0.bias",
-    "proj_head.layer2.0.bias",
-    "encoder1.layer.conv3.conv.weight",
-}
-
-
 def _run(network, rate, params, batch, count, passes):
     """Losses and first gradients of `count` steps, and the last state."""
     optimizer = _optimizer(rate)
@@ -161,8 +152,7 @@ def _run(network, rate, params, batch, count, passes):
     return np.array(history), gradients, jax.device_get(state)
 
 
-@pytest.mark.parametrize("passes", [1, 5])
-def test_steps_are_pytorchs_in_float64(passes):
+def test_steps_are_pytorchs_in_float64():
     config, size = TINY, TINY_SIZE
     network = VoCoNetwork(
         feature_size=12,
@@ -183,7 +173,7 @@ def test_steps_are_pytorchs_in_float64(passes):
             for values in (student, teacher)
         ]
         losses, gradients, state = _run(
-            network.clone(dtype=jnp.float64), config["lr"], wide, batch, config["steps"], passes
+            network.clone(dtype=jnp.float64), config["lr"], wide, batch, config["steps"], passes=5
         )
     np.testing.assert_allclose(losses, exact_losses, rtol=1e-5)
     floor = 1e-6 * max(np.linalg.norm(value) for value in exact_gradients.values())
@@ -209,13 +199,10 @@ def _pytorch_in_float64():
 
 
 @pytest.mark.parametrize(
-    ("file", "patch_merging", "embeddings", "norms"),
-    [
-        ("voco_10k_step", "merging", 5e-4, None),
-        ("voco_10k_step_legacy_merging", "legacy", 1.5e-4, 2e-3),
-    ],
+    ("file", "patch_merging", "embeddings"),
+    [("voco_10k_step", "merging", 5e-4), ("voco_10k_step_legacy_merging", "legacy", 1.5e-4)],
 )
-def test_golden_step(file, patch_merging, embeddings, norms):
+def test_golden_step(file, patch_merging, embeddings):
     golden = np.load(shared_file("golden", f"{file}.npz"))
     config = json.loads(str(golden["config"]))
     size, count = tuple(config["roi"]), config["sub_volumes"]
@@ -233,6 +220,7 @@ def test_golden_step(file, patch_merging, embeddings, norms):
     template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
     student, teacher = [reference.load(template, v) for v in _weights(_shapes(template))]
 
+    @jax.jit
     def forward(student, teacher, crops):
         updated = voco_step.ema(teacher, student, 0.9)
         s, old, t = (
@@ -246,18 +234,9 @@ def test_golden_step(file, patch_merging, embeddings, norms):
             bases_teacher=t.bases,
             labels=labels,
         )
-        return terms.total, (s, old, terms)
+        return s, old, terms
 
-    if norms is None:
-        _, (s, old, terms) = jax.jit(forward)(student, teacher, crops)
-    else:
-        run = jax.jit(jax.value_and_grad(forward, has_aux=True))
-        (_, (s, old, terms)), gradients = run(student, teacher, crops)
-        expected = dict(zip(golden["grad_keys"], golden["grad_norms"], strict=True))
-        found = reference.flatten(gradients)
-        assert found.keys() == expected.keys()
-        for key in found.keys() - NOTHING_BUT_ROUNDING:
-            assert abs(np.linalg.norm(found[key]) / expected[key] - 1) < norms, key
+    s, old, terms = forward(student, teacher, crops)
     for name, rows in (("student", s), ("teacher", old)):
         both = np.concatenate([rows.x[0], rows.bases[0]])
         assert _distance(both, golden[f"embed_{name}"]) < embeddings, name
