@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# demo.py shrunk: three crops of 32x32x64 a volume, no v2 blocks (they take longest to compile).
+# demo.py shrunk as in tiny.py, but nothing is validated or exported.
 SETTINGS: dict[str, object] = {
     "total_steps": 10,
     "log_every_steps": 1,

@@ -15,6 +15,7 @@ def tiny_config() -> ml_collections.ConfigDict:
     config.crops.grid = (2, 1, 1)
     config.crops.sub_volumes = 1
     config.model.depths = (1, 1, 1, 1)
+    config.model.use_v2 = False  # compiles sooner
     config.model.projector_size = 32
     config.optimizer.warmup_steps = 1
     config.validation.every_steps = 4
