@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import monai_reference as reference
 import numpy as np
 import pytest
 import torch
@@ -136,16 +137,8 @@ def test_exported_weights_are_monais(whole, tmp_path, suffix):
     import jax
 
     ours = jax.jit(lambda p, x: network.apply({"params": p}, x, False))(params, crops)
-    images = torch.from_numpy(np.moveaxis(crops, -1, 1))
     with torch.no_grad():
-        states = model.swinViT(images, True)
-        features = [
-            model.encoder1(images),
-            model.encoder2(states[0]),
-            model.encoder3(states[1]),
-            model.encoder4(states[2]),
-            model.encoder10(states[4]),
-        ]
+        states, features = reference.encode(model, reference.to_torch(crops))
     for found, expected in zip(
         [*ours.hidden_states, *ours.features], [*states, *features], strict=True
     ):

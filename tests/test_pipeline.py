@@ -72,6 +72,15 @@ def test_any_start_step_continues_the_same_stream(cache):
         assert all(map(_equal, _take(cache, 8 - start, start_step=start), expected[start:]))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_process_reads_its_rows_of_the_same_batches(cache, workers):
+    whole = _take(cache, 4, batch_size=4, start_step=2)
+    for rows in ((0, 1), (2, 3), (1, 2)):
+        part = _take(cache, 4, batch_size=4, start_step=2, rows=rows, workers=workers)
+        expected = [{name: batch[name][list(rows)] for name in batch} for batch in whole]
+        assert all(map(_equal, part, expected))
+
+
 def test_batch_size_does_not_change_the_order(cache):
     """One host's batch of 4 is two hosts' (or two steps') batches of 2."""
     small, large = _take(cache, 4), _take(cache, 2, batch_size=4)

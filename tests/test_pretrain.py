@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_config
@@ -13,8 +16,10 @@ from voco_jax.config import parse
 from voco_jax.data.cache import Cache
 from voco_jax.errors import InputError
 from voco_jax.training import pretrain
-from voco_jax.training.checkpoint import Checkpoints, read_network
-from voco_jax.training.metrics import MetricsWriter, Progress, duration
+from voco_jax.training.checkpoint import Checkpoints, read_network, set_damaged_aside
+from voco_jax.training.mesh import make_mesh
+from voco_jax.training.metrics import MetricsWriter, Progress, StepTimes, duration
+from voco_jax.training.program import make_program
 from voco_jax.training.workdir import claim_workdir, read_volumes
 
 
@@ -182,6 +187,76 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
         match=r"checkpoints/4: .*damaged \(info/.* has changed .*others: step 2",
     ):
         read_network(copy, "teacher")
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda step: _flip(next((step / "student" / "d").iterdir())), "student/d/.* has changed"),
+        (lambda step: os.truncate(next((step / "teacher" / "d").iterdir()), 10), "teacher/d/"),
+        (lambda step: (step / "optimizer" / "_METADATA").unlink(), "_METADATA is missing"),
+        (lambda step: (step / "digests.json").unlink(), "digests.json cannot be read"),
+        (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "_CHECKPOINT_METADATA cannot"),
+    ],
+)
+def test_damage_is_found_and_the_step_before_is_the_latest(finished, tmp_path, harm, reason):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    assert set_damaged_aside(tmp_path) == ""
+    harm(tmp_path / "checkpoints" / "4")
+    message = set_damaged_aside(tmp_path)
+    assert re.search(f"DAMAGED CHECKPOINT: step 4 .*{reason}.*falling back to step 2", message)
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["2"]
+    assert (tmp_path / "damaged_checkpoints" / "4").is_dir()
+    harm(tmp_path / "checkpoints" / "2")
+    with pytest.raises(InputError, match=r"every checkpoint is damaged \(step 2: "):
+        set_damaged_aside(tmp_path)
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_which_checkpoints_are_kept(finished, tmp_path):
+    state = Checkpoints(finished, None).restore(
+        4, make_program(parse(tiny_config()), make_mesh()).state
+    )
+    keep = dataclasses.replace(
+        parse(tiny_config()).checkpoint, keep=2, keep_every_steps=4, keep_best=1
+    )
+    checkpoints = Checkpoints(tmp_path, keep)
+    for step in range(1, 11):
+        accuracy = {3: 0.9, 6: 0.5}.get(step)
+        checkpoints.save(state.replace(step=jnp.asarray(step)), {"step": step}, accuracy)
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4, 8, 9, 10]
+    assert checkpoints.best_accuracy() == 0.9
+    checkpoints.close()
+
+
+def test_sigterm_saves_and_says_so(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "should_stop", lambda step: step == 3)
+    with pytest.raises(pretrain.PreemptedError, match=r"saved step 3: the same command resumes"):
+        pretrain.run(tiny_config(), tmp_path / "run")
+    monkeypatch.undo()
+    pretrain.run(tiny_config(), tmp_path / "run")
+    assert _losses(tmp_path / "run") == _losses(finished)
+
+
+def test_step_times_have_their_own_clock():
+    now = iter([0.0, 1.0, 3.0, 4.0])
+    times = StepTimes(clock=lambda: next(now))
+    for _ in range(3):
+        times.step()
+    times.wait(1.0)
+    assert times.report() == (1.0, 2.0, 0.25)
+    hosts = np.array([[1.0, 2.0, 0.25], [1.5, 1.6, 0.5]])
+    assert pretrain.heartbeat(hosts) == (
+        "heartbeat: 2 processes, median step 1.250 s; slowest: process 0 with 2.000 s; "
+        "waiting for input: process 1 50% of the time"
+    )
 
 
 def test_a_cache_may_grow_but_not_change(finished):

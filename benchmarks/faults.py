@@ -1,0 +1,256 @@
+"""The fault table of docs/reliability.md: each fault for real, on two processes of this machine.
+
+    python benchmarks/faults.py              # all of them: about half an hour on two cores
+    python benchmarks/faults.py sigterm bit  # some
+
+Prints one line a fault: what was done, what happened. A full disk needs the right to mount a tmpfs.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import processes  # noqa: E402
+
+RUN: dict[str, object] = {
+    "batch_size": 4,
+    "total_steps": 12,
+    "checkpoint.every_steps": 4,
+    "checkpoint.keep": 4,
+}
+TWO = {"processes": 2, "devices": 2}
+
+
+class Faults:
+    """Runs in one folder; the whole run that others are compared with is made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
+        self.whole = folder / "whole"
+        outputs = self.run(self.whole, **TWO)
+        assert len(processes.losses(self.whole)) == 12, outputs
+
+    def run(self, workdir: Path, **options: object) -> list[str]:
+        """A run to its end; each process's output, its exit status appended."""
+        settings = {**RUN, **dict(options.pop("settings", {}))}  # type: ignore[call-overload]
+        started = processes.start(workdir, settings=settings, **options)  # type: ignore[arg-type]
+        outputs = processes.finish(started)
+        return [f"{o}\nexit {p.returncode}" for o, p in zip(outputs, started, strict=True)]
+
+    def start(self, workdir: Path) -> list[subprocess.Popen[str]]:
+        """Two processes in a new workdir."""
+        return processes.start(workdir, settings=RUN, **TWO)
+
+    def copy(self, name: str) -> Path:
+        """The finished run's workdir, to be damaged."""
+        return Path(shutil.copytree(self.whole, self.folder / name))
+
+    def same_losses(self, workdir: Path) -> str:
+        """In words, whether every step's loss is that of the whole run."""
+        found, expected = processes.losses(workdir), processes.losses(self.whole)
+        if found == expected:
+            return "all 12 losses bit for bit those of the run without a fault"
+        worst = max(abs(found[k] / expected[k] - 1) for k in expected if k in found)
+        return f"{len(found)} of 12 losses, largest relative difference {worst:.1e}"
+
+
+def until(step: int, workdir: Path, started: list[subprocess.Popen[str]]) -> None:
+    """Waits for a step's line in the metrics."""
+    while max(processes.losses(workdir), default=0) < step:
+        assert all(p.poll() is None for p in started), processes.finish(started)
+        time.sleep(0.02)
+
+
+def words(output: str, *keys: str) -> str:
+    """The lines of an output that say something about the keys."""
+    lines = [line for line in output.splitlines() if any(key in line for key in keys)]
+    return " | ".join(dict.fromkeys(line[:300] for line in lines))
+
+
+def sigterm(faults: Faults) -> str:
+    """SIGTERM to one of two."""
+    workdir = faults.folder / "sigterm"
+    started = faults.start(workdir)
+    until(5, workdir, started)
+    started[1].send_signal(signal.SIGTERM)
+    sent = max(processes.losses(workdir))
+    outputs = processes.finish(started)
+    saved = words(outputs[0], "preempted")
+    status = [p.returncode for p in started]
+    again = faults.run(workdir, **TWO)
+    return (
+        f"sent after step {sent} was logged: {saved}; exit {status}. Same command: "
+        f"{words(again[0], 'resuming')}; {faults.same_losses(workdir)}"
+    )
+
+
+def sigkill(faults: Faults) -> str:
+    """SIGKILL of one of two, either one."""
+    lines = []
+    for victim in (1, 0):
+        workdir = faults.folder / f"sigkill{victim}"
+        started = faults.start(workdir)
+        until(5, workdir, started)
+        started[victim].kill()
+        begin = time.monotonic()
+        outputs = processes.finish(started, timeout=300)
+        seconds, other = time.monotonic() - begin, started[1 - victim].returncode
+        message = words(outputs[1 - victim], "ERROR", "error:", "Error", "FATAL", "lost")
+        again = faults.run(workdir, **TWO)
+        lines.append(
+            f"process {victim} killed: the other ended after {seconds:.0f} s with exit {other} "
+            f"({message[:400]}). Same command: {words(again[0], 'resuming')}; "
+            f"{faults.same_losses(workdir)}"
+        )
+    return " // ".join(lines)
+
+
+def saving(faults: Faults) -> str:
+    """SIGKILL of both during a save."""
+    workdir = faults.folder / "saving"
+    started = faults.start(workdir)
+    folder = workdir / "checkpoints"
+    while not list(folder.glob("8.orbax-checkpoint-tmp*")):
+        assert all(p.poll() is None for p in started), processes.finish(started)
+        time.sleep(0.001)
+    for process in started:
+        process.kill()
+    processes.finish(started)
+    left = sorted(f.name for f in folder.iterdir())
+    again = faults.run(workdir, **TWO)
+    return (
+        f"left in the folder: {left}. Same command: {words(again[0], 'resuming', 'DAMAGED')}; "
+        f"{faults.same_losses(workdir)}"
+    )
+
+
+def damaged(name: str, damage: Callable[[Path], None]) -> Callable[[Faults], str]:
+    """A fault that changes the newest of a finished run's checkpoints."""
+
+    def fault(faults: Faults) -> str:
+        workdir = faults.copy(name)
+        damage(workdir / "checkpoints" / "12")
+        again = faults.run(workdir, **TWO)
+        return (
+            f"{words(again[0], 'DAMAGED', 'error:')} | {words(again[0], 'resuming')}; "
+            f"{faults.same_losses(workdir)}"
+        )
+
+    return fault
+
+
+def _largest(folder: Path) -> Path:
+    return max(folder.rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
+
+
+def _flip(folder: Path) -> None:
+    path = _largest(folder / "student")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(folder: Path) -> None:
+    path = _largest(folder / "teacher")
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def full_disk(faults: Faults) -> str:
+    """A file system that holds one checkpoint, but not two."""
+    place = faults.folder / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", place], check=True)
+    try:
+        workdir = place / "run"
+        outputs = faults.run(workdir, **TWO)
+        message = words(outputs[0] + outputs[1], "error:")
+        status = [output.rsplit("exit ", 1)[1] for output in outputs]
+        saved = shutil.copytree(workdir, faults.folder / "full")
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+    again = faults.run(Path(saved), **TWO)
+    return (
+        f"{message}; exit {status}. Moved to a larger disk, the same command: "
+        f"{words(again[0], 'resuming', 'DAMAGED')}; {faults.same_losses(Path(saved))}"
+    )
+
+
+def unwritable(faults: Faults) -> str:
+    """A workdir that is a file."""
+    (faults.folder / "file").write_text("")
+    return words(faults.run(faults.folder / "file", **TWO)[0], "error:", "exit")
+
+
+def layouts(faults: Faults) -> str:
+    """2 processes -> 1 -> 4 devices, with fsdp too."""
+    workdir = faults.folder / "layouts"
+    lines = []
+    for count, devices, fsdp, stop in ((2, 2, 1, 3), (1, 1, 1, 6), (1, 4, 4, 12)):
+        settings = {**RUN, "mesh.fsdp": fsdp}
+        started = processes.start(workdir, processes=count, devices=devices, settings=settings)
+        if stop < 12:
+            until(stop, workdir, started)
+            started[-1].send_signal(signal.SIGTERM)
+        output = processes.finish(started)[0]
+        lines.append(f"{words(output, 'devices:').split(';')[0]}: {words(output, 'resuming')}")
+    return f"{'; '.join(lines)}; {faults.same_losses(workdir)}"
+
+
+def changed(faults: Faults) -> str:
+    """Another global batch, seed, model or data."""
+    lines = []
+    for name, value in (("batch_size", 8), ("seed", 1), ("model.projector_size", 64)):
+        output = faults.run(faults.whole, settings={name: value}, **TWO)[0]
+        lines.append(words(output, "error:", "exit"))
+    workdir = faults.copy("data")
+    shutil.rmtree(workdir / "cache")
+    shutil.rmtree(workdir / "phantoms")
+    output = faults.run(workdir, settings={"data.phantoms": 3}, **TWO)[0]
+    lines.append(words(output, "error:", "exit"))
+    return " // ".join(lines)
+
+
+FAULTS: dict[str, Callable[[Faults], str]] = {
+    "sigterm": sigterm,
+    "sigkill": sigkill,
+    "saving": saving,
+    "bit": damaged("bit", _flip),
+    "truncated": damaged("truncated", _truncate),
+    "metadata": damaged("metadata", lambda folder: (folder / "student" / "_METADATA").unlink()),
+    "digests": damaged("digests", lambda folder: (folder / "digests.json").unlink()),
+    "full_disk": full_disk,
+    "unwritable": unwritable,
+    "layouts": layouts,
+    "changed": changed,
+}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
+    chosen = parser.parse_args().faults or list(FAULTS)
+    unknown = set(chosen) - set(FAULTS)
+    if unknown:
+        parser.error(f"found {sorted(unknown)}, expected some of {', '.join(FAULTS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        faults = Faults(Path(folder))
+        for name in chosen:
+            print(f"{name}: {FAULTS[name](faults)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
