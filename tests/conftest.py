@@ -6,6 +6,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path
 
+import jaxlib
+
+if jaxlib.__version__.startswith("0.10."):  # another XLA may refuse to start with these
+    # Tests compile more than they compute: see voco_jax.training.program.compiler_options.
+    sooner = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {sooner}"
+
 import jax
 import numpy as np
 import pytest

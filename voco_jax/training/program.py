@@ -57,8 +57,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         return jax.lax.with_sharding_constraint(params, replicated)
 
     gather = whole if config.mesh.fsdp > 1 else lambda params: params
-    # On a CPU, XLA merges recomputed activations with the first ones, and remat saves nothing.
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if _on_cpu(mesh) else None
+    options = compiler_options(mesh)
     step = jax.jit(
         make_train_step(
             network,
@@ -90,6 +89,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         ),
         in_shardings=(shardings, by_volume),
         out_shardings=replicated,
+        compiler_options=options,
     )
     bases, dtype = math.prod(crops.grid), jnp.dtype(config.data.chain.dtype)
     shapes = {
@@ -107,10 +107,27 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind, sharding=by_volume)
             for name, (shape, kind) in shapes.items()
         },
-        init=partial(init_state, network, optimizer, size, config.seed, shardings),
+        init=partial(init_state, network, optimizer, size, config.seed, shardings, options),
         step=step,
         predict=predict,
     )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """For `jax.jit`; None: XLA's own.
+
+    On a CPU, XLA would merge recomputed activations with the first ones, so that remat would save
+    nothing; and a step would compile for twice as long and run no faster.
+    """
+    if not _on_cpu(mesh):
+        return None
+    options: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    sooner = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+    try:
+        jax.jit(lambda: 0, compiler_options=sooner)()
+    except jax.errors.JaxRuntimeError:  # an XLA that has these options no more
+        return options
+    return options | sooner
 
 
 def make_network(config: Config, mesh: Mesh) -> nn.Module:

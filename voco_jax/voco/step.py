@@ -52,11 +52,11 @@ def init_state(
     encoder_size: augment.Size,
     seed: int,
     shardings: State | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> State:
     """Random student and, independently, random teacher (as published).
 
-    One network's initialisation is compiled and called twice: compiling takes most of the time,
-    on a CPU four times less without optimizing code that runs once.
+    One network's initialisation is compiled and called twice: compiling takes most of the time.
 
     Args:
         network: a `VoCoNetwork`.
@@ -64,15 +64,14 @@ def init_state(
         encoder_size: of the crops, voxels.
         seed: the same values come of it whatever the shardings.
         shardings: of each array; None: the default device.
+        compiler_options: of `jax.jit`.
     """
     places = shardings or State(None, None, None, None)  # type: ignore[arg-type]
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
     student_key, teacher_key = jax.random.split(jax.random.key(seed))
     initialise = jax.jit(
         _initialiser(network, encoder_size),
         out_shardings=places.student,
-        compiler_options=options,
+        compiler_options=compiler_options,
     )
     student = initialise(student_key)
     return State(
