@@ -201,7 +201,7 @@ def _flip(path):
         (lambda step: _flip(next((step / "student" / "d").iterdir())), "student/d/.* has changed"),
         (lambda step: os.truncate(next((step / "teacher" / "d").iterdir()), 10), "teacher/d/"),
         (lambda step: (step / "optimizer" / "_METADATA").unlink(), "_METADATA is missing"),
-        (lambda step: (step / "digests.json").unlink(), "digests.json cannot be read"),
+        (lambda step: (step / "digests.json").unlink(), "digests.json is missing"),
         (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "_CHECKPOINT_METADATA cannot"),
     ],
 )
@@ -234,6 +234,18 @@ def test_which_checkpoints_are_kept(finished, tmp_path):
     assert checkpoints.steps() == [3, 4, 8, 9, 10]
     assert checkpoints.best_accuracy() == 0.9
     checkpoints.close()
+
+
+def test_a_window_of_steps_is_traced_even_when_resumed_inside_it(finished, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    config = tiny_config()
+    config.profile.start, config.profile.steps = 2, 5
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    pretrain.run(config, tmp_path / "run")  # steps 3 and 4
+    assert calls == ["start", "stop"]
 
 
 def test_sigterm_saves_and_says_so(finished, tmp_path, monkeypatch):

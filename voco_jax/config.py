@@ -137,8 +137,8 @@ class Checkpoint:
 
     every_steps: Positive
     keep: Positive  # the latest so many
-    keep_every_steps: NotNegative  # and for good each step that is a multiple of it; 0: none
-    keep_best: NotNegative  # and so many of the best by position accuracy, saved when validated
+    keep_every_steps: NotNegative  # each multiple of it is saved, and kept for good; 0: none
+    keep_best: NotNegative  # so many of the best by position accuracy; a new best is saved at once
 
 
 @dataclass(frozen=True, config=_STRICT)

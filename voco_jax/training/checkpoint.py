@@ -31,7 +31,9 @@ DIGESTS = "digests.json"
 _STAMP = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it, last of all
 _NETWORKS = ("student", "teacher")
 _ITEMS = (*_NETWORKS, "optimizer", "info")
-_WRITE_ERRORS = (OSError, ValueError)  # TensorStore reports a full disk as a ValueError
+# TensorStore reports a full disk as a ValueError; another process's failure is JAX's.
+_WRITE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
+_SAVE_TIMEOUT = 300  # seconds that processes wait for each other in a save
 
 
 class Checkpoints:
@@ -69,12 +71,16 @@ class Checkpoints:
                 cleanup_tmp_directories=True,  # what a killed run left half-written
                 preservation_policy=preservation.AnyPreservationPolicy(policies),
                 best_fn=_accuracy,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=_SAVE_TIMEOUT, post_finalization_callback=self._write_digests
+                ),
             )
         self._manager = ocp.CheckpointManager(self.folder, item_names=_ITEMS, options=options)
+        # JAX's counter of steps until a preemption is the loop's: Orbax would set it back.
+        self._manager.reached_preemption = lambda step: False
 
     def latest_step(self) -> int | None:
-        """The last step that was saved whole; None: nothing was."""
+        """The last step that was saved, whole once `wait` has returned; None: nothing was."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
@@ -140,8 +146,14 @@ class Checkpoints:
         Raises:
             InputError: they are damaged.
         """
+        path = self.folder / str(step) / network
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         with self._damage_named(step), ocp.StandardCheckpointer() as reader:
-            arrays = reader.restore(self.folder / str(step) / network)
+            saved = reader.metadata(path).item_metadata.tree
+            wanted = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
+            )
+            arrays = reader.restore(path, wanted)  # on whatever devices it was saved
         return jax.tree.map(np.asarray, arrays)
 
     def restore(self, step: int, abstract: State) -> State:
@@ -191,6 +203,7 @@ class Checkpoints:
             ) from error
 
     def _unwritable(self, error: Exception) -> InputError:
+        self._manager.reload()  # it has forgotten those that were to make room
         last = self.latest_step()
         return InputError(
             f"{self.folder}: cannot save a checkpoint ({error}); free space or mend permissions, "
@@ -221,6 +234,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a step's folder, against its own digests; None: every bit is as saved."""
+    if not (folder / DIGESTS).exists():
+        return f"{DIGESTS} is missing: damaged, or saved before there were digests"
     name = _STAMP
     try:
         json.loads((folder / name).read_text("utf-8"))

@@ -1,6 +1,7 @@
 """Many processes as one run: joining, agreeing, and leaving together."""
 
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,7 +24,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
 
     Args:
         coordinator: HOST:PORT of process 0; None: found by JAX on TPU pods, SLURM, Open MPI and
-            Kubernetes (JAX_COORDINATOR_ADDRESS names it elsewhere), else one process.
+            (with the `kubernetes` package) Kubernetes, else one process.
         processes: how many; None as above.
         process_id: of this process; None as above.
 
@@ -69,7 +70,13 @@ def _initialize(
 def _detected() -> bool:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
-    except ValueError:  # no cluster was detected
+    except ValueError as error:  # no cluster was detected
+        named = "JAX_COORDINATOR_ADDRESS" in os.environ
+        if named or os.environ.get("JOB_COMPLETION_INDEX", "0") != "0":
+            raise InputError(
+                "--coordinator: this seems to be one of several processes, but JAX cannot tell "
+                f"which ({error}); give --coordinator, --processes and --process_id"
+            ) from error
         return False
     return True
 
@@ -89,6 +96,10 @@ def should_stop(step: int) -> bool:
     """Whether a preemption signal has reached any process; True at the same step on all.
 
     To be called on every process at every step.
+
+    Args:
+        step: counted from 1 since this run of the processes started: a signal that comes before
+            the first call is answered at step 1.
     """
     return bool(multihost_utils.reached_preemption_sync_point(step))
 

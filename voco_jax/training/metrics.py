@@ -66,21 +66,14 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"process_{process}.log"
 
-    def __call__(self, text: str, *, everywhere: bool = False) -> None:
-        """Writes lines.
-
-        Args:
-            text: one line or several.
-            everywhere: print it on this process's console too, whichever it is.
-        """
+    def __call__(self, text: str) -> None:
+        """Writes one line or several."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         with self._path.open("a", encoding="utf-8") as file:
             for line in text.splitlines():
                 file.write(f"{now} process {self._process}: {line}\n")
         if self._process == 0:
             print(text, flush=True)
-        elif everywhere:
-            print(f"process {self._process}: {text}", flush=True)
 
 
 class StepTimes:
@@ -97,7 +90,7 @@ class StepTimes:
         self._waited = 0.0
 
     def wait(self, seconds: float) -> None:
-        """The device had nothing to do for so long, because no batch was ready."""
+        """The device may have had nothing to do for so long, because no batch was ready."""
         self._waited += seconds
 
     def step(self) -> None:
@@ -107,7 +100,7 @@ class StepTimes:
         self._last = now
 
     def report(self) -> tuple[float, float, float]:
-        """(median seconds of a step, the longest, fraction of the time spent waiting)."""
+        """(median seconds of a step, the longest, fraction spent waiting: an upper bound)."""
         seconds = np.asarray(self._seconds or [0.0])
         fraction = self._waited / max(float(seconds.sum()), 1e-9)
         return float(np.median(seconds)), float(seconds.max()), min(fraction, 1.0)

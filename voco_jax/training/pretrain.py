@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from voco_jax.config import Config, Profile, parse, to_dict
+from voco_jax.config import Config, parse, to_dict
 from voco_jax.data.cache import Cache, fingerprint
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
@@ -72,6 +72,12 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
         say(message)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     latest = checkpoints.latest_step()
+    seen = gather(np.asarray([-1 if latest is None else latest]))[:, 0]
+    if (seen != seen[0]).any():
+        raise InputError(
+            f"{workdir}: the processes find different checkpoints in it ({seen.tolist()}, -1: "
+            "none); --workdir has to be one folder that all machines share"
+        )
     summary = on_first(lambda: fill_cache(config, workdir))
     if summary:
         say(summary)
@@ -129,10 +135,10 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 mesh,
             )
         for step in range(first_step + 1, config.total_steps + 1):
-            _profile(config.profile, step, workdir, running)
+            _profile(config, first_step, step, workdir, running)
             asked = time.monotonic()
             batch = next(stream)
-            if running is None or running.is_ready():  # nothing to do for the device meanwhile
+            if running is None or running.is_ready():
                 times.wait(time.monotonic() - asked)
             with jax.transfer_guard("disallow"):  # nothing moves unseen: only _to_device and fetch
                 state, metrics = program.step(state, batch)
@@ -170,21 +176,30 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                 if step > first_step + 1 and jax.process_count() > 1:
                     say(heartbeat(hosts))
 
+            every, keep_every = config.validation.every_steps, config.checkpoint.keep_every_steps
+            validating = bool(validator and every and (step % every == 0 or last))
+            saving = (
+                last
+                or step % config.checkpoint.every_steps == 0
+                or (keep_every > 0 and step % keep_every == 0)
+            )
+            if running is not None and (validating or saving):
+                pending.fetch()  # never save what a NaN has reached
+                times.step()
+                running = None
             pause_start = time.monotonic()
-            every = config.validation.every_steps
             accuracy: float | None = None
-            if validator and every and (step % every == 0 or last):
-                pending.fetch()
+            if validator and validating:
                 accuracy = _validate(validator, state, step, writer, workdir, say)
             is_best = bool(
                 config.checkpoint.keep_best
                 and accuracy is not None
                 and (best is None or accuracy > best)
             )
-            preempted = should_stop(step)
+            preempted = should_stop(step - first_step)
             # After validation: what is saved lacks nothing when the run is resumed.
-            if step % config.checkpoint.every_steps == 0 or last or is_best or preempted:
-                pending.fetch()  # never save what a NaN has reached
+            if saving or is_best or preempted:
+                pending.fetch()
                 checkpoints.save(state, info, accuracy)
                 best = accuracy if is_best else best
             if preempted and not last:
@@ -306,12 +321,16 @@ def _to_device(stream: Iterator[Any], batch_size: int, mesh: Mesh) -> Iterator[A
         yield ready
 
 
-def _profile(profile: Profile, step: int, workdir: Path, running: jax.Array | None) -> None:
-    """Starts and stops the trace at the borders of its window."""
-    if profile.start and step in (profile.start, profile.start + profile.steps):
+def _profile(
+    config: Config, first_step: int, step: int, workdir: Path, running: jax.Array | None
+) -> None:
+    """Starts and stops the trace at the borders of its window, or of what is left of it."""
+    start, steps = config.profile.start, config.profile.steps
+    first, end = max(start, first_step + 1), min(start + steps, config.total_steps)
+    if start and first < end and step in (first, end):
         if running is not None:
             running.block_until_ready()
-        if step == profile.start:
+        if step == first:
             jax.profiler.start_trace(str(workdir / "profile"))
         else:
             jax.profiler.stop_trace()

@@ -31,7 +31,7 @@ def claim_workdir(workdir: Path, config: Config) -> Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # Before the first checkpoint there is nothing to resume: settings may still be mended.
-        if any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        if any(folder.name.isdigit() for folder in (workdir / CHECKPOINTS).glob("*")):
             _check_same_experiment(path, config)
         write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
@@ -97,7 +97,7 @@ def read_volumes(cache: Cache, workdir: Path) -> tuple[tuple[Entry, ...], tuple[
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: cannot be read ({error!r}), so it is not known which volumes this run began "
-            "with; choose another --workdir"
+            "with; choose another --workdir (of several machines: one folder that all share)"
         ) from error
     entries = {entry.id: entry for entry in cache.entries}
     for checksums in wanted:
