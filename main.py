@@ -9,8 +9,8 @@ command again resumes from the last checkpoint. On TPU pods, SLURM, Open MPI and
 processes of a run find each other; elsewhere start each with --coordinator, --processes and
 --process_id.
 
-Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the same command again, 130
-interrupted, other: a crash.
+Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the same command again,
+130 interrupted, other: a crash.
 """
 
 import os

@@ -32,7 +32,7 @@ SCHEMA = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
 # What shells, JSON and YAML would each like to read differently.
 FLAGS = ["--config", "configs/demo.py", "--config.crops.grid=(2, 1, 1)", '--workdir=it\'s "$HOME"']
 
-TINY = {**processes.SETTINGS, "total_steps": 8, "batch_size": 2, "checkpoint.every_steps": 100}
+TINY = {**processes.SETTINGS, "total_steps": 10, "batch_size": 2, "checkpoint.every_steps": 2}
 
 # A shell cannot trap what its parent ignores, and tests run in the background ignore SIGINT.
 BASH = """
@@ -306,10 +306,14 @@ def test_sbatch_reads_all_of_its_options():
     assert {"requeue", "open-mode"} <= set(options)
 
 
-def test_two_processes_train_stop_and_go_on(stubs):
-    """Under the stub srun JAX finds its cluster itself; local.sh then takes over the workdir."""
+def test_two_processes_train_stop_die_and_go_on(stubs):
+    """Under the stub srun JAX finds its cluster itself; local.sh then takes over the workdir.
+
+    One of its two processes is killed; one process with two devices, the state split over them,
+    does the rest. Every loss is that of a run on two devices that nothing happened to.
+    """
     python = Path(sys.executable)
-    stubs.add("python", f'exec {shlex.quote(str(python))} "$@"')
+    stubs.add("python", f'echo $$ >>"$STUBS/pids"; exec {shlex.quote(str(python))} "$@"')
     with socket.socket() as server:  # JAX's port under SLURM: 61440 + job id modulo 4096
         for job in range(1, 4096):
             try:
@@ -321,27 +325,40 @@ def test_two_processes_train_stop_and_go_on(stubs):
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         settings[name] = os.environ[name]
     settings |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": 1}
-    workdir = stubs.folder / "run"
+    workdir, whole = stubs.folder / "run", stubs.folder / "whole"
     flags = ["--config=configs/demo.py", f"--workdir={workdir}"]
     flags += [f"--config.{name}={value}" for name, value in TINY.items()]
 
-    metrics = workdir / "metrics.jsonl"
-
     process = stubs.start("slurm.sh", *flags, **settings)
-    _until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+    _until(lambda: max(processes.losses(workdir), default=0) >= 2, process)
     for task in stubs.lines("tasks")[0].split():  # as Slurm does with --signal=TERM@300
         os.kill(int(task), signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert f"requeue {job}" in stubs.lines("scontrol")
     assert "2 x cpu" in output
+    reached = max(processes.losses(workdir))
 
-    process = stubs.start("local.sh", *flags, PROCESSES=2, **settings)
+    (stubs.folder / "pids").unlink()
+    process = stubs.start("local.sh", *flags, PROCESSES=2, GRACE_SECONDS=90, **settings)
+    _until(lambda: max(processes.losses(workdir)) >= reached + 3, process)
+    os.kill(int(stubs.lines("pids")[1]), signal.SIGKILL)
+    begin = time.monotonic()
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "resuming at step" in output
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, TINY["total_steps"] + 1))
+    assert time.monotonic() - begin < 150
+    assert process.returncode not in (0, 75), output
+    assert f"resuming at step {reached}" in output
+
+    again = {**TINY, "mesh.fsdp": 2}
+    for folder in (workdir, whole):
+        (one,) = processes.start(folder, devices=2, settings=again)
+        (output,) = processes.finish([one])
+        assert one.returncode == 0, output
+        assert ("resuming at step" in output) == (folder == workdir)
+    found, expected = processes.losses(workdir), processes.losses(whole)
+    assert sorted(found) == sorted(expected) == list(range(1, TINY["total_steps"] + 1))
+    for step, loss in expected.items():
+        assert abs(found[step] / loss - 1) < 1e-5
 
 
 # ---- tpu_pod.sh
