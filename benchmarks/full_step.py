@@ -31,9 +31,9 @@ def _batch() -> dict[str, np.ndarray]:
     }
 
 
-def _report(name: str, first: float, second: float, version: str) -> None:
+def _report(name: str, seconds: float, version: str) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{name} ({version}): first step {first:.0f} s, second {second:.0f} s, {peak:.1f} GiB")
+    print(f"{name} ({version}): one step {seconds:.0f} s, peak memory {peak:.1f} GiB")
 
 
 def run_jax() -> None:
@@ -50,18 +50,15 @@ def run_jax() -> None:
     settings.batch_size = 1
     program = make_program(parse(settings), make_mesh())
     state, step = program.init(), program.step
-    seconds = []
     start = time.perf_counter()
     compiled = step.lower(state, _batch()).compile()
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
     memory = compiled.memory_analysis()
     print(f"compiled temporary memory {memory.temp_size_in_bytes / 2**30:.1f} GiB", flush=True)
-    for _ in range(1):
-        start = time.perf_counter()
-        state, metrics = compiled(state, _batch())
-        print({name: float(value) for name, value in metrics.items()}, flush=True)
-        seconds.append(time.perf_counter() - start)
-    _report("voco_jax", *seconds, f"jax {jax.__version__}")
+    start = time.perf_counter()
+    state, metrics = compiled(state, _batch())
+    print({name: float(value) for name, value in metrics.items()}, flush=True)
+    _report("voco_jax", time.perf_counter() - start, f"jax {jax.__version__}")
 
 
 def run_torch() -> None:
@@ -92,32 +89,29 @@ def run_torch() -> None:
 
     student, teacher = Network(), Network()
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.01, amsgrad=True)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        batch = _batch()
-        crops = torch.from_numpy(np.concatenate([batch["subs"], batch["bases"]], 1)[0])
-        crops = crops[:, None].float() / 255
-        crops = functional.interpolate(crops, SIZE, mode="trilinear", align_corners=True)
-        labels = torch.from_numpy(batch["labels"][0])
-        rows = student(crops)
-        with torch.no_grad():
-            for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-                t.mul_(0.9).add_(s, alpha=0.1)
-            rows_t = teacher(crops)
-        unit, unit_t = functional.normalize(rows), functional.normalize(rows_t)
-        x, bases = unit[:SUB_VOLUMES], unit[SUB_VOLUMES:]
-        x_t, bases_t = unit_t[:SUB_VOLUMES], unit_t[SUB_VOLUMES:]
-        p = ((x @ bases_t.T).relu() + (x_t @ bases.T).relu()) / 2
-        pos = (-labels * torch.log(1 - (labels - p).abs() + 1e-6)).sum() / labels.sum()
-        pairs = (bases @ bases.T.detach()).relu() ** 2
-        loss = pos + torch.triu(pairs, 1).sum() / (BASES * (BASES - 1) / 2)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seconds.append(time.perf_counter() - start)
-        print(float(loss), flush=True)
-    _report("PyTorch", *seconds, f"torch {torch.__version__}")
+    start = time.perf_counter()
+    batch = _batch()
+    crops = torch.from_numpy(np.concatenate([batch["subs"], batch["bases"]], 1)[0])
+    crops = crops[:, None].float() / 255
+    crops = functional.interpolate(crops, SIZE, mode="trilinear", align_corners=True)
+    labels = torch.from_numpy(batch["labels"][0])
+    rows = student(crops)
+    with torch.no_grad():
+        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+            t.mul_(0.9).add_(s, alpha=0.1)
+        rows_t = teacher(crops)
+    unit, unit_t = functional.normalize(rows), functional.normalize(rows_t)
+    x, bases = unit[:SUB_VOLUMES], unit[SUB_VOLUMES:]
+    x_t, bases_t = unit_t[:SUB_VOLUMES], unit_t[SUB_VOLUMES:]
+    p = ((x @ bases_t.T).relu() + (x_t @ bases.T).relu()) / 2
+    pos = (-labels * torch.log(1 - (labels - p).abs() + 1e-6)).sum() / labels.sum()
+    pairs = (bases @ bases.T.detach()).relu() ** 2
+    loss = pos + torch.triu(pairs, 1).sum() / (BASES * (BASES - 1) / 2)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(f"loss {loss.item():.4f}", flush=True)
+    _report("PyTorch", time.perf_counter() - start, f"torch {torch.__version__}")
 
 
 def main() -> None:
