@@ -1,4 +1,4 @@
-"""The fault table of docs/reliability.md: each fault for real, on two processes of this machine.
+"""What happens to a run when things break: each fault for real, on two processes.
 
     python benchmarks/faults.py              # all of them: about half an hour on two cores
     python benchmarks/faults.py sigterm bit  # some
