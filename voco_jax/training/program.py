@@ -117,7 +117,7 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """For `jax.jit`; None: XLA's own.
 
     On a CPU, XLA would merge recomputed activations with the first ones, so that remat would save
-    nothing; and a step would compile for twice as long and run no faster.
+    nothing; and a small step would compile for twice as long (docs/benchmarks.md).
     """
     if not _on_cpu(mesh):
         return None
