@@ -5,8 +5,8 @@ multiplies rounding by up to 300, twice; Adam's first updates are nearly signs t
 gradients and later steps are their machine's rounding. Measured for voco_10k_step: of the same
 PyTorch model in float64, the golden embeddings are 2e-4 (student) and 3e-4 (teacher) off and 125
 of 143 gradient norms by more than 1e-3; the positive loss of the third step is 0.120 exactly,
-0.125 here in float32, 0.167 in PyTorch's float32 on another CPU and 0.230 in the file. What is
-exact is therefore tested in float64, over two steps, against live PyTorch.
+0.125 here in float32, 0.167 in PyTorch's float32 when run anew and 0.230 in the file. What is exact
+is therefore tested in float64, over two steps, against live PyTorch.
 """
 
 import functools

@@ -267,7 +267,7 @@ def set_damaged_aside(workdir: Path) -> str:
         InputError: there are checkpoints, but none is whole.
     """
     folder, messages = workdir / FOLDER, []
-    steps = sorted((int(f.name) for f in folder.glob("[0-9]*") if f.name.isdigit()), reverse=True)
+    steps = sorted((int(f.name) for f in folder.glob("*") if f.name.isdigit()), reverse=True)
     damaged = []
     for step in steps:
         reason = damage(folder / str(step))
