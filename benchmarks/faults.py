@@ -1,6 +1,6 @@
 """What happens to a run when things break: each fault for real, on two processes.
 
-    python benchmarks/faults.py              # all of them: about half an hour on two cores
+    python benchmarks/faults.py              # all of them, on two cores
     python benchmarks/faults.py sigterm bit  # some
 
 Prints one line a fault: what was done, what happened. A full disk needs the right to mount a tmpfs.
@@ -207,6 +207,16 @@ def layouts(faults: Faults) -> str:
     return f"{'; '.join(lines)}; {faults.same_losses(workdir)}"
 
 
+def equality(faults: Faults) -> str:
+    """The same steps on 1 process x 4 devices, 2 x 2 and 4 x 1, with and without fsdp."""
+    lines = []
+    for count, devices, fsdp in ((1, 4, 1), (1, 4, 4), (2, 2, 2), (2, 2, 4), (4, 1, 1), (4, 1, 4)):
+        workdir = faults.folder / f"equality_{count}_{devices}_{fsdp}"
+        faults.run(workdir, processes=count, devices=devices, settings={"mesh.fsdp": fsdp})
+        lines.append(f"{count} x {devices}, fsdp {fsdp}: {faults.same_losses(workdir)}")
+    return "beside 2 x 2, fsdp 1: " + "; ".join(lines)
+
+
 def changed(faults: Faults) -> str:
     """Another global batch, seed, model or data."""
     lines = []
@@ -232,6 +242,7 @@ FAULTS: dict[str, Callable[[Faults], str]] = {
     "full_disk": full_disk,
     "unwritable": unwritable,
     "layouts": layouts,
+    "equality": equality,
     "changed": changed,
 }
 

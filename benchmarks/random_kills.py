@@ -1,15 +1,18 @@
 """Kills a run at random moments, resumes it each time, and compares every loss, bit for bit.
 
-    python benchmarks/random_kills.py --kills 100    # about half an hour on two cores
+    python benchmarks/random_kills.py --resumes 100    # about half an hour on two cores
 
-A chain of runs of one experiment, each killed with SIGKILL after a random time, start-up included;
-at the end the same steps are run once without a kill and all logged losses and the last checkpoint
-are compared. Each resume has to continue from a checkpoint that was saved, never from nothing.
+A chain of runs of one experiment. One in four is killed with SIGKILL at a random moment of its
+start-up, the others at a random moment after their first step, while checkpoints are written all
+the time. It ends when enough of them have resumed and trained on. Each has to resume from the
+newest checkpoint that was whole, and each loss that any of them logs has to be the one logged for
+that step before, and that of a run without a kill.
 """
 
 import argparse
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,28 +28,59 @@ RUN: dict[str, object] = {
     "checkpoint.every_steps": 2,
     "data.workers": 1,
 }
+_TIMEOUT = 120.0  # seconds until a first step
 
 
-def kill_once(workdir: Path, seconds: float) -> tuple[int, int, str]:
-    """(last step logged before, first step that the run said it resumes from, problem)."""
-    before = max(processes.losses(workdir), default=0)
-    saved = sorted(int(f.name) for f in (workdir / "checkpoints").glob("*") if f.name.isdigit())
-    (process,) = processes.start(workdir, settings=RUN)
-    try:
-        process.wait(seconds)
-    except Exception:  # it still runs, as it should
-        process.kill()
-    output = processes.finish([process])[0]
-    if process.returncode != -9:
-        return before, -1, f"ended by itself with {process.returncode}: {output[-2000:]}"
-    if "DAMAGED" in output:
-        return before, -1, f"a checkpoint was damaged: {output[-2000:]}"
-    if "starting at step 0" in output and saved:
-        return before, 0, f"started from nothing, though {saved} were saved"
-    step = int(output.split("resuming at step ")[1].split()[0]) if "resuming at" in output else -1
-    if step >= 0 and saved and step < saved[-1]:
-        return before, step, f"resumed at {step}, though {saved} were saved"
-    return before, step, ""
+class Chain:
+    """The runs so far: the losses that they logged, and what went wrong."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir = workdir
+        self.losses: dict[int, float] = {}
+        self.problems: list[str] = []
+
+    def run(self, early: float | None, late: float) -> int:
+        """One more run, killed `early` seconds after its start or `late` after its first step.
+
+        Returns:
+            The step that it resumed at, having trained on; -1: killed before that.
+        """
+        saved = [int(f.name) for f in self.workdir.glob("checkpoints/*") if f.name.isdigit()]
+        log = self.workdir / "metrics.jsonl"
+        before = log.stat().st_ino if log.exists() else None  # a resumed run replaces it
+        (process,) = processes.start(self.workdir, settings=RUN)
+        if early is None:
+            _wait_for_step(process, self.workdir, before, saved)
+        try:
+            process.wait(late if early is None else early)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        output = processes.finish([process])[0]
+        if process.returncode != -9:
+            self.problems.append(f"ended by itself: {process.returncode}: {output[-2000:]}")
+        if "DAMAGED" in output:
+            self.problems.append(f"a checkpoint was damaged: {output[-2000:]}")
+        resumed = "resuming at step " in output
+        step = int(output.split("resuming at step ")[1].split()[0]) if resumed else 0
+        if saved and step < max(saved) and (resumed or "starting at step 0" in output):
+            self.problems.append(f"went on at step {step}, though {sorted(saved)} were saved")
+        found = processes.losses(self.workdir)
+        for number, loss in found.items():
+            if self.losses.setdefault(number, loss) != loss:
+                self.problems.append(f"step {number}: {loss}, not {self.losses[number]}")
+        return step if resumed and max(found, default=0) > step else -1
+
+
+def _wait_for_step(
+    process: "subprocess.Popen[str]", workdir: Path, before: int | None, saved: list[int]
+) -> None:
+    """Until the process has logged a step of its own, has ended, or takes too long."""
+    log, deadline = workdir / "metrics.jsonl", time.monotonic() + _TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        new = log.exists() and log.stat().st_ino != before
+        if new and max(processes.losses(workdir), default=0) > max(saved, default=0):
+            return
+        time.sleep(0.02)
 
 
 def main() -> int:
@@ -54,48 +88,46 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--longest", type=float, default=24.0, help="seconds; default 24")
+    parser.add_argument("--resumes", type=int, default=100, help="default 100")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw = random.Random(options.seed)
-    problems, resumed, started = [], 0, time.monotonic()
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder) / "xla")
-        workdir, whole = Path(folder) / "killed", Path(folder) / "whole"
-        (warm,) = processes.start(workdir, settings=RUN)  # fills the compilation cache
-        while max(processes.losses(workdir), default=0) < 4:
-            time.sleep(0.1)
-        warm.kill()
-        processes.finish([warm])
-        for number in range(1, options.kills + 1):
-            seconds = draw.uniform(0.0, options.longest)
-            before, step, problem = kill_once(workdir, seconds)
-            resumed += step >= 0
-            where = f"resumed at step {step}" if step >= 0 else "before it resumed"
+        chain, whole = Chain(Path(folder) / "killed"), Path(folder) / "whole"
+        chain.run(None, 2.0)  # fills the compilation cache
+        started = time.monotonic()
+        chain.run(None, 0.0)
+        start_up = time.monotonic() - started
+        kills, resumed = 2, 1
+        while resumed < options.resumes:
+            early = draw.uniform(0.0, start_up) if draw.random() < 0.25 else None
+            step = chain.run(early, draw.uniform(0.0, 4.0))
+            kills, resumed = kills + 1, resumed + (step >= 0)
+            what = f"resumed at {step}, reached {max(chain.losses)}" if step >= 0 else "starting"
             print(
-                f"kill {number}/{options.kills} after {seconds:4.1f} s: {where}; logged before: "
-                f"{before}, now {max(processes.losses(workdir))} {problem}",
+                f"kill {kills}, resume {resumed}/{options.resumes}: {what}; "
+                f"{len(chain.problems)} problems",
                 flush=True,
             )
-            if problem:
-                problems.append(problem)
-        found = processes.losses(workdir)
+        last = max(chain.losses)
         (process,) = processes.start(whole, settings=RUN)
-        while max(processes.losses(whole), default=0) < max(found):
+        while max(processes.losses(whole), default=0) < last:
             assert process.poll() is None, processes.finish([process])
             time.sleep(0.5)
         process.kill()
         processes.finish([process])
         expected = processes.losses(whole)
-        different = [step for step in found if found[step] != expected[step]]
-        missing = sorted(set(range(1, max(found) + 1)) - found.keys())
+    different = sum(loss != expected[step] for step, loss in chain.losses.items())
+    missing = last - len(chain.losses)
+    print(*chain.problems, sep="\n")
     print(
-        f"{options.kills} kills, {resumed} of them after the run had resumed; {len(found)} steps, "
-        f"{len(different)} losses differ from those of the run without a kill, {len(missing)} "
-        f"missing; {len(problems)} problems; {(time.monotonic() - started) / 60:.0f} minutes"
+        f"{kills} kills, {resumed} resumes that trained on; {last} steps, {different} losses "
+        f"differ from those of a run without a kill, {missing} missing; {len(chain.problems)} "
+        f"problems; {(time.monotonic() - begin) / 60:.0f} minutes"
     )
-    return int(bool(problems or different or missing))
+    return int(bool(chain.problems or different or missing))
 
 
 if __name__ == "__main__":

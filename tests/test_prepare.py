@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import nibabel
@@ -304,6 +305,28 @@ def test_interrupted_in_words(tmp_path):
         assert "Traceback" not in error
     with CacheWriter(cache, CHAIN):
         pass  # not locked
+
+
+def test_interrupt_where_python_ignores_exceptions(tmp_path, monkeypatch, capsys):
+    class Resource:
+        pass
+
+    def interrupted(path, chain):
+        resource = Resource()
+        callback = weakref.ref(resource, lambda _: signal.raise_signal(signal.SIGTERM))
+        del resource
+        assert callback() is None
+        return prepare_volume(path, chain)
+
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    monkeypatch.setattr(prepare_module, "prepare_volume", interrupted)
+    folder = many(tmp_path / "data", 2)
+    arguments = ["--scan", folder, "--cache", tmp_path / "cache", "--workers", 0, *FLAGS]
+    assert main(list(map(str, arguments))) == 130
+    assert "interrupted: every volume finished so far is kept" in capsys.readouterr().err
+    assert reported == []
+    assert len(Cache.open(tmp_path / "cache", CHAIN).entries) == 1
 
 
 def test_dask_survives_a_killed_worker(data, tmp_path):

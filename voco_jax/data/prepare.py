@@ -293,7 +293,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop.set()  # in case the exception is raised where Python ignores it, as in a __del__
         raise KeyboardInterrupt
 
+    def ignored(error: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(error.exc_value, KeyboardInterrupt):
+            sys.__unraisablehook__(error)
+
     handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    sys.unraisablehook, hook = ignored, sys.unraisablehook
     try:
         volumes, cache, chain = _wanted(options)
         print(prepare(volumes, cache, chain, options.workers, options.strict, stop=stop))
@@ -311,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     finally:
+        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return 0
