@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,8 +86,9 @@ def start(
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 400) -> list[str]:
-    """Waits for all; their outputs."""
-    return [process.communicate(timeout=timeout)[0] for process in processes]
+    """Waits for all; their outputs, read together: a full pipe stops its process."""
+    with ThreadPoolExecutor(len(processes)) as readers:
+        return list(readers.map(lambda p: p.communicate(timeout=timeout)[0], processes))
 
 
 def losses(workdir: Path) -> dict[int, float]:

@@ -1,20 +1,24 @@
 """Many processes as one run: joining, agreeing, and leaving together."""
 
+import itertools
 import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from voco_jax.errors import InputError
 
 Result = TypeVar("Result")
 # Seconds without a sign of life after which the other processes end themselves.
 HEARTBEAT_TIMEOUT = 60
+_LONGEST_WAIT = 7 * 24 * 3600  # seconds for one process to do something for all, as preparing data
+_meetings = itertools.count()
 
 
 def start(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -122,6 +126,30 @@ def broadcast(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
 
 
+def meet() -> None:
+    """Waits until every process is here, however long one takes; a dead one still ends all.
+
+    To be called where processes may be minutes apart: a collective that connects them for the
+    first time gives up much sooner (Gloo, on CPUs, after 30 seconds).
+    """
+    multihost.get_barrier_sync_fn()(key=f"voco_{next(_meetings)}", timeout_ms=_LONGEST_WAIT * 1000)
+
+
+def compile_together(function: Any, *arguments: Any) -> Any:
+    """Compiles a jitted function on every process, and waits for the slowest.
+
+    Args:
+        function: of `jax.jit`.
+        arguments: of one call, arrays or abstract ones.
+
+    Returns:
+        What may be called with such arguments.
+    """
+    compiled = function.lower(*arguments).compile()
+    meet()
+    return compiled
+
+
 def everywhere(function: Callable[[], Result]) -> Result:
     """Runs a function on every process; where one finds a mistake of the user's, all stop.
 
@@ -135,6 +163,7 @@ def everywhere(function: Callable[[], Result]) -> Result:
         result = function()
     except InputError as error:
         problem = str(error)
+    meet()
     raw = np.frombuffer(problem.encode(), np.uint8)
     lengths = gather(np.array([raw.size]))[:, 0]
     if lengths.max():

@@ -25,7 +25,14 @@ from voco_jax.interop.export import Card, check_output, export
 from voco_jax.interop.load import load_into
 from voco_jax.training import mesh as meshes
 from voco_jax.training.checkpoint import Checkpoints, set_damaged_aside
-from voco_jax.training.distributed import everywhere, gather, is_first, on_first, should_stop
+from voco_jax.training.distributed import (
+    compile_together,
+    everywhere,
+    gather,
+    is_first,
+    on_first,
+    should_stop,
+)
 from voco_jax.training.metrics import Log, MetricsWriter, Progress, StepTimes, duration
 from voco_jax.training.optimizer import schedule
 from voco_jax.training.program import make_program
@@ -119,6 +126,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     try:
         if first_step < config.total_steps:
             say("compiling the step (minutes for a large model) ...")
+            train_step = compile_together(program.step, program.state, program.batch)
             stream = _to_device(
                 batches(
                     cache,
@@ -141,7 +149,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             if running is None or running.is_ready():
                 times.wait(time.monotonic() - asked)
             with jax.transfer_guard("disallow"):  # nothing moves unseen: only _to_device and fetch
-                state, metrics = program.step(state, batch)
+                state, metrics = train_step(state, batch)
             pending.add(step, metrics)
             if running is not None:  # at most one step is queued, so that times mean something
                 running.block_until_ready()

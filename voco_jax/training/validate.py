@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from voco_jax.data.pipeline import Sample, held_out_sample, shuffled
 from voco_jax.data.volumes import dequantise
 from voco_jax.evaluation.position import PositionMetrics, measure
 from voco_jax.report.positions import draw_positions
+from voco_jax.training.distributed import compile_together
 from voco_jax.training.mesh import local_rows, to_devices
 from voco_jax.voco.step import Predictions, State
 
@@ -35,10 +37,12 @@ class Validator:
         config: Config,
         cache: Cache,
         held_out: Sequence[Entry],
-        predict: Callable[[State, Mapping[str, jax.Array]], Predictions],
+        predict: Any,
         mesh: Mesh,
     ) -> None:
-        self._config, self._cache, self._predict, self._mesh = config, cache, predict, mesh
+        self._config, self._cache, self._mesh = config, cache, mesh
+        self._jitted = predict
+        self._predict: Callable[[State, Mapping[str, jax.Array]], Predictions] | None = None
         # The first by id would mostly be of one data set.
         self._entries = tuple(shuffled(held_out, config.seed)[: config.validation.volumes])
 
@@ -56,7 +60,10 @@ class Validator:
             batch = self._samples(
                 (start + row) % len(self._entries) for row in local_rows(size, self._mesh)
             )
-            found = jax.device_get(self._predict(state, to_devices(batch, size, self._mesh)))
+            placed = to_devices(batch, size, self._mesh)
+            if self._predict is None:
+                self._predict = compile_together(self._jitted, state, placed)
+            found = jax.device_get(self._predict(state, placed))
             count = min(size, len(self._entries) - start)
             similarities.extend(found.similarities[:count])
             labels.extend(found.labels[:count])
