@@ -31,6 +31,11 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of this run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
+_CRASHED = (
+    "this process has crashed (above). Of a run of several processes the reason may be in another "
+    "one's log: when one dies the others lose their connection. The same command resumes from the "
+    "newest good checkpoint"
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -62,7 +67,7 @@ def main(arguments: list[str]) -> None:
         _leave(130)
     except Exception:
         traceback.print_exc()
-        _leave(1)
+        _leave(_fail(_CRASHED, 1))
 
 
 def _leave(status: int) -> NoReturn:

@@ -106,11 +106,11 @@ def sigkill(faults: Faults) -> str:
         begin = time.monotonic()
         outputs = processes.finish(started, timeout=300)
         seconds, other = time.monotonic() - begin, started[1 - victim].returncode
-        message = words(outputs[1 - victim], "ERROR", "error:", "Error", "FATAL", "lost")
+        message = words(outputs[1 - victim], "error:", "Terminating process because")
         again = faults.run(workdir, **TWO)
         lines.append(
             f"process {victim} killed: the other ended after {seconds:.0f} s with exit {other} "
-            f"({message[:400]}). Same command: {words(again[0], 'resuming')}; "
+            f"({message}). Same command: {words(again[0], 'resuming')}; "
             f"{faults.same_losses(workdir)}"
         )
     return " // ".join(lines)
