@@ -8,8 +8,11 @@ The comments here are the reference of the settings.
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -254,12 +257,35 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     Raises:
         InputError: unknown, missing or impossible fields; one message names them all.
     """
-    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     try:
-        return pydantic.TypeAdapter(Config).validate_python(values)
+        return pydantic.TypeAdapter(Config).validate_python(_plain(config))
     except pydantic.ValidationError as error:
         problems = [_problem(dict(item)) for item in error.errors()]
     raise InputError("config: " + "; ".join(problems))
+
+
+def load(path: str) -> dict[str, Any]:
+    """What a config file returns, as nested dicts for `parse`.
+
+    Raises:
+        InputError: there is no such file, it fails, or it has no `get_config()`.
+    """
+    spec = importlib.util.spec_from_file_location("voco_config", path)
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
+        raise InputError(f"{path}: no such config file, expected a .py with get_config()")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, os.getcwd())  # config files import each other from the project's root
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path}: this config file fails: {error!r}") from error
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path}: found no get_config() in it; see configs/voco_10k.py")
+    return _plain(module.get_config())
+
+
+def _plain(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
 
 
 def _problem(item: dict[str, Any]) -> str:

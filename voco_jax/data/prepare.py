@@ -8,7 +8,6 @@ a volume whose file is gone, or that no list names any more, stays in the cache 
 import argparse
 import collections
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from typing import NoReturn
 import pydantic
 from tqdm import tqdm
 
-from voco_jax.config import Chain, Config, parse
+from voco_jax.config import Chain, load, parse
 from voco_jax.data.cache import (
     FAILURES,
     CacheWriter,
@@ -364,7 +363,7 @@ def _wanted(options: argparse.Namespace) -> tuple[list[Volume], str, Chain]:
                 "--config: lists, roots and the chain come from the config file; give only "
                 "--cache, --workers and --strict with it"
             )
-        data = _read_config(options.config).data
+        data = parse(load(options.config)).data
         cache = options.cache or data.cache
         if "{workdir}" in cache:
             raise InputError(f"{options.config}: data.cache is {cache!r}: name it with --cache")
@@ -383,21 +382,6 @@ def _wanted(options: argparse.Namespace) -> tuple[list[Volume], str, Chain]:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise InputError(f"--window, --threshold, --size: {'; '.join(problems)}") from error
     return collect(options.datalist, options.root, options.scan), options.cache, chain
-
-
-def _read_config(path: str) -> Config:
-    spec = importlib.util.spec_from_file_location("voco_config", path)
-    if not os.path.isfile(path) or spec is None or spec.loader is None:
-        raise InputError(f"{path}: no such config file, expected a .py with get_config()")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, os.getcwd())  # config files import each other from the project's root
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{path}: this config file fails: {error!r}") from error
-    if not hasattr(module, "get_config"):
-        raise InputError(f"{path}: found no get_config() in it; see configs/voco_10k.py")
-    return parse(module.get_config())
 
 
 if __name__ == "__main__":

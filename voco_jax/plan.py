@@ -1,0 +1,255 @@
+"""What a run will need and take on devices that are not here: plan before you book.
+
+Compiles the real sharded training step for the devices that --topology names and reads memory,
+collectives and memory traffic off the program. Any TPU slice works without a TPU (libtpu compiles
+ahead of time); cpu:N and, where there is one, gpu:N compile for this machine.
+
+Times are bounds by the chip's published peaks: a real step takes longer. Collectives are taken as
+not hidden behind compute, so the efficiency of scaling errs on the low side.
+"""
+
+import argparse
+import ast
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from voco_jax.config import Config, check_field, load, parse
+from voco_jax.errors import InputError
+
+if TYPE_CHECKING:  # jax reads its environment when it is imported: see `_devices`
+    import jax
+
+    from voco_jax.report.estimate import Estimate
+
+_LIMIT = 512  # volumes per device that --find-batch tries at most
+
+
+def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
+    """The largest number that fits, where all smaller ones do: doubling, then halving the gap.
+
+    Args:
+        fits: asked as rarely as can be: each answer is a compilation.
+        start: tried first.
+        limit: not more than that is tried.
+
+    Returns:
+        The number; 0 if not even 1 fits.
+    """
+    low, high = 0, min(start, limit)
+    while high <= limit and fits(high):
+        low, high = high, min(2 * high, limit) if high < limit else limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _devices(topology: str) -> list["jax.Device"]:
+    """The devices of a topology; call it before anything imports jax.
+
+    Raises:
+        InputError: a topology that there is not, or none such here.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind in ("cpu", "gpu") and (not re.fullmatch(r"[1-9]\d*", shape)):
+        raise InputError(f"--topology: found {topology!r}, expected {kind}:N, as in {kind}:4")
+    if kind == "gpu":
+        return _local_gpus(int(shape))
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    if kind == "cpu":
+        jax.config.update("jax_num_cpu_devices", int(shape))
+        return list(jax.devices())
+    if not re.fullmatch(r"v\d+[a-z]*:\d+(x\d+){1,2}", topology):
+        raise InputError(
+            f"--topology: found {topology!r}, expected a TPU slice as v5e:16x16 or v5p:4x4x4, "
+            "cpu:N or gpu:N"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"--topology: {topology} is compiled by libtpu, which is not installed: "
+            "pip install libtpu"
+        )
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU whose metadata could be asked for
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    from jax.experimental import topologies
+
+    # JAX on a Cloud TPU sees a v4 chip's two cores as one device; libtpu by itself as two.
+    cores = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"--topology: {topology}: {str(error).splitlines()[0]}") from error
+    return list(found.devices)
+
+
+def _local_gpus(count: int) -> list["jax.Device"]:
+    import jax
+
+    try:
+        here = jax.devices("gpu")
+    except RuntimeError as error:
+        raise InputError(f"--topology: gpu:{count}: found no GPU here ({error})") from error
+    if len(here) < count:
+        raise InputError(f"--topology: gpu:{count}: found {len(here)} GPUs here")
+    return list(here[:count])
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """`section.field=value` -> value, a Python literal or else a string.
+
+    Raises:
+        InputError: no such field, or no "=".
+    """
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set: found {setting!r}, expected section.field=value")
+        check_field(name)
+        try:
+            values[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            values[name] = text
+    return values
+
+
+def _config(path: str, overrides: dict[str, Any]) -> Config:
+    settings = load(path)
+    for name, value in overrides.items():
+        *sections, field = name.split(".")
+        place = settings
+        for section in sections:
+            place = place[section]
+        place[field] = value
+    return parse(settings)
+
+
+def _batch_size(options: argparse.Namespace, config: Config, devices: int) -> int:
+    """Volumes over all devices, by the flags or the config.
+
+    Raises:
+        InputError: they do not split evenly.
+    """
+    if options.batch_per_device is not None:
+        return int(options.batch_per_device) * devices
+    if options.batch_size is None:
+        return config.batch_size if config.batch_size % devices == 0 else devices
+    if options.batch_size < 1 or options.batch_size % devices:
+        raise InputError(
+            f"--batch-size: found {options.batch_size} volumes for {devices} devices, expected a "
+            f"multiple of {devices}"
+        )
+    return int(options.batch_size)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; see --help.
+
+    Args:
+        arguments: of the command line; None: this process's.
+
+    Returns:
+        Exit status: 0 done, 1 the step does not fit the devices, 2 bad input.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        found = _run(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    values = {
+        "config": options.config,
+        "topology": options.topology,
+        "set": _overrides(options.set),
+        **dataclasses.asdict(found),
+    }
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2)
+    return 1 if found.memory.fits is False else 0
+
+
+def _run(options: argparse.Namespace) -> "Estimate":
+    """The estimate that the flags ask for, printed."""
+    config = _config(options.config, _overrides(options.set))
+    devices = _devices(options.topology)
+    from voco_jax.report.estimate import estimate, table
+
+    def of(volumes: int) -> "Estimate":
+        return estimate(dataclasses.replace(config, batch_size=volumes), devices)
+
+    batch_size = _batch_size(options, config, len(devices))
+    if not options.find_batch:
+        found = of(batch_size)
+        print(f"{options.config} on {options.topology}\n{table(found)}")
+        return found
+    tried: dict[int, Estimate] = {}
+
+    def fits(volumes: int) -> bool:
+        one = tried[volumes] = of(volumes * len(devices))
+        if one.memory.fits is None:
+            raise InputError(f"--find-batch: the memory of {one.device} is not known")
+        peak = "unknown" if one.memory.peak is None else f"{one.memory.peak / 2**30:.2f}"
+        verdict = "fits" if one.memory.fits else "does not fit"
+        print(f"{volumes} volumes a device: {peak} GiB, {verdict}", flush=True)
+        return one.memory.fits
+
+    best = largest(fits, batch_size // len(devices), _LIMIT)
+    found = tried[best or 1]
+    print(f"{options.config} on {options.topology}\n{table(found)}")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m voco_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python -m voco_jax.plan --config configs/voco_10k.py --topology v5e:16x16
+  python -m voco_jax.plan --config configs/voco_10k.py --topology v5p:4x4x4 \\
+      --set model.feature_size=192 --set mesh.fsdp=16 --json plan.json
+  python -m voco_jax.plan --config configs/voco_10k.py --topology v4:2x2x1 --find-batch
+  python -m voco_jax.plan --config configs/demo.py --topology cpu:4""",
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="PY", help="config file")
+    add(
+        "--topology",
+        required=True,
+        help="a TPU slice in chips (v4, v5e, v5p or v6e: v5e:16x16, v5p:4x4x4), cpu:N or gpu:N",
+    )
+    batch = parser.add_mutually_exclusive_group()
+    batch.add_argument("--batch-size", type=int, metavar="N", help="volumes over all devices")
+    batch.add_argument(
+        "--batch-per-device",
+        type=_positive,
+        metavar="N",
+        help="volumes; default: the config's batch size if it divides, else 1",
+    )
+    add("--find-batch", action="store_true", help="plan the largest batch that fits (compiles)")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="override; repeat")
+    add("--json", metavar="FILE", help="write it as JSON too")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {value}, expected 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
