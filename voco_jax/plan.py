@@ -78,7 +78,8 @@ def _devices(topology: str) -> list["jax.Device"]:
             "pip install libtpu"
         )
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU whose metadata could be asked for
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+    # Any valid values do: they only keep libtpu from complaining of what this machine is not.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
@@ -94,6 +95,7 @@ def _devices(topology: str) -> list["jax.Device"]:
 
 
 def _local_gpus(count: int) -> list["jax.Device"]:
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"
     import jax
 
     try:

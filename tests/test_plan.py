@@ -1,0 +1,341 @@
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from voco_jax import plan
+from voco_jax.config import parse
+from voco_jax.report import hlo
+from voco_jax.report.chips import Chip, chip
+from voco_jax.report.flops import count_flops
+from voco_jax.report.roofline import link_bandwidth, roofline
+from voco_jax.training.mesh import make_mesh
+from voco_jax.training.program import make_program
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "voco_10k.py")
+CHIP = Chip("test", flops=1e12, memory=2**30, bandwidth=1e9, link=1e8, wraps=4)
+
+# A loop of 6 rounds (from 2 to 8) with one collective inside, an asynchronous pair, a
+# reduce-scatter as TPUs write it, and groups in each notation.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true, num_partitions=16
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%scatter (input: f32[64,8]) -> f32[16,8] {
+  %input = f32[64,8]{1,0} parameter(0)
+  %all-reduce.9 = f32[64,8]{1,0} all-reduce(%input), replica_groups=[4,4]<=[16], to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = f32[16,8]{1,0} dynamic-slice(%all-reduce.9, %zero, %zero), dynamic_slice_sizes={16,8}
+}
+
+%body (state: (s32[], f32[64,8])) -> (s32[], f32[64,8]) {
+  %state = (s32[], f32[64,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[64,8]{1,0} get-tuple-element(%state), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %summed = f32[64,8]{1,0} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %out = (s32[], f32[64,8]{1,0}) tuple(%next, %summed)
+}
+
+%condition (state.1: (s32[], f32[64,8])) -> pred[] {
+  %state.1 = (s32[], f32[64,8]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %end = s32[] constant(8)
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (p: f32[64,8], q: bf16[32]) -> f32[16,8] {
+  %p = f32[64,8]{1,0} parameter(0)
+  %q = bf16[32]{0} parameter(1)
+  %from = s32[] constant(2)
+  %begin = s32[] copy(%from)
+  %start = (s32[], f32[64,8]{1,0}) tuple(%begin, %p)
+  %loop = (s32[], f32[64,8]{1,0}) while(%start), condition=%condition, body=%body
+  %y = f32[64,8]{1,0} get-tuple-element(%loop), index=1
+  %gather-start = (bf16[32]{0}, bf16[128]{0}) all-gather-start(%q), \
+replica_groups=mesh['data'=4,'fsdp'=4] {'data'}, dimensions={0}
+  %gather-done = bf16[128]{0} all-gather-done(%gather-start)
+  %send-start = (bf16[32]{0}, bf16[32]{0}) collective-permute-start(%q), \
+source_target_pairs={{0,1},{1,2}}
+  %send-done = bf16[32]{0} collective-permute-done(%send-start)
+  ROOT %parts = f32[16,8]{1,0} fusion(%y), kind=kCustom, calls=%scatter
+}
+"""
+
+
+def test_collectives_are_counted_with_their_loops_and_pairs_once():
+    found = hlo.parse(PROGRAM)
+    assert (found.devices, found.unknown_loops) == (16, 0)
+    assert found.collectives() == [
+        hlo.Collective("all-reduce", 6, 64 * 8 * 4, (0, 1, 2, 3)),
+        hlo.Collective("all-gather", 1, 4 * 32 * 2, (0, 4, 8, 12)),
+        hlo.Collective("collective-permute", 1, 32 * 2, (0, 1)),
+        hlo.Collective("reduce-scatter", 1, 64 * 8 * 4, (0, 1, 2, 3)),
+    ]
+    assert [one.sent for one in found.collectives()] == [
+        6 * 2048 * 2 * 3 / 4,  # an all-reduce is a reduce-scatter and an all-gather
+        256 * 3 / 4,
+        64,
+        2048 * 3 / 4,
+    ]
+
+
+def test_trip_counts_that_xla_noted_win():
+    noted = 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
+    found = hlo.parse(PROGRAM.replace("body=%body", noted))
+    assert found.collectives()[0].times == 5
+
+
+def test_loops_of_unknown_length_are_reported():
+    found = hlo.parse(PROGRAM.replace("direction=LT", "direction=NE"))
+    assert found.unknown_loops == 1
+    assert found.collectives()[0].times == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("replica_groups={{3,5},{4,6}}", (3, 5)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", (0, 1, 2, 3)),
+        ("replica_groups={}", tuple(range(8))),
+    ],
+)
+def test_groups_in_all_notations(groups, first):
+    assert hlo.first_group(f"channel_id=1, {groups}, to_apply=%add", 8) == first
+
+
+def test_traffic_of_slices_updates_and_on_chip_arrays():
+    text = """\
+HloModule m, num_partitions=1
+
+%update (whole: f32[8,128], rows: f32[4,128], i: s32[]) -> f32[8,128] {
+  %whole = f32[8,128]{1,0} parameter(0)
+  %rows = f32[4,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,128]{1,0} dynamic-slice(%rows, %i, %zero), dynamic_slice_sizes={1,128}
+  ROOT %new = f32[8,128]{1,0} dynamic-update-slice(%whole, %row, %i, %zero)
+}
+
+ENTRY %main (p: f32[8,128], q: f32[4,128], i.1: s32[]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[4,128]{1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %fast = f32[4,128]{1,0:T(8,128)S(1)} negate(%q)
+  %thin = f32[8,3]{1,0:T(8,128)} custom-call(%fast), custom_call_target="x"
+  ROOT %out = f32[8,128]{1,0} fusion(%p, %q, %i.1), kind=kLoop, calls=%update
+}
+"""
+    row, index = 128 * 4, 4
+    negate, thin = 4 * row, 8 * 128 * 4  # the result stays on the chip; 3 columns take 128
+    assert hlo.parse(text).traffic() == negate + thin + row + row + index
+
+
+def test_program_text_of_this_jax_is_read():
+    def step(w, x):
+        return jax.lax.scan(lambda total, row: (total + jnp.tanh(row @ w), None), x[0], x)[0]
+
+    w, x = jnp.ones((8, 8)), jnp.ones((5, 4, 8))
+    traced = jax.jit(step).trace(w, x)
+    assert count_flops(traced.jaxpr.jaxpr) == 5 * 2 * 4 * 8 * 8
+    found = hlo.parse(traced.lower().compile().as_text())
+    loops = [times for _, one, times in found.runs if one.opcode in ("tanh", "dot", "fusion")]
+    assert 5 in loops
+    assert found.unknown_loops == 0
+    assert found.collectives() == []
+    assert found.traffic() >= 4 * (w.size + x.size)
+
+
+def test_flops_of_convolutions_and_recomputation():
+    def loss(kernel, x):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(jnp.sin(y))
+
+    x, kernel = jnp.ones((1, 6, 6, 4)), jnp.ones((3, 3, 4, 8))
+    forward = 2 * (6 * 6 * 8) * (3 * 3 * 4)
+
+    def flops(function):
+        return count_flops(jax.make_jaxpr(function)(kernel, x).jaxpr)
+
+    assert flops(loss) == forward
+    assert flops(jax.grad(loss)) >= 2 * forward  # of the kernel only; sums over padding count
+    assert flops(jax.grad(jax.checkpoint(loss))) == flops(jax.grad(loss)) + forward
+
+
+def test_roofline_by_hand():
+    # 2 TFLOP at 1 TFLOP/s, 1 GB at 1 GB/s, 100 MB over a ring of 4 with two links of 100 MB/s.
+    one = hlo.Collective("all-gather", 1, 10**8, (0, 1, 2, 3))
+    places = [(x, y) for x in range(4) for y in range(4)]
+    found = roofline(2e12, 1e9, [one], places, CHIP)
+    assert (found.compute, found.memory, found.links) == (2.0, 1.0, pytest.approx(0.375))
+    assert (found.step, found.wall) == (2.0, "compute")
+    assert found.efficiency == pytest.approx(2 / 2.375)
+    assert roofline(1e9, 2e9, [one], places, CHIP).wall == "memory"
+    assert roofline(1e9, 1e6, [one], places, CHIP).wall == "links"
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "links"),
+    [
+        ("all-reduce", range(16), 4),  # two closed rings
+        ("all-reduce", range(4), 2),  # one
+        ("all-reduce", range(2), 1),  # half of one
+        ("all-reduce", (0, 4), 1),
+        ("collective-permute", (0, 1), 1),
+    ],
+)
+def test_links_of_a_torus(kind, group, links):
+    places = [(x, y) for x in range(4) for y in range(4)]
+    one = hlo.Collective(kind, 1, 1, tuple(group))
+    assert link_bandwidth(one, places, CHIP) == links * CHIP.link
+    open_mesh = Chip("test", 1, 1, 1, CHIP.link, wraps=16)
+    assert link_bandwidth(one, places, open_mesh) == math.ceil(links / 2) * CHIP.link
+    assert link_bandwidth(one, None, CHIP) == CHIP.link
+
+
+def test_chips_are_told_apart():
+    names = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "NVIDIA H200", "cpu"]
+    found = [chip(name) for name in names]
+    assert [one.name if one else None for one in found] == [
+        "TPU v4",
+        "TPU v5e",
+        "TPU v5p",
+        "TPU v6e",
+        "H200 SXM",
+        None,
+    ]
+
+
+@pytest.mark.parametrize("start", [1, 2, 5, 64])
+@pytest.mark.parametrize("most", [0, 1, 3, 7, 32, 63, 64, 100])
+def test_largest_batch_is_found_in_few_tries(most, start):
+    tried = []
+
+    def fits(volumes):
+        tried.append(volumes)
+        return volumes <= most
+
+    assert plan.largest(fits, start, 64) == min(most, 64)
+    assert len(tried) == len(set(tried))
+    assert len(tried) <= 14
+    assert max(tried) <= 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "cpu"], "--topology: found 'cpu', expected cpu:N, as in cpu:4"),
+        (["--topology", "h100"], "--topology: found 'h100', expected a TPU slice as v5e:16x16"),
+        (["--set", "model.remat"], "--set: found 'model.remat', expected section.field=value"),
+        (["--set", "model.fsdp=2"], "model.fsdp: no such field"),
+        (["--set", "model.remat=7"], "model.remat"),
+        (["--config", "no.py"], "no.py: no such config file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
+    flags = ["--config", CONFIG, "--topology", "cpu:1", *arguments]
+    assert plan.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_missing_libtpu_is_named_with_its_fix(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(plan.InputError, match=r"not installed: pip install libtpu"):
+        plan._devices("v5e:2x2")
+
+
+def test_batch_size_by_flags_and_config():
+    settings = tiny_config()
+    settings.batch_size = 2
+    config = parse(settings)
+
+    def size(devices, **flags):
+        options = argparse.Namespace(**{"batch_size": None, "batch_per_device": None} | flags)
+        return plan._batch_size(options, config, devices)
+
+    assert size(1) == size(2) == config.batch_size
+    assert size(16) == 16
+    assert size(16, batch_size=32) == 32
+    assert size(16, batch_per_device=3) == 48
+    with pytest.raises(plan.InputError, match=r"found 3 volumes for 2 devices"):
+        size(2, batch_size=3)
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as ended:
+        plan.main(["--help"])
+    assert ended.value.code == 0
+    assert "--topology v5e:16x16" in capsys.readouterr().out
+
+
+def test_plan_of_a_small_step_on_four_devices(tmp_path):
+    settings = {
+        "data.chain.volume_size": "(64,32,64)",
+        "crops.grid": "(2,1,1)",
+        "crops.sub_volumes": 1,
+        "model.depths": "(1,1,1,1)",
+        "model.use_v2": False,
+        "model.projector_size": 32,
+        "model.feature_size": 12,
+        "mesh.fsdp": 2,
+    }
+    command = [sys.executable, "-m", "voco_jax.plan", "--config", "configs/demo.py"]
+    command += ["--topology", "cpu:4", "--json", str(tmp_path / "plan.json")]
+    for name, value in settings.items():
+        command += ["--set", f"{name}={value}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 x cpu, 1 hosts" in done.stdout
+    assert "time                unknown" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["devices"], found["batch_size"], found["fsdp"]) == (4, 4, 2)
+    assert found["set"]["model.depths"] == [1, 1, 1, 1]
+    memory, work = found["memory"], found["work"]
+    assert memory["peak"] > memory["state"] > found["parameters"] * 4  # five copies, some halved
+    assert memory["fits"] is memory["device"] is found["times"] is None
+    assert work["flops"] >= work["flops_needed"] > 1e9
+    assert work["unknown_loops"] == 0
+    # Every gradient is summed over the devices, and the sharded parameters are gathered.
+    assert work["collectives"]["all-reduce"]["size"] > 4 * found["parameters"] / 2
+    assert work["collectives"]["all-gather"]["size"] > 0
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_step_exports_for_accelerators_that_are_not_here(platform):
+    settings = tiny_config()
+    settings.model.convolution = "lax"
+    program = make_program(parse(settings), make_mesh(devices=jax.devices()[:1]))
+    exported = jax.export.export(program.step, platforms=[platform])(program.state, program.batch)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == (platform,)
+
+    def kinds(leaves):
+        return [(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves]
+
+    given = jax.tree.leaves((program.state, program.batch))
+    assert kinds(again.in_avals) == kinds(given)
+    new = jax.eval_shape(program.step, program.state, program.batch)
+    assert kinds(again.out_avals) == kinds(jax.tree.leaves(new))
