@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import tiny_config
 
@@ -18,7 +19,9 @@ from voco_jax.report.chips import Chip, chip
 from voco_jax.report.flops import count_flops
 from voco_jax.report.roofline import link_bandwidth, roofline
 from voco_jax.training.mesh import make_mesh
+from voco_jax.training.optimizer import AmsgradState
 from voco_jax.training.program import make_program
+from voco_jax.voco.step import State
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "voco_10k.py")
@@ -141,12 +144,18 @@ ENTRY %main (p: f32[8,128], q: f32[4,128], i.1: s32[]) -> f32[8,128] {
   %i.1 = s32[] parameter(2)
   %fast = f32[4,128]{1,0:T(8,128)S(1)} negate(%q)
   %thin = f32[8,3]{1,0:T(8,128)} custom-call(%fast), custom_call_target="x"
+  %fetch-start = (f32[8,3]{1,0:T(8,128)S(1)}, f32[8,3]{1,0:T(8,128)}, u32[]) copy-start(%thin)
+  %fetch = f32[8,3]{1,0:T(8,128)S(1)} copy-done(%fetch-start)
+  %top-start = ((f32[8,128]{1,0}), f32[1,128]{1,0:S(1)}, s32[]) slice-start(%p), slice={[0:1]}
+  %top = f32[1,128]{1,0:S(1)} slice-done(%top-start)
   ROOT %out = f32[8,128]{1,0} fusion(%p, %q, %i.1), kind=kLoop, calls=%update
 }
 """
     row, index = 128 * 4, 4
     negate, thin = 4 * row, 8 * 128 * 4  # the result stays on the chip; 3 columns take 128
-    assert hlo.parse(text).traffic() == negate + thin + row + row + index
+    fetched, top = thin, row
+    update = row + row + index  # one row is read, one is written in place
+    assert hlo.parse(text).traffic() == negate + thin + fetched + top + update
 
 
 def test_program_text_of_this_jax_is_read():
@@ -323,7 +332,21 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
     assert work["collectives"]["all-gather"]["size"] > 0
 
 
+@pytest.fixture(scope="module")
+def _names_for_export():
+    """jax.export writes no pytree whose type it has no name for."""
+    for kind in (AmsgradState, optax.EmptyState, optax.ScaleByScheduleState):
+        jax.export.register_namedtuple_serialization(kind, serialized_name=kind.__name__)
+    jax.export.register_pytree_node_serialization(
+        State,
+        serialized_name="State",
+        serialize_auxdata=lambda auxdata: b"",
+        deserialize_auxdata=lambda data: (),
+    )
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.usefixtures("_names_for_export")
 def test_step_exports_for_accelerators_that_are_not_here(platform):
     settings = tiny_config()
     settings.model.convolution = "lax"
@@ -331,6 +354,7 @@ def test_step_exports_for_accelerators_that_are_not_here(platform):
     exported = jax.export.export(program.step, platforms=[platform])(program.state, program.batch)
     again = jax.export.deserialize(exported.serialize())
     assert again.platforms == (platform,)
+    assert again.in_tree == exported.in_tree
 
     def kinds(leaves):
         return [(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves]

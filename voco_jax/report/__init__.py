@@ -1,1 +1,1 @@
-"""Pictures."""
+"""Pictures, and estimates from compiled programs."""

@@ -221,8 +221,11 @@ class Program:
         """Bytes read and written by one instruction."""
         operands = [computation.instructions[name] for name in one.operands]
         result = sum(array.stored for array in one.arrays)
-        if one.opcode in ("copy-start", "slice-start"):  # (result, operand, ...), some on the chip
+        if one.opcode == "copy-start":  # (result, operand, context), one of them on the chip
             return sum(array.stored for array in one.arrays[:2])
+        if one.opcode in ("slice-start", "dynamic-slice-start"):  # (operand, result, context)
+            operand, part = one.arrays[:2]
+            return part.stored + (part.size if operand.stored else 0)
         if one.opcode == "fusion" and one.called.get("calls"):
             inner = self.computations[one.called["calls"][0]]
             parameters = {_index(i): i for i in inner.instructions.values() if _is_parameter(i)}
