@@ -255,9 +255,10 @@ def test_largest_batch_is_found_in_few_tries(most, start):
     [
         (["--topology", "cpu"], "--topology: found 'cpu', expected cpu:N, as in cpu:4"),
         (["--topology", "h100"], "--topology: found 'h100', expected a TPU slice as v5e:16x16"),
-        (["--set", "model.remat"], "--set: found 'model.remat', expected section.field=value"),
-        (["--set", "model.fsdp=2"], "model.fsdp: no such field"),
-        (["--set", "model.remat=7"], "model.remat"),
+        (["--config.model.remat"], "flags: found '--config.model.remat', expected those of --help"),
+        (["--sett"], "flags: found '--sett', expected those of --help"),
+        (["--config.model.fsdp=2"], "model.fsdp: no such field"),
+        (["--config.model.remat=7"], "model.remat"),
         (["--config", "no.py"], "no.py: no such config file"),
     ],
 )
@@ -313,15 +314,14 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
     }
     command = [sys.executable, "-m", "voco_jax.plan", "--config", "configs/demo.py"]
     command += ["--topology", "cpu:4", "--json", str(tmp_path / "plan.json")]
-    for name, value in settings.items():
-        command += ["--set", f"{name}={value}"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "4 x cpu, 1 hosts" in done.stdout
     assert "time                unknown" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["devices"], found["batch_size"], found["fsdp"]) == (4, 4, 2)
-    assert found["set"]["model.depths"] == [1, 1, 1, 1]
+    assert found["overrides"]["model.depths"] == [1, 1, 1, 1]
     memory, work = found["memory"], found["work"]
     assert memory["peak"] > memory["state"] > found["parameters"] * 4  # five copies, some halved
     assert memory["fits"] is memory["device"] is found["times"] is None

@@ -107,17 +107,20 @@ def _local_gpus(count: int) -> list["jax.Device"]:
     return list(here[:count])
 
 
-def _overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """`section.field=value` -> value, a Python literal or else a string.
+def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--config.section.field=value` -> value, a Python literal or else a string.
 
     Raises:
-        InputError: no such field, or no "=".
+        InputError: another flag, no such field, or no "=".
     """
     values = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise InputError(f"--set: found {setting!r}, expected section.field=value")
+    for argument in arguments:
+        name, equals, text = argument.removeprefix("--config.").partition("=")
+        if name == argument or not equals:
+            raise InputError(
+                f"flags: found {argument!r}, expected those of --help, and "
+                "--config.section.field=value"
+            )
         check_field(name)
         try:
             values[name] = ast.literal_eval(text)
@@ -164,16 +167,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 the step does not fit the devices, 2 bad input.
     """
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
     try:
-        found = _run(options)
+        overrides = _overrides(rest)
+        found = _run(options, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     values = {
         "config": options.config,
         "topology": options.topology,
-        "set": _overrides(options.set),
+        "overrides": overrides,
         **dataclasses.asdict(found),
     }
     if options.json:
@@ -182,9 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if found.memory.fits is False else 0
 
 
-def _run(options: argparse.Namespace) -> "Estimate":
+def _run(options: argparse.Namespace, overrides: dict[str, Any]) -> "Estimate":
     """The estimate that the flags ask for, printed."""
-    config = _config(options.config, _overrides(options.set))
+    config = _config(options.config, overrides)
     devices = _devices(options.topology)
     from voco_jax.report.estimate import estimate, table
 
@@ -218,15 +222,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m voco_jax.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         epilog="""examples:
   python -m voco_jax.plan --config configs/voco_10k.py --topology v5e:16x16
   python -m voco_jax.plan --config configs/voco_10k.py --topology v5p:4x4x4 \\
-      --set model.feature_size=192 --set mesh.fsdp=16 --json plan.json
+      --config.model.feature_size=192 --config.mesh.fsdp=16 --json plan.json
   python -m voco_jax.plan --config configs/voco_10k.py --topology v4:2x2x1 --find-batch
   python -m voco_jax.plan --config configs/demo.py --topology cpu:4""",
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="PY", help="config file")
+    add("--config", required=True, metavar="PY", help="config file; --config.field=value as ever")
     add(
         "--topology",
         required=True,
@@ -241,7 +246,6 @@ def _parser() -> argparse.ArgumentParser:
         help="volumes; default: the config's batch size if it divides, else 1",
     )
     add("--find-batch", action="store_true", help="plan the largest batch that fits (compiles)")
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="override; repeat")
     add("--json", metavar="FILE", help="write it as JSON too")
     return parser
 
