@@ -78,6 +78,7 @@ def _devices(topology: str) -> list["jax.Device"]:
             "pip install libtpu"
         )
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU whose metadata could be asked for
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # none is taken, so plans can run side by side
     # Any valid values do: they only keep libtpu from complaining of what this machine is not.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

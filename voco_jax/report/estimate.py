@@ -159,6 +159,7 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
 
 def _compile(traced: Any) -> tuple[Any, int | None]:
     """The compiled step; or None and the bytes it would need (if told), where it does not fit."""
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no text
     try:
         return traced.lower().compile(), None
     except jax.errors.JaxRuntimeError as error:
