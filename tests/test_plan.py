@@ -40,7 +40,8 @@ HloModule jit_step, is_scheduled=true, num_partitions=16
 
 %scatter (input: f32[64,8]) -> f32[16,8] {
   %input = f32[64,8]{1,0} parameter(0)
-  %all-reduce.9 = f32[64,8]{1,0} all-reduce(%input), replica_groups=[4,4]<=[16], to_apply=%add
+  %all-reduce.9 = f32[64,8]{1,0} all-reduce(%input), channel_id=7, \
+replica_groups=[4,4]<=[16], to_apply=%add
   %zero = s32[] constant(0)
   ROOT %part = f32[16,8]{1,0} dynamic-slice(%all-reduce.9, %zero, %zero), dynamic_slice_sizes={16,8}
 }
@@ -76,6 +77,7 @@ replica_groups=mesh['data'=4,'fsdp'=4] {'data'}, dimensions={0}
   %send-start = (bf16[32]{0}, bf16[32]{0}) collective-permute-start(%q), \
 source_target_pairs={{0,1},{1,2}}
   %send-done = bf16[32]{0} collective-permute-done(%send-start)
+  %first = f32[16,8]{1,0} fusion(%y), kind=kCustom, calls=%scatter
   ROOT %parts = f32[16,8]{1,0} fusion(%y), kind=kCustom, calls=%scatter
 }
 """

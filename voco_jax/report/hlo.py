@@ -128,8 +128,12 @@ class Program:
         )
 
     def collectives(self) -> list[Collective]:
-        """All of them; those that take no part in moving data (groups of one) are left out."""
-        found = []
+        """All of them; those that take no part in moving data (groups of one) are left out.
+
+        A TPU spreads one collective over several fusions, to hide it behind their work: they name
+        the same channel.
+        """
+        found, channels = [], set()
         for computation, one, times in self.runs:
             inner = [(computation, one)]
             if one.opcode == "fusion":
@@ -138,6 +142,11 @@ class Program:
                 kind = each.opcode.removesuffix("-start")
                 if kind not in _KINDS:
                     continue
+                channel = re.search(r"channel_id=(\d+)", each.attributes)
+                if one.opcode == "fusion" and channel:
+                    if (id(computation), channel[1]) in channels:
+                        continue
+                    channels.add((id(computation), channel[1]))
                 group = self._group(each)
                 size = sum(a.size for o in each.operands for a in place.instructions[o].arrays)
                 root = place.instructions[place.root]
