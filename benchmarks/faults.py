@@ -117,6 +117,29 @@ def sigkill(faults: Faults) -> str:
     return " // ".join(lines)
 
 
+def frozen(faults: Faults) -> str:
+    """SIGSTOP of one of two, either one: alive, but not heard of."""
+    lines = []
+    for victim in (1, 0):
+        workdir = faults.folder / f"frozen{victim}"
+        started = faults.start(workdir)
+        until(5, workdir, started)
+        started[victim].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        (output,) = processes.finish([started[1 - victim]])
+        seconds, other = time.monotonic() - begin, started[1 - victim].returncode
+        started[victim].kill()
+        processes.finish([started[victim]])
+        message = words(output, "error:", "Terminating process because")
+        again = faults.run(workdir, **TWO)
+        lines.append(
+            f"process {victim} stopped: the other ended after {seconds:.0f} s with exit {other} "
+            f"({message}). Same command: {words(again[0], 'resuming')}; "
+            f"{faults.same_losses(workdir)}"
+        )
+    return " // ".join(lines)
+
+
 def saving(faults: Faults) -> str:
     """SIGKILL of both during a save."""
     workdir = faults.folder / "saving"
@@ -235,6 +258,7 @@ def changed(faults: Faults) -> str:
 FAULTS: dict[str, Callable[[Faults], str]] = {
     "sigterm": sigterm,
     "sigkill": sigkill,
+    "frozen": frozen,
     "saving": saving,
     "bit": damaged("bit", _flip),
     "truncated": damaged("truncated", _truncate),
