@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
-    "total_steps": 24,
+    "total_steps": 40,
     "log_every_steps": 1,
     "data.phantoms": 0,
     "data.prepare": False,
@@ -76,12 +76,12 @@ def cache(tmp_path_factory):
 def whole(cache, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     _run(_train(workdir, cache))
-    assert sorted(_lines(workdir)) == list(range(1, 25))
+    assert sorted(_lines(workdir)) == list(range(1, 41))
     return workdir
 
 
 def test_kill_and_resume_is_bit_for_bit(cache, whole, tmp_path):
-    step = int(np.random.default_rng(20261123).integers(9, 22))
+    step = int(np.random.default_rng(20261123).integers(9, 38))
     command = _train(tmp_path, cache)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -124,7 +124,7 @@ def test_exported_weights_are_monais(whole, tmp_path, suffix):
     assert all(name.startswith(("decoder", "out.")) for name in missing)
 
     params, info = read_network(whole, "teacher")
-    assert info["step"] == 24
+    assert info["step"] == 40
     params.pop("proj_head")
     crops = np.random.default_rng(0).random((2, 64, 64, 64, 1), dtype=np.float32)
     network = SwinUNETREncoder(
