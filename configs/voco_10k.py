@@ -5,13 +5,14 @@ Prepare once (0.14 TB for 9,863 volumes before compression), then train:
     python -m voco_jax.data.prepare --config configs/voco_10k.py
     python main.py --config configs/voco_10k.py --workdir runs/voco_10k
 
-The seven data sets are folders under data/, the lists under data/lists/ (see README).
+The seven data sets are folders under data/, the lists under data/lists/ (see README). Without the
+lists, --config.data.sources.ct.lists="()" takes every volume found in the folders.
 Every other config file starts from this one.
 """
 
 import ml_collections
 
-SOURCES = {
+LISTS = {
     "btcv.json": "BTCV",
     "dataset_TCIAcovid19_0.json": "TCIAcovid19",
     "dataset_LUNA16_0.json": "Luna16-jx",
@@ -33,21 +34,30 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = ""
     config.export_to = "{workdir}/voco_encoder.safetensors"
     config.data = {
-        "cache": "data/cache_10k",
-        "lists": tuple(f"data/lists/{name}" for name in SOURCES),
-        "roots": tuple(f"data/{folder}" for folder in SOURCES.values()),
+        "sources": {
+            "ct": {
+                "cache": "data/cache_10k",
+                "roots": tuple(f"data/{folder}" for folder in LISTS.values()),
+                "lists": tuple(f"data/lists/{name}" for name in LISTS),
+                "weight": 1.0,
+                "chain": {
+                    "axes": "RAS",
+                    "spacing": (),
+                    "window": (-175.0, 250.0),
+                    "window_unit": "HU",
+                    "crop_foreground": True,
+                    "foreground_threshold": 0.3,
+                    "fit": "resize",
+                    "volume_size": (384, 384, 96),
+                    "dtype": "uint8",
+                },
+            },
+        },
         "phantoms": 0,
         "prepare": False,
         "held_out": 0.0,  # the lists' own validation volumes are enough
         "workers": 4,
         "prefetch": 2,
-        "chain": {
-            "axes": "RAS",
-            "window": (-175.0, 250.0),
-            "foreground_threshold": 0.3,
-            "volume_size": (384, 384, 96),
-            "dtype": "uint8",
-        },
     }
     config.crops = {
         "grid": (4, 4, 1),

@@ -2,7 +2,7 @@
 # Trains on Kubernetes as a JobSet: on machines with GPUs, or on a TPU slice of GKE.
 #
 #   launch/k8s.sh --config configs/voco_10k.py --workdir /data/runs/10k \
-#       --config.data.cache=/data/cache
+#       --config.data.sources.ct.cache=/data/cache
 #   PRINT=1 launch/k8s.sh ... # the YAML, and nothing else
 #
 # Needs JobSet 0.10 or later in the cluster, an image built from launch/Dockerfile, and a volume

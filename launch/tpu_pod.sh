@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU pod slice until it is done, through preemptions and crashes.
 #
 #   launch/tpu_pod.sh --config configs/voco_10k.py --workdir /mnt/voco/runs/10k \
-#       --config.data.cache=/mnt/voco/cache
+#       --config.data.sources.ct.cache=/mnt/voco/cache
 #
 # Asks for the slice (a queued resource), waits, installs, runs main.py on all workers; a slice
 # that was taken away is asked for again. Deletes the slice when training is done. The same

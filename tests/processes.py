@@ -17,7 +17,7 @@ SETTINGS: dict[str, object] = {
     "data.phantoms": 6,
     "data.held_out": 0.0,
     "data.workers": 0,
-    "data.chain.volume_size": "(64, 32, 64)",
+    "data.sources.ct.chain.volume_size": "(64, 32, 64)",
     "crops.grid": "(2, 1, 1)",
     "crops.sub_volumes": 1,
     "model.depths": "(1, 1, 1, 1)",

@@ -23,13 +23,13 @@ def test_voco_10k_has_the_published_settings():
         2,
         5_000,
     )
-    assert config.data.chain.volume_size == (384, 384, 96)
+    assert config.data.sources["ct"].chain.volume_size == (384, 384, 96)
     assert config.crops.grid == (4, 4, 1)
     assert config.crops.encoder_size == (64, 64, 64)
-    assert len(config.data.lists) == 7
-    assert dict(zip(config.data.lists, config.data.roots, strict=True))[
-        "data/lists/HNSCC.json"
-    ] == ("data/HNSCC_convert_v1")
+    source = config.data.sources["ct"]
+    assert len(source.lists) == 7
+    roots = dict(zip(source.lists, source.roots, strict=True))
+    assert roots["data/lists/HNSCC.json"] == "data/HNSCC_convert_v1"
 
 
 def _broken(**changes):
@@ -54,8 +54,14 @@ def _broken(**changes):
         ({"model__dtype": "float8"}, r"model.dtype: found 'float8'"),
         ({"crops__grid": (3, 1, 1)}, r"crops.grid: \(3, 1, 1\) crops .* cover \(96, 32, 64\)"),
         ({"crops__grid": (2, 1)}, r"crops.grid: value 3 is missing; give the whole tuple"),
-        ({"data__chain__window": (250.0, -175.0)}, r"data.chain.window: .*low < high"),
-        ({"data__lists": ("a.json",)}, r"data.roots: found 0 roots for 1 lists"),
+        (
+            {"data__sources__ct__chain__window": (250.0, -175.0)},
+            r"data.sources.ct.chain.window: .*low < high",
+        ),
+        (
+            {"data__sources__ct__lists": ("a.json",)},
+            r"data.sources.ct.roots: found 0 roots for 1 lists",
+        ),
         ({"optimizer__warmup_steps": 4}, r"optimizer.warmup_steps: found 4, expected less than"),
         ({"optimizer__learning_rate": float("nan")}, r"optimizer.learning_rate: found nan"),
         (

@@ -23,7 +23,7 @@ SETTINGS = {
     "data.phantoms": 0,
     "data.prepare": False,
     "data.workers": 1,
-    "data.chain.volume_size": "(64, 32, 64)",
+    "data.sources.ct.chain.volume_size": "(64, 32, 64)",
     "crops.grid": "(2, 1, 1)",
     "crops.sub_volumes": 1,
     "augment.flip_probability": 0.2,
@@ -48,7 +48,7 @@ def _run(command, **options):
 
 def _train(workdir, cache):
     flags = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-    flags += [f"--workdir={workdir}", f"--config.data.cache={cache}"]
+    flags += [f"--workdir={workdir}", f"--config.data.sources.ct.cache={cache}"]
     return _command("main.py", "--config=configs/demo.py", *flags)
 
 

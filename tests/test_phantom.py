@@ -1,11 +1,12 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from voco_jax.config import Chain
 from voco_jax.data.datalists import read_list
 from voco_jax.data.phantom import make_phantoms, phantom
+from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.data.volumes import load, orient_ras, prepare_volume
 
 SHAPE = (80, 80, 40)
@@ -23,7 +24,7 @@ def hounsfield(path):
 def test_a_list_that_prepare_reads(listed):
     volumes = read_list(listed, listed.parent)
     assert [volume.section for volume in volumes] == ["training"] * 12
-    chain = Chain("RAS", (-175.0, 250.0), 0.3, (64, 64, 32), "uint8")
+    chain = dataclasses.replace(CHAIN_10K, volume_size=(64, 64, 32))
     for volume in volumes:
         prepared = prepare_volume(volume.path, chain)
         assert sorted(prepared.shape) == sorted(SHAPE)

@@ -1,6 +1,8 @@
 """The pipeline: what a batch holds depends on (seed, step) and the data alone."""
 
+import dataclasses
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from voco_jax.data.cache import Cache
 from voco_jax.data.crops import overlap_labels
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
-from voco_jax.data.pipeline import batches, held_out_sample, split
+from voco_jax.data.pipeline import Part, batches, fingerprint, held_out_sample, split
 from voco_jax.data.prepare import prepare
 from voco_jax.errors import InputError
 
@@ -19,7 +21,7 @@ from voco_jax.errors import InputError
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    chain = parse(tiny_config()).data.chain
+    chain = parse(tiny_config()).data.sources["ct"].chain
     listed = make_phantoms(folder / "ct", 5, seed=0, shape=(40, 40, 24))
     prepare(collect([str(listed)], [str(folder / "ct")]), folder / "cache", chain, workers=0)
     return Cache.open(folder / "cache", chain)
@@ -29,9 +31,8 @@ CROPS = parse(tiny_config()).crops
 
 
 def _take(cache, count, *, entries=None, batch_size=2, **options):
-    stream = batches(
-        cache, entries or cache.entries, CROPS, seed=3, batch_size=batch_size, **options
-    )
+    part = Part("ct", cache, entries or cache.entries, 1.0)
+    stream = batches([part], CROPS, seed=3, batch_size=batch_size, **options)
     return list(islice(stream, count))
 
 
@@ -100,8 +101,8 @@ def test_every_epoch_has_every_volume_once_in_its_own_order(cache):
 
 
 def test_the_seed_changes_crops(cache):
-    one = next(batches(cache, cache.entries, CROPS, seed=1, batch_size=2))
-    two = next(batches(cache, cache.entries, CROPS, seed=2, batch_size=2))
+    part = Part("ct", cache, cache.entries, 1.0)
+    one, two = (next(batches([part], CROPS, seed=seed, batch_size=2)) for seed in (1, 2))
     assert not _equal(one, two)
 
 
@@ -118,9 +119,18 @@ def test_split(cache):
 
 
 def test_validation_section_is_never_trained_on(cache):
-    import dataclasses
-
     entries = (dataclasses.replace(cache.entries[0], section="validation"), *cache.entries[1:])
     training, held_out = split(entries, 0.0, seed=0)
     assert held_out == entries[:1]
     assert training == entries[1:]
+
+
+def test_fingerprint_ignores_order_and_place(cache):
+    def of(entries, source="ct", path=cache.path):
+        return fingerprint([Part(source, dataclasses.replace(cache, path=path), entries, 1.0)])
+
+    entries = cache.entries
+    assert of(entries) == of(entries[::-1]) == of(entries, path=Path("elsewhere"))
+    changed = dataclasses.replace(entries[0], checksum="0")
+    others = [of(entries[1:]), of((changed, *entries[1:])), of(entries, "mri")]
+    assert len({of(entries), *others}) == 4

@@ -305,7 +305,7 @@ def test_help_has_examples(capsys):
 
 def test_plan_of_a_small_step_on_four_devices(tmp_path):
     settings = {
-        "data.chain.volume_size": "(64,32,64)",
+        "data.sources.ct.chain.volume_size": "(64,32,64)",
         "crops.grid": "(2,1,1)",
         "crops.sub_volumes": 1,
         "model.depths": "(1,1,1,1)",

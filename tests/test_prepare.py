@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import random
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from conftest import shared_file
 
-from voco_jax.config import Chain
+from configs import voco_10k
+from voco_jax.config import parse
 from voco_jax.data import prepare as prepare_module
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.datalists import Volume, read_list, scan
@@ -22,13 +24,7 @@ from voco_jax.data.prepare import CHAIN_10K, PrepareError, main, prepare
 from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.errors import InputError
 
-CHAIN = Chain(
-    axes="RAS",
-    window=(-175.0, 250.0),
-    foreground_threshold=0.3,
-    volume_size=(24, 24, 16),
-    dtype="uint8",
-)
+CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(24, 24, 16))
 FLAGS = ["--size", "24", "24", "16"]
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -216,7 +212,10 @@ def test_command(data, tmp_path, capsys):
         (["--scan", "DATA", "--cache", "c", "--threshold", "2"], "foreground_threshold"),
         (["--scan", "nowhere", "--cache", "c"], "nowhere: not a folder"),
         (["--config", "none.py"], "none.py: no such config file"),
-        (["--config", "x.py", "--scan", "DATA"], "give only --cache, --workers and --strict"),
+        (
+            ["--config", "x.py", "--scan", "DATA"],
+            "give only --source, --cache, --workers and --strict",
+        ),
     ],
 )
 def test_bad_commands(data, tmp_path, monkeypatch, capsys, arguments, message):
@@ -237,7 +236,7 @@ def test_help_shows_an_example(capsys):
 
 
 def test_the_10k_chain_is_the_default():
-    assert Chain("RAS", (-175, 250), 0.3, (384, 384, 96), "uint8") == CHAIN_10K
+    assert parse(voco_10k.get_config()).data.sources["ct"].chain == CHAIN_10K
 
 
 def start(arguments, **options):
@@ -369,8 +368,8 @@ def test_config_file(data, tmp_path, capsys):
         "from configs import voco_10k\n"
         "def get_config():\n"
         "    config = voco_10k.get_config()\n"
-        f"    config.data.lists = ({str(tmp_path / 'list.json')!r},)\n"
-        f"    config.data.roots = ({str(data)!r},)\n"
+        f"    config.data.sources.ct.lists = ({str(tmp_path / 'list.json')!r},)\n"
+        f"    config.data.sources.ct.roots = ({str(data)!r},)\n"
         "    return config\n"
     )
     cache = tmp_path / "cache"

@@ -111,8 +111,8 @@ def test_a_cache_of_other_settings(finished, tmp_path):
     config = tiny_config()
     config.data.phantoms = 0
     config.data.prepare = False
-    config.data.cache = str(finished / "cache")
-    config.data.chain.window = (-1000.0, 500.0)
+    config.data.sources.ct.cache = str(finished / "cache")
+    config.data.sources.ct.chain.window = (-1000.0, 500.0)
     with pytest.raises(InputError, match=r"window"):
         pretrain.run(config, tmp_path / "other")
 
@@ -128,7 +128,7 @@ def test_no_cache(tmp_path):
 def test_prepare_without_lists(tmp_path):
     config = tiny_config()
     config.data.phantoms = 0
-    with pytest.raises(InputError, match=r"data.lists: found none"):
+    with pytest.raises(InputError, match=r"data.sources.ct.roots: found none"):
         pretrain.run(config, tmp_path)
 
 
@@ -273,16 +273,18 @@ def test_step_times_have_their_own_clock():
 
 def test_a_cache_may_grow_but_not_change(finished):
     config = pretrain._fill_in(parse(tiny_config()), finished)
-    cache = Cache.open(config.data.cache, config.data.chain)
-    chosen = read_volumes(cache, finished)
-    assert [len(part) for part in chosen] == [3, 1]
+    source = config.data.sources["ct"]
+    cache = Cache.open(source.cache, source.chain)
+    chosen = read_volumes({"ct": cache}, config, finished)
+    assert [len(part.entries) for (part,) in chosen] == [3, 1]
     more = dataclasses.replace(cache.entries[0], id="zzz", checksum="other")
     grown = dataclasses.replace(cache, entries=(*cache.entries, more))
-    assert read_volumes(grown, finished) == chosen
+    found = read_volumes({"ct": grown}, config, finished)
+    assert [part.entries for (part,) in found] == [part.entries for (part,) in chosen]
     changed = dataclasses.replace(cache.entries[0], checksum="other")
     other = dataclasses.replace(cache, entries=(changed, *cache.entries[1:]))
     with pytest.raises(InputError, match=r"1 volumes that this run began with .*have changed"):
-        read_volumes(other, finished)
+        read_volumes({"ct": other}, config, finished)
 
 
 def test_weights_start_both_networks(finished, tmp_path, capsys):

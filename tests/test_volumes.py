@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import pickle
 import struct
@@ -11,7 +12,7 @@ from conftest import shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_jax.config import Chain
+from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.data.volumes import (
     VolumeError,
     dequantise,
@@ -24,13 +25,7 @@ from voco_jax.data.volumes import (
 )
 from voco_jax.errors import InputError
 
-CHAIN = Chain(
-    axes="RAS",
-    window=(-175.0, 250.0),
-    foreground_threshold=0.3,
-    volume_size=(32, 24, 16),
-    dtype="uint8",
-)
+CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(32, 24, 16))
 
 
 def monai_chain(path, chain=CHAIN):
@@ -85,7 +80,7 @@ def save(path, hu, axes="RAS", spacing=(2, 2.5, 3), dtype=np.int16, slope=(1, 0)
 @pytest.mark.filterwarnings("ignore")
 def test_chain_agrees_with_monai_on_real_ct():
     """10k settings, every volume: within 1e-4, same box, half a quantisation step in the cache."""
-    chain = Chain("RAS", (-175.0, 250.0), 0.3, (384, 384, 96), "uint8")
+    chain = CHAIN_10K
     files = sorted(shared_file("ct", "images").glob("*.nii.gz"))
     assert len(files) == 15
     for file in files:

@@ -11,7 +11,7 @@ def tiny_config() -> ml_collections.ConfigDict:
     config.log_every_steps = 1
     config.data.phantoms = 4
     config.data.held_out = 0.25
-    config.data.chain.volume_size = (64, 32, 64)
+    config.data.sources.ct.chain.volume_size = (64, 32, 64)
     config.crops.grid = (2, 1, 1)
     config.crops.sub_volumes = 1
     config.model.depths = (1, 1, 1, 1)

@@ -8,13 +8,14 @@ The comments here are the reference of the settings.
 
 import dataclasses
 import difflib
+import fnmatch
 import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import ml_collections
 import pydantic
@@ -33,39 +34,85 @@ _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True, config=_STRICT)
 class Chain:
-    """How one CT becomes one cached volume."""
+    """How one CT becomes one cached volume; the steps run in this order."""
 
     axes: Literal["RAS"]
-    window: tuple[float, float]  # HU that become 0 and 1; values outside are clipped
-    foreground_threshold: Fraction  # of the window; the box of larger values is kept
-    volume_size: Size  # voxels (x, y, z) after the resize
+    spacing: tuple[Annotated[float, Field(gt=0)], ...]  # mm to resample to, x y z; (): as stored
+    window: tuple[float, float]  # values that become 0 and 1; values outside are clipped
+    window_unit: Literal["HU", "percentile"]  # percentile: of the volume's own voxels, as for MRI
+    crop_foreground: bool  # keep the box of voxels above the threshold, drop what is around it
+    foreground_threshold: Fraction  # of the window
+    fit: Literal["resize", "center_crop", "random_crop"]  # to volume_size; the crops pad first.
+    # random_crop caches the whole volume; every reading of it takes another part
+    volume_size: Size  # voxels (x, y, z) that the base grid covers
     dtype: Literal["uint8", "float16"]  # of the cache
 
     def __post_init__(self) -> None:
         if self.window[0] >= self.window[1]:
             raise ValueError(f"window: found {self.window}, expected (low, high) with low < high")
+        if self.window_unit == "percentile" and not 0 <= self.window[0] < self.window[1] <= 100:
+            raise ValueError(
+                f"window: found {self.window} with window_unit percentile, expected two numbers "
+                "from 0 to 100, as (0.5, 99.5)"
+            )
+        if len(self.spacing) not in (0, 3):
+            raise ValueError(
+                f"spacing: found {self.spacing}, expected three numbers in mm, or () to keep "
+                "every volume's own"
+            )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Source:
+    """One set of CT files with its own chain and cache."""
+
+    cache: str  # folder of the prepared cache; "{workdir}" stands for --workdir
+    roots: tuple[str, ...]  # folders with CT files
+    lists: tuple[str, ...]  # Decathlon-style JSON list of each root; "": all that is in the root
+    weight: Annotated[float, Field(gt=0)]  # share of the training volumes, over the sources' sum
+    chain: Chain
+
+    def __post_init__(self) -> None:
+        if self.lists and len(self.lists) != len(self.roots):
+            raise ValueError(
+                f"roots: found {len(self.roots)} roots for {len(self.lists)} lists, "
+                "expected one root for each list, in the same order; or no lists at all: then "
+                "everything in the roots is taken"
+            )
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
     """From CT files to batches."""
 
-    cache: str  # folder of the prepared cache; "{workdir}" stands for --workdir
-    lists: tuple[str, ...]  # Decathlon-style JSON lists
-    roots: tuple[str, ...]  # the folder that each list's paths are relative to
+    sources: dict[str, Source]  # by name
     phantoms: NotNegative  # synthetic CTs to make under the workdir, instead of lists; 0: none
-    prepare: bool  # fill the cache before training with what it lacks
+    prepare: bool  # fill the caches before training with what they lack
     held_out: Fraction  # of the training volumes, besides every list's own "validation" entries
     workers: NotNegative  # processes that read and crop; 0: threads of the main process
     prefetch: Positive  # batches that each worker keeps ready
-    chain: Chain
 
     def __post_init__(self) -> None:
-        if len(self.lists) != len(self.roots):
+        if not self.sources:
+            raise ValueError("sources: found none, expected at least one")
+        if self.phantoms and len(self.sources) > 1:
             raise ValueError(
-                f"roots: found {len(self.roots)} roots for {len(self.lists)} lists, "
-                "expected one root for each list, in the same order"
+                f"phantoms: found {self.phantoms} with the sources {', '.join(self.sources)}, "
+                "expected 0, or a single source"
             )
+        caches = [source.cache for source in self.sources.values()]
+        if len(set(caches)) < len(caches):
+            raise ValueError(f"sources: two have one cache ({', '.join(caches)}): one each")
+        types = {source.chain.dtype for source in self.sources.values()}
+        if len(types) > 1:
+            raise ValueError(
+                f"sources: their caches have the dtypes {', '.join(sorted(types))}, expected one"
+            )
+
+    @property
+    def dtype(self) -> str:
+        """Of all caches."""
+        return next(iter(self.sources.values())).chain.dtype
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -191,14 +238,16 @@ class Config:
     init: InitFrom
 
     def __post_init__(self) -> None:
-        volume, grid, crop = self.data.chain.volume_size, self.crops.grid, self.crops.crop_size
+        grid, crop = self.crops.grid, self.crops.crop_size
         covered = tuple(g * c for g, c in zip(grid, crop, strict=True))
-        if covered != volume:
-            raise ValueError(
-                f"crops.grid: {grid} crops of crops.crop_size {crop} cover {covered} voxels, "
-                f"expected exactly data.chain.volume_size {volume}; "
-                f"change one of the three (crop_size * grid = volume_size on every axis)"
-            )
+        for name, source in self.data.sources.items():
+            if covered != source.chain.volume_size:
+                raise ValueError(
+                    f"crops.grid: {grid} crops of crops.crop_size {crop} cover {covered} voxels, "
+                    f"expected exactly data.sources.{name}.chain.volume_size "
+                    f"{source.chain.volume_size}; change one of the three (crop_size * grid = "
+                    "volume_size on every axis)"
+                )
         if math.prod(grid) < 2:
             raise ValueError(f"crops.grid: found {grid}, expected at least two base crops")
         if (
@@ -220,10 +269,10 @@ class Config:
 # Fields that may differ when a workdir is resumed: they change where, how fast and in how much
 # memory the same experiment runs, or what is reported of it; its numbers at most by rounding
 # (and by the draws of drop path, if there is any).
-RUNTIME_FIELDS = (
-    "data.cache",
-    "data.lists",
-    "data.roots",
+RUNTIME_FIELDS = (  # "*": any source
+    "data.sources.*.cache",
+    "data.sources.*.lists",
+    "data.sources.*.roots",
     "data.phantoms",
     "data.prepare",
     "data.workers",
@@ -317,9 +366,14 @@ def check_field(name: str) -> None:
         InputError: there is none of this name.
     """
     field = name.split("[")[0]
-    known = field_names(Config)
-    if field not in known and not any(other.startswith(f"{field}.") for other in known):
-        raise InputError(f"config: {_unknown(name)}")
+    parts = field.split(".")
+    for known in field_names(Config):
+        names = known.split(".")[: len(parts)]
+        if len(names) == len(parts) and all(
+            b in (a, "*") for a, b in zip(parts, names, strict=True)
+        ):
+            return
+    raise InputError(f"config: {_unknown(name)}")
 
 
 def _unknown(field: str) -> str:
@@ -330,12 +384,14 @@ def _unknown(field: str) -> str:
 
 
 def field_names(kind: Any, prefix: str = "") -> list[str]:
-    """The dotted names of all fields of a config dataclass, leaves only."""
+    """The dotted names of all fields of a config dataclass, leaves only; "*": any name."""
     names: list[str] = []
     for field in dataclasses.fields(kind):
         name = prefix + field.name
         if dataclasses.is_dataclass(field.type):
             names.extend(field_names(field.type, name + "."))
+        elif get_origin(field.type) is dict:
+            names.extend(field_names(get_args(field.type)[1], f"{name}.*."))
         else:
             names.append(name)
     return names
@@ -344,6 +400,11 @@ def field_names(kind: Any, prefix: str = "") -> list[str]:
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain values, ready for JSON; `parse` takes it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def may_change(field: str) -> bool:
+    """Whether a setting, by its dotted name, may differ when a workdir is resumed."""
+    return any(fnmatch.fnmatchcase(field, pattern) for pattern in RUNTIME_FIELDS)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +51,8 @@ class Entry:
     shape: tuple[int, int, int]  # of that file, voxels
     spacing: tuple[float, float, float]  # of that file, mm
     window: tuple[float, float]  # HU that became 0 and 1
-    box: Box  # foreground: first and last + 1 voxel of that file
+    box: Box  # what was kept of that file: first and last + 1 voxel
+    stored: tuple[int, int, int]  # voxels of the prepared volume
     mean: float  # of the prepared voxels, 0..1
     checksum: str  # of the stored voxels
 
@@ -86,20 +86,25 @@ class Cache:
             raise InputError(f"{folder}: this cache is empty; {_HOW_TO_FILL}")
         return cls(folder, chain, tuple(entries[id] for id in sorted(entries)))
 
-    def read(self, entry: Entry) -> np.ndarray:
-        """Reads one volume.
+    def read(self, entry: Entry, corner: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
+        """Reads one volume, or of a larger one a part.
 
         Args:
             entry: one of `entries`.
+            corner: first voxel of the part.
 
         Returns:
-            x y z, in the stored dtype (uint8: 0..255; float16: 0..1).
+            x y z of `chain.volume_size`, in the stored dtype (uint8: 0..255; float16: 0..1).
 
         Raises:
             InputError: the volume is damaged or gone.
         """
         try:
-            return self._array[entry.slot].read().result()
+            part = tuple(
+                slice(first, first + size)
+                for first, size in zip(corner, self.chain.volume_size, strict=True)
+            )
+            return self._array[entry.slot][part].read().result()
         except ValueError as error:
             raise InputError(
                 f"{chunk_file(self.path, entry.slot)}: cannot read {entry.id} ({error}); "
@@ -243,12 +248,6 @@ def write_volume(path: str | Path, slot: int, voxels: np.ndarray) -> None:
 def checksum(voxels: np.ndarray) -> str:
     """A hash of a volume's stored voxels, as in the manifest."""
     return hashlib.blake2b(np.ascontiguousarray(voxels).data, digest_size=16).hexdigest()
-
-
-def fingerprint(entries: Iterable[Entry]) -> str:
-    """A hash of a set of volumes, ids and voxels; the same on every machine and in any order."""
-    lines = sorted(f"{entry.id}\0{entry.checksum}\n" for entry in entries)
-    return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def check_settings(path: Path, chain: Chain) -> None:

@@ -39,6 +39,17 @@ def draw_origins(
     return generator.integers(0, np.maximum(free, 1), size=(count, 3), dtype=np.int64)
 
 
+def draw_corner(generator: np.random.Generator, stored: Size, size: Size) -> Size:
+    """Where a random part of a volume begins, every place equally likely (MONAI's RandSpatialCrop).
+
+    Draws nothing where the volume has just the size of the part.
+    """
+    if stored == size:
+        return (0, 0, 0)
+    x, y, z = generator.integers(0, np.asarray(stored) - np.asarray(size) + 1).tolist()
+    return x, y, z
+
+
 def overlap_labels(origins: np.ndarray, grid: Size, crop_size: Size) -> np.ndarray:
     """Overlap ratios of sub-volumes with the base crops.
 

@@ -146,7 +146,7 @@ def collect(
     """Reads lists and scans folders, and combines what they name.
 
     Args:
-        lists: JSON lists.
+        lists: JSON lists; "": the root is scanned instead. None at all: every root is.
         roots: each list's root folder, in the same order, or one for all.
         scans: folders of NIfTI files.
 
@@ -156,6 +156,8 @@ def collect(
     Raises:
         InputError: see `read_list`, `scan`, `combine`; or another number of roots than of lists.
     """
+    if not lists:
+        lists = [""] * len(roots)
     if len(roots) == 1:
         roots = [roots[0]] * len(lists)
     if len(roots) != len(lists):
@@ -165,7 +167,7 @@ def collect(
         )
     volumes: list[Volume] = []
     for list_path, root in zip(lists, roots, strict=True):
-        volumes += read_list(list_path, root)
+        volumes += read_list(list_path, root) if list_path else scan(root)
     for folder in scans:
         volumes += scan(folder)
     return combine(volumes)

@@ -18,7 +18,7 @@ import numpy as np
 
 from voco_jax.config import Crops
 from voco_jax.data.cache import Cache, Entry
-from voco_jax.data.crops import base_origins, cut, draw_origins, overlap_labels
+from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, overlap_labels
 from voco_jax.errors import InputError
 
 
@@ -41,6 +41,25 @@ class Sample(TypedDict):
     bases: np.ndarray
     labels: np.ndarray
     origins: np.ndarray
+    corner: tuple[int, int, int]  # where in the cached volume the part begins that was used
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Volumes of one source."""
+
+    source: str  # its name
+    cache: Cache
+    entries: tuple[Entry, ...]
+    weight: float  # how often its volumes are drawn, against the other parts' weights
+
+
+def fingerprint(parts: Sequence[Part]) -> str:
+    """A hash of sets of volumes, ids and voxels; the same on every machine and in any order."""
+    lines = sorted(
+        f"{part.source}\0{entry.id}\0{entry.checksum}\n" for part in parts for entry in part.entries
+    )
+    return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def split(
@@ -61,7 +80,8 @@ def split(
         InputError: nothing is left to train on.
     """
 
-    candidates = shuffled([e for e in entries if e.section == "training"], seed)
+    candidates = [entry for entry in entries if entry.section == "training"]
+    candidates.sort(key=lambda entry: shuffle_key(seed, entry))
     count = max(1, round(held_out * len(candidates))) if held_out > 0 else 0
     kept = {entry.id for entry in candidates[count:]}
     training = tuple(e for e in entries if e.id in kept)
@@ -74,37 +94,38 @@ def split(
     return training, tuple(e for e in entries if e.id not in kept)
 
 
-def shuffled(entries: Sequence[Entry], seed: int) -> list[Entry]:
-    """Entries in the order of a hash of (seed, id): random, but not changed by other entries."""
-    return sorted(entries, key=lambda e: hashlib.blake2b(f"{seed}/{e.id}".encode()).digest())
+def shuffle_key(seed: int, entry: Entry) -> bytes:
+    """To sort by: a random order that other entries do not change, a hash of (seed, id)."""
+    return hashlib.blake2b(f"{seed}/{entry.id}".encode()).digest()
 
 
 def sample(
     cache: Cache, entry: Entry, crops: Crops, sub_volumes: int, generator: np.random.Generator
 ) -> Sample:
-    """Cuts the base crops and random sub-volumes of one volume."""
-    volume = cache.read(entry)
+    """Cuts the base crops and random sub-volumes of one volume, or of a random part of it."""
+    corner = draw_corner(generator, entry.stored, cache.chain.volume_size)
+    volume = cache.read(entry, corner)
     origins = draw_origins(generator, sub_volumes, crops.grid, crops.crop_size)
     return Sample(
         subs=cut(volume, origins, crops.crop_size),
         bases=cut(volume, base_origins(crops.grid, crops.crop_size), crops.crop_size),
         labels=overlap_labels(origins, crops.grid, crops.crop_size).astype(np.float32),
         origins=origins,
+        corner=corner,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sampler:
-    """index -> sample; pickled into the worker processes."""
+    """(part, index) -> sample; pickled into the worker processes."""
 
-    cache: Cache
-    entries: tuple[Entry, ...]
+    parts: tuple[Part, ...]
     crops: Crops
 
-    def __call__(self, index: int, generator: np.random.Generator) -> Batch:
-        found = sample(
-            self.cache, self.entries[index], self.crops, self.crops.sub_volumes, generator
-        )
+    def __call__(self, place: tuple[int, int], generator: np.random.Generator) -> Batch:
+        part = self.parts[place[0]]
+        entry = part.entries[place[1]]
+        found = sample(part.cache, entry, self.crops, self.crops.sub_volumes, generator)
         return Batch(subs=found["subs"], bases=found["bases"], labels=found["labels"])
 
 
@@ -123,8 +144,7 @@ class _Rows:
 
 
 def batches(
-    cache: Cache,
-    entries: tuple[Entry, ...],
+    parts: Sequence[Part],
     crops: Crops,
     *,
     seed: int,
@@ -137,8 +157,8 @@ def batches(
     """Endless training batches.
 
     Args:
-        cache: the prepared cache.
-        entries: the training volumes, in an order that does not change between runs.
+        parts: the training volumes of each source, in an order that does not change between
+            runs. Sources take turns so that their shares follow the weights at every moment.
         crops: grid and crop sizes.
         seed: of order and crops; every epoch has its own order.
         batch_size: volumes per batch, over all processes.
@@ -150,13 +170,16 @@ def batches(
     Returns:
         An iterator of `Batch`, of these rows.
     """
-    samples = (
-        grain.MapDataset.source(range(len(entries)))
+    places = [
+        grain.MapDataset.source([(number, index) for index in range(len(part.entries))])
         .seed(seed)
         .shuffle()
         .repeat()
-        .random_map(_Sampler(cache, entries, crops))
-    )
+        for number, part in enumerate(parts)
+    ]
+    weights = [part.weight for part in parts]
+    mixed = grain.MapDataset.mix(places, weights) if len(parts) > 1 else places[0]
+    samples = mixed.seed(seed).random_map(_Sampler(tuple(parts), crops))
     rows = range(batch_size) if rows is None else rows
     local = grain.MapDataset.source(_Rows(samples, batch_size, rows))[start_step * len(rows) :]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)

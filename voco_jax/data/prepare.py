@@ -39,8 +39,12 @@ from voco_jax.errors import InputError
 
 CHAIN_10K = Chain(
     axes="RAS",
+    spacing=(),
     window=(-175.0, 250.0),
+    window_unit="HU",
+    crop_foreground=True,
     foreground_threshold=0.3,
+    fit="resize",
     volume_size=(384, 384, 96),
     dtype="uint8",
 )
@@ -201,6 +205,7 @@ def _do(job: _Job) -> Entry | str:
         spacing=prepared.spacing,
         window=chain.window,
         box=prepared.box,
+        stored=voxels.shape,
         mean=prepared.mean,
         checksum=checksum(voxels),
     )
@@ -299,8 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     sys.unraisablehook, hook = ignored, sys.unraisablehook
     try:
-        volumes, cache, chain = _wanted(options)
-        print(prepare(volumes, cache, chain, options.workers, options.strict, stop=stop))
+        for volumes, cache, chain in _wanted(options):
+            print(prepare(volumes, cache, chain, options.workers, options.strict, stop=stop))
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -336,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", action="append", default=[], metavar="DIR", help="of all lists, or of each")
     add("--scan", action="append", default=[], metavar="DIR", help="folder of NIfTI files; repeat")
     add("--config", metavar="PY", help="take lists, roots, cache and chain from a config file")
+    add("--source", action="append", metavar="NAME", help="only this source of --config; repeat")
     add("--cache", metavar="DIR", help="folder to fill; with --config: instead of the config's")
     add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="HU; default -175 250")
     add("--threshold", type=float, help="foreground, 0..1 of the window; default 0.3")
@@ -346,8 +352,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _wanted(options: argparse.Namespace) -> tuple[list[Volume], str, Chain]:
-    """Volumes, cache and chain from the flags or from the config."""
+def _wanted(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]]:
+    """Volumes, cache and chain from the flags, or of each source of the config."""
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers: found {options.workers}, expected 0 or more")
     chain_flags = {
@@ -361,15 +367,9 @@ def _wanted(options: argparse.Namespace) -> tuple[list[Volume], str, Chain]:
         if given or options.datalist or options.root or options.scan:
             raise InputError(
                 "--config: lists, roots and the chain come from the config file; give only "
-                "--cache, --workers and --strict with it"
+                "--source, --cache, --workers and --strict with it"
             )
-        data = parse(load(options.config)).data
-        cache = options.cache or data.cache
-        if "{workdir}" in cache:
-            raise InputError(f"{options.config}: data.cache is {cache!r}: name it with --cache")
-        if not data.lists:
-            raise InputError(f"{options.config}: data.lists is empty, expected lists to prepare")
-        return collect(data.lists, data.roots), cache, data.chain
+        return _of_config(options)
     if not (options.datalist or options.scan):
         raise InputError("give --datalist LIST.json --root DATA, --scan DIR or --config FILE")
     if bool(options.datalist) != bool(options.root):
@@ -381,7 +381,36 @@ def _wanted(options: argparse.Namespace) -> tuple[list[Volume], str, Chain]:
     except pydantic.ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise InputError(f"--window, --threshold, --size: {'; '.join(problems)}") from error
-    return collect(options.datalist, options.root, options.scan), options.cache, chain
+    volumes = collect(options.datalist, options.root, options.scan)
+    return [(volumes, options.cache, chain)]
+
+
+def _of_config(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]]:
+    """Of each source of the config, or of one."""
+    sources = parse(load(options.config)).data.sources
+    wanted = options.source or list(sources)
+    unknown = [name for name in wanted if name not in sources]
+    if unknown:
+        raise InputError(
+            f"--source: found {', '.join(unknown)}, expected some of {', '.join(sources)}, the "
+            f"data.sources of {options.config}"
+        )
+    if options.cache and len(wanted) > 1:
+        raise InputError(
+            f"--cache: found one for the sources {', '.join(wanted)}; choose one with --source, "
+            "or set each one's cache in the config"
+        )
+    found = []
+    for name in wanted:
+        source = sources[name]
+        cache = options.cache or source.cache
+        field = f"{options.config}: data.sources.{name}"
+        if "{workdir}" in cache:
+            raise InputError(f"{field}.cache is {cache!r}: name it with --cache")
+        if not source.roots:
+            raise InputError(f"{field}.roots is empty, expected folders with CT files")
+        found.append((collect(source.lists, source.roots), cache, source.chain))
+    return found
 
 
 if __name__ == "__main__":

@@ -197,8 +197,10 @@ def _by_kind(collectives: Sequence[hlo.Collective]) -> dict[str, Kind]:
 
 def _times(config: Config, line: Roofline, volume: float) -> Times:
     """What a roofline means for a run; `volume`: bytes of one volume's crops and labels."""
-    rate, chain = config.batch_size / line.step, config.data.chain
-    cached = math.prod(chain.volume_size) * np.dtype(chain.dtype).itemsize
+    rate, crops = config.batch_size / line.step, config.crops
+    cached = (
+        math.prod(crops.grid) * math.prod(crops.crop_size) * np.dtype(config.data.dtype).itemsize
+    )
     return Times(
         compute=line.compute,
         memory=line.memory,

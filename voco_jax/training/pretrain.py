@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from voco_jax.config import Config, parse, to_dict
-from voco_jax.data.cache import Cache, fingerprint
+from voco_jax.data.cache import Cache
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
-from voco_jax.data.pipeline import batches
+from voco_jax.data.pipeline import Part, batches, fingerprint
 from voco_jax.data.prepare import prepare
 from voco_jax.errors import InputError
 from voco_jax.evaluation.position import collapse_warning
@@ -85,15 +85,21 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             f"{workdir}: the processes find different checkpoints in it ({seen.tolist()}, -1: "
             "none); --workdir has to be one folder that all machines share"
         )
-    summary = on_first(lambda: fill_cache(config, workdir))
+    summary = on_first(lambda: fill_caches(config, workdir))
     if summary:
         say(summary)
-    cache = everywhere(lambda: Cache.open(config.data.cache, config.data.chain))
+    caches = everywhere(
+        lambda: {
+            name: Cache.open(source.cache, source.chain)
+            for name, source in config.data.sources.items()
+        }
+    )
     if latest is None:
-        on_first(lambda: write_volumes(cache, config, workdir))
-    training, held_out = everywhere(lambda: read_volumes(cache, workdir))
+        on_first(lambda: write_volumes(caches, config, workdir))
+    training, held_out = everywhere(lambda: read_volumes(caches, config, workdir))
     data_fingerprint = fingerprint(training)
-    say(f"data: {len(training)} volumes to train on, {len(held_out)} held out")
+    for line in describe_volumes(training, held_out):
+        say(line)
 
     # ---- state: restored, or new
     if latest is None:
@@ -112,7 +118,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
         "batch_size": config.batch_size,
         "data_fingerprint": data_fingerprint,
     }
-    validator = Validator(config, cache, held_out, program.predict, mesh) if held_out else None
+    validator = Validator(config, held_out, program.predict, mesh) if held_out else None
 
     # ---- the loop
     writer = MetricsWriter(workdir, first_step) if is_first() else None
@@ -129,7 +135,6 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             train_step = compile_together(program.step, program.state, program.batch)
             stream = _to_device(
                 batches(
-                    cache,
                     training,
                     config.crops,
                     seed=config.seed,
@@ -259,31 +264,50 @@ def heartbeat(hosts: np.ndarray) -> str:
     )
 
 
-def fill_cache(config: Config, workdir: Path) -> str:
-    """Makes phantoms and fills the cache where the config says so.
+def fill_caches(config: Config, workdir: Path) -> str:
+    """Makes phantoms and fills the caches where the config says so.
 
     Returns:
-        The summary, for people.
+        The summaries, for people.
 
     Raises:
         InputError: nothing to prepare, or a cache that cannot be written.
     """
     if not config.data.prepare:
         return ""
-    data = config.data
-    lists, roots = data.lists, data.roots
-    if data.phantoms:
-        folder = workdir / "phantoms"
-        print(f"making {data.phantoms} phantom CTs in {folder} ...", flush=True)
-        lists, roots = (str(make_phantoms(folder, data.phantoms, config.seed)),), (str(folder),)
-    if not lists:
-        raise InputError(
-            "data.lists: found none with data.prepare=True, expected Decathlon lists "
-            "(and their data.roots), or data.phantoms"
-        )
-    # Starting Dask takes longer than a few small phantoms do.
-    workers = 0 if data.phantoms else None
-    return str(prepare(collect(lists, roots), data.cache, data.chain, workers))
+    summaries = []
+    for name, source in config.data.sources.items():
+        lists, roots = source.lists, source.roots
+        if config.data.phantoms:
+            folder = workdir / "phantoms"
+            print(f"making {config.data.phantoms} phantom CTs in {folder} ...", flush=True)
+            lists = (str(make_phantoms(folder, config.data.phantoms, config.seed)),)
+            roots = (str(folder),)
+        if not roots:
+            raise InputError(
+                f"data.sources.{name}.roots: found none with data.prepare=True, expected folders "
+                "with CT files (and their Decathlon lists, if they have any), or data.phantoms"
+            )
+        # Starting Dask takes longer than a few small phantoms do.
+        workers = 0 if config.data.phantoms else None
+        volumes = collect(lists, roots)
+        summaries.append(str(prepare(volumes, source.cache, source.chain, workers)))
+    return "\n".join(summaries)
+
+
+def describe_volumes(training: Sequence[Part], held_out: Sequence[Part]) -> list[str]:
+    """Lines about what a run trains on, for people."""
+    total = sum(part.weight for part in training)
+    lines = [
+        f"data: {sum(len(part.entries) for part in training)} volumes to train on, "
+        f"{sum(len(part.entries) for part in held_out)} held out"
+    ]
+    if len(training) > 1:
+        lines += [
+            f"  {part.source}: {len(part.entries)} volumes, {part.weight / total:.1%} of the draws"
+            for part in training
+        ]
+    return lines
 
 
 def initialise_from(config: Config, state: State, mesh: Mesh, say: Callable[[str], None]) -> State:
@@ -316,7 +340,8 @@ def initialise_from(config: Config, state: State, mesh: Mesh, say: Callable[[str
 def _fill_in(config: Config, workdir: Path) -> Config:
     """Replaces "{workdir}" in paths."""
     values = to_dict(config)
-    for section, name in ((values, "export_to"), (values["data"], "cache")):
+    caches = [(source, "cache") for source in values["data"]["sources"].values()]
+    for section, name in ((values, "export_to"), *caches):
         section[name] = section[name].replace("{workdir}", str(workdir))
     return parse(values)
 

@@ -91,7 +91,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         out_shardings=replicated,
         compiler_options=options,
     )
-    bases, dtype = math.prod(crops.grid), jnp.dtype(config.data.chain.dtype)
+    bases, dtype = math.prod(crops.grid), jnp.dtype(config.data.dtype)
     shapes = {
         "subs": ((crops.sub_volumes, *crops.crop_size), dtype),
         "bases": ((bases, *crops.crop_size), dtype),

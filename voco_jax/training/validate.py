@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from voco_jax.config import Config
-from voco_jax.data.cache import Cache, Entry
-from voco_jax.data.pipeline import Sample, held_out_sample, shuffled
+from voco_jax.data.pipeline import Part, Sample, held_out_sample, shuffle_key
 from voco_jax.data.volumes import dequantise
 from voco_jax.evaluation.position import PositionMetrics, measure
 from voco_jax.report.positions import draw_positions
@@ -35,16 +34,17 @@ class Validator:
     def __init__(
         self,
         config: Config,
-        cache: Cache,
-        held_out: Sequence[Entry],
+        held_out: Sequence[Part],
         predict: Any,
         mesh: Mesh,
     ) -> None:
-        self._config, self._cache, self._mesh = config, cache, mesh
+        self._config, self._mesh = config, mesh
         self._jitted = predict
         self._predict: Callable[[State, Mapping[str, jax.Array]], Predictions] | None = None
         # The first by id would mostly be of one data set.
-        self._entries = tuple(shuffled(held_out, config.seed)[: config.validation.volumes])
+        volumes = [(entry, part.cache) for part in held_out for entry in part.entries]
+        volumes.sort(key=lambda volume: shuffle_key(config.seed, volume[0]))
+        self._volumes = volumes[: config.validation.volumes]
 
     def __call__(self, state: State, step: int) -> Validation:
         """Predicts all held-out volumes in batches of the training's size.
@@ -56,25 +56,26 @@ class Validator:
         similarities: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         spreads: list[float] = []
-        for start in range(0, len(self._entries), size):
+        for start in range(0, len(self._volumes), size):
             batch = self._samples(
-                (start + row) % len(self._entries) for row in local_rows(size, self._mesh)
+                (start + row) % len(self._volumes) for row in local_rows(size, self._mesh)
             )
             placed = to_devices(batch, size, self._mesh)
             if self._predict is None:
                 self._predict = compile_together(self._jitted, state, placed)
             found = jax.device_get(self._predict(state, placed))
-            count = min(size, len(self._entries) - start)
+            count = min(size, len(self._volumes) - start)
             similarities.extend(found.similarities[:count])
             labels.extend(found.labels[:count])
             spreads.append(float(found.spread))
         metrics = measure(
             np.concatenate(similarities), np.concatenate(labels), float(np.mean(spreads))
         )
-        entry = self._entries[0]
+        entry, cache = self._volumes[0]
+        shown = self._sample(0)
         image = draw_positions(
-            dequantise(self._cache.read(entry)),
-            self._sample(entry)["origins"],
+            dequantise(cache.read(entry, shown["corner"])),
+            shown["origins"],
             labels[0],
             similarities[0],
             grid=self._config.crops.grid,
@@ -86,9 +87,10 @@ class Validator:
         )
         return Validation(metrics, image)
 
-    def _sample(self, entry: Entry) -> Sample:
+    def _sample(self, row: int) -> Sample:
+        entry, cache = self._volumes[row]
         return held_out_sample(
-            self._cache,
+            cache,
             entry,
             self._config.crops,
             sub_volumes=self._config.validation.sub_volumes,
@@ -96,7 +98,7 @@ class Validator:
         )
 
     def _samples(self, rows: Iterable[int]) -> dict[str, np.ndarray]:
-        samples = [self._sample(self._entries[row]) for row in rows]
+        samples = [self._sample(row) for row in rows]
         return {
             "subs": np.stack([sample["subs"] for sample in samples]),
             "bases": np.stack([sample["bases"] for sample in samples]),
