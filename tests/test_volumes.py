@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voco_jax.data.prepare import CHAIN_10K
+from voco_jax.data.resample import resize
 from voco_jax.data.volumes import (
     VolumeError,
     dequantise,
@@ -21,7 +22,6 @@ from voco_jax.data.volumes import (
     orient_ras,
     prepare_volume,
     quantise,
-    resize,
 )
 from voco_jax.errors import InputError
 

@@ -1,9 +1,8 @@
-"""One CT file -> one prepared volume: read, orient, window, crop to the foreground, resize.
+"""One CT file -> one prepared volume: the chain of `voco_jax.config.Chain`.
 
-The chain of the VoCo 10k release, equal to MONAI's LoadImage, Orientation("RAS"),
-ScaleIntensityRange(clip=True), CropForeground, Resize(mode="trilinear", align_corners=True).
-It works on the stored numbers (int16 as a rule) through views; only the foreground box becomes
-float32. Files are untrusted: a header's claims are checked before memory is taken.
+Without a new spacing it works on the stored numbers (int16 as a rule) through views; only the
+foreground box becomes float32. Files are untrusted: a header's claims are checked before memory is
+taken.
 """
 
 import gzip
@@ -19,11 +18,13 @@ import nibabel
 import numpy as np
 
 from voco_jax.config import Chain
+from voco_jax.data.resample import center_crop, pad, resample, resize
 from voco_jax.errors import InputError
 
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]  # first and last + 1 voxel, x y z
 
 MAX_BYTES = 4 * 2**30  # of uncompressed voxels: 2048 x 1024 x 1024 in int16
+AIR = -1024.0  # HU; what is below it is padding
 GZIP_RATIO = 1032  # deflate cannot compress more
 SPACING_MM = (0.05, 25.0)  # smallest and largest plausible voxel
 _BLOCK = 8 * 2**20
@@ -75,7 +76,7 @@ class PreparedVolume:
     axes: str  # of the file, as "LPS"; everything below is in RAS order
     shape: tuple[int, int, int]  # of the file
     spacing: tuple[float, float, float]  # of the file, mm
-    box: Box  # foreground, in voxels of the file
+    box: Box  # what was kept, in voxels of the file or, with `chain.spacing`, of that grid
     mean: float  # of the prepared voxels
 
 
@@ -188,35 +189,21 @@ def foreground_box(source: Source, limits: tuple[float, float], threshold: float
     return (first[0], first[1], first[2]), (last[0], last[1], last[2])
 
 
-def resize(volume: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
-    """Trilinear interpolation with aligned corners and no anti-aliasing, as PyTorch's.
-
-    Axis by axis, the one that shrinks most first, in the order of memory.
-
-    Args:
-        volume: x y z, float32, any strides.
-        size: new x y z.
-
-    Returns:
-        x y z, float32; memory order as that of `volume`.
-    """
-    layout = np.argsort([-abs(stride) for stride in volume.strides], kind="stable").tolist()
-    result = volume.transpose(layout)
-    sizes = [size[axis] for axis in layout]
-    for axis in sorted(range(3), key=lambda axis: sizes[axis] / result.shape[axis]):
-        result = _resize_axis(result, axis, sizes[axis])
-    return result.transpose(np.argsort(layout))
-
-
 def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
     """Runs the whole chain on one file.
 
+    Orientation, spacing, window, foreground, then the fit to `chain.volume_size`: MONAI's
+    Orientation("RAS"), Spacing(mode="bilinear", padding_mode="border"), ScaleIntensityRange or
+    ScaleIntensityRangePercentiles (clip=True), CropForeground, and Resize(mode="trilinear",
+    align_corners=True) or SpatialPad and CenterSpatialCrop.
+
     Args:
-        path: a NIfTI file.
-        chain: window, threshold and size.
+        path: a file of a CT.
+        chain: what to do, see `voco_jax.config.Chain`.
 
     Returns:
-        The volume before quantisation, of `chain.volume_size`, and facts for the manifest.
+        The volume before quantisation and facts for the manifest: of `chain.volume_size`, or with
+        fit="random_crop" of its own size, at least that.
 
     Raises:
         VolumeError: the file is no usable CT volume; nothing else is raised for any file.
@@ -224,17 +211,59 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
     try:
         stored = load(path)
         source = orient_ras(stored)
-        box = foreground_box(source, chain.window, chain.foreground_threshold)
+        shape, spacing = source.voxels.shape, source.spacing
+        if chain.spacing:
+            source = _to_spacing(source, chain)
+        limits = _limits(source, chain)
+        box = foreground_box(source, limits, chain.foreground_threshold)
+        if not chain.crop_foreground:
+            x, y, z = source.voxels.shape
+            box = ((0, 0, 0), (x, y, z))
         part = tuple(slice(first, last) for first, last in zip(*box, strict=True))
-        voxels = resize(window(source.hounsfield(part), *chain.window), chain.volume_size)
+        voxels = window(source.hounsfield(part), *limits)
+        if chain.fit == "resize":
+            voxels = resize(voxels, chain.volume_size)
+        else:
+            voxels = pad(voxels, chain.volume_size)
+        if chain.fit == "center_crop":
+            voxels = center_crop(voxels, chain.volume_size)
         mean = float(voxels.mean(dtype=np.float64))
-        return PreparedVolume(voxels, stored.axes, source.voxels.shape, source.spacing, box, mean)
+        return PreparedVolume(voxels, stored.axes, shape, spacing, box, mean)
     except VolumeError:
         raise
     except MemoryError as error:
         raise VolumeError(path, "out of memory: use fewer workers") from error
     except Exception as error:  # one strange file never ends a run over thousands
         raise VolumeError(path, f"unexpected: {type(error).__name__}: {error}") from error
+
+
+def _to_spacing(source: Source, chain: Chain) -> Source:
+    """The whole volume on a grid of `chain.spacing`, in float32 HU."""
+    hu = source.hounsfield((slice(None),) * 3)
+    if chain.window_unit == "HU":
+        # Padding of -2048 or -3024 would bleed into the body beside it.
+        np.maximum(hu, AIR, out=hu)
+    return replace(
+        source,
+        voxels=resample(hu, source.spacing, chain.spacing),
+        slope=1.0,
+        intercept=0.0,
+        affine=source.affine @ np.diag([*np.divide(chain.spacing, source.spacing), 1.0]),
+    )
+
+
+def _limits(source: Source, chain: Chain) -> tuple[float, float]:
+    """The values that become 0 and 1."""
+    if chain.window_unit == "HU":
+        return chain.window
+    values = source.hounsfield((slice(None),) * 3)
+    low, high = np.percentile(values, chain.window).tolist()  # NaN if any voxel is
+    if low == high:
+        raise VolumeError(
+            source.path,
+            f"constant: percentiles {chain.window[0]:g} and {chain.window[1]:g} are both {low:g}",
+        )
+    return low, high
 
 
 def quantise(volume: np.ndarray, dtype: str) -> np.ndarray:
@@ -367,28 +396,3 @@ def _slabs(shape: tuple[int, ...], axis: int) -> Iterator[tuple[int, tuple[slice
         part = [slice(None)] * 3
         part[axis] = slice(index, index + 1)
         yield index, tuple(part)
-
-
-def _resize_axis(volume: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Linear interpolation along one axis of a C-ordered array, slice by slice."""
-    old = volume.shape[axis]
-    if old == size:
-        return volume
-    scale = np.float32(old - 1) / np.float32(size - 1) if size > 1 else np.float32(0)
-    position = scale * np.arange(size, dtype=np.float32)  # float32 as in PyTorch
-    low = np.minimum(position.astype(np.intp), old - 1)
-    high = np.minimum(low + 1, old - 1)
-    weight = position - low.astype(np.float32)
-    shape = list(volume.shape)
-    shape[axis] = size
-    result = np.empty(shape, np.float32)
-    if axis == 0:
-        for index in range(size):
-            np.multiply(volume[low[index]], 1 - weight[index], out=result[index])
-            result[index] += volume[high[index]] * weight[index]
-        return result
-    weight = weight[:, None] if axis == 1 else weight
-    for index in range(len(volume)):
-        np.multiply(volume[index].take(low, axis - 1), 1 - weight, out=result[index])
-        result[index] += volume[index].take(high, axis - 1) * weight
-    return result
