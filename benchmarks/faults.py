@@ -98,33 +98,21 @@ def sigterm(faults: Faults) -> str:
 
 def sigkill(faults: Faults) -> str:
     """SIGKILL of one of two, either one."""
-    lines = []
-    for victim in (1, 0):
-        workdir = faults.folder / f"sigkill{victim}"
-        started = faults.start(workdir)
-        until(5, workdir, started)
-        started[victim].kill()
-        begin = time.monotonic()
-        outputs = processes.finish(started, timeout=300)
-        seconds, other = time.monotonic() - begin, started[1 - victim].returncode
-        message = words(outputs[1 - victim], "error:", "Terminating process because")
-        again = faults.run(workdir, **TWO)
-        lines.append(
-            f"process {victim} killed: the other ended after {seconds:.0f} s with exit {other} "
-            f"({message}). Same command: {words(again[0], 'resuming')}; "
-            f"{faults.same_losses(workdir)}"
-        )
-    return " // ".join(lines)
+    return _lose_one(faults, signal.SIGKILL, "killed")
 
 
 def frozen(faults: Faults) -> str:
     """SIGSTOP of one of two, either one: alive, but not heard of."""
+    return _lose_one(faults, signal.SIGSTOP, "stopped")
+
+
+def _lose_one(faults: Faults, number: signal.Signals, what: str) -> str:
     lines = []
     for victim in (1, 0):
-        workdir = faults.folder / f"frozen{victim}"
+        workdir = faults.folder / f"{what}{victim}"
         started = faults.start(workdir)
         until(5, workdir, started)
-        started[victim].send_signal(signal.SIGSTOP)
+        started[victim].send_signal(number)
         begin = time.monotonic()
         (output,) = processes.finish([started[1 - victim]])
         seconds, other = time.monotonic() - begin, started[1 - victim].returncode
@@ -133,7 +121,7 @@ def frozen(faults: Faults) -> str:
         message = words(output, "error:", "Terminating process because")
         again = faults.run(workdir, **TWO)
         lines.append(
-            f"process {victim} stopped: the other ended after {seconds:.0f} s with exit {other} "
+            f"process {victim} {what}: the other ended after {seconds:.0f} s with exit {other} "
             f"({message}). Same command: {words(again[0], 'resuming')}; "
             f"{faults.same_losses(workdir)}"
         )

@@ -20,7 +20,8 @@ from voco_jax.training.checkpoint import Checkpoints, read_network, set_damaged_
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.metrics import MetricsWriter, Progress, StepTimes, duration
 from voco_jax.training.program import make_program
-from voco_jax.training.workdir import claim_workdir, read_volumes
+from voco_jax.training.sources import read_volumes
+from voco_jax.training.workdir import claim_workdir
 
 
 def _losses(workdir):

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from voco_jax.config import Config, parse, to_dict
-from voco_jax.data.cache import Cache
-from voco_jax.data.datalists import collect
-from voco_jax.data.phantom import make_phantoms
-from voco_jax.data.pipeline import Part, batches, fingerprint
-from voco_jax.data.prepare import prepare
+from voco_jax.data.pipeline import batches, fingerprint
 from voco_jax.errors import InputError
 from voco_jax.evaluation.position import collapse_warning
 from voco_jax.interop.export import Card, check_output, export
@@ -36,8 +32,16 @@ from voco_jax.training.distributed import (
 from voco_jax.training.metrics import Log, MetricsWriter, Progress, StepTimes, duration
 from voco_jax.training.optimizer import schedule
 from voco_jax.training.program import make_program
+from voco_jax.training.sources import (
+    check_data,
+    describe_volumes,
+    fill_caches,
+    open_caches,
+    read_volumes,
+    write_volumes,
+)
 from voco_jax.training.validate import Validator, save_picture
-from voco_jax.training.workdir import check_data, claim_workdir, read_volumes, write_volumes
+from voco_jax.training.workdir import claim_workdir
 from voco_jax.voco.step import State
 
 
@@ -88,12 +92,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     summary = on_first(lambda: fill_caches(config, workdir))
     if summary:
         say(summary)
-    caches = everywhere(
-        lambda: {
-            name: Cache.open(source.cache, source.chain)
-            for name, source in config.data.sources.items()
-        }
-    )
+    caches = everywhere(lambda: open_caches(config))
     if latest is None:
         on_first(lambda: write_volumes(caches, config, workdir))
     training, held_out = everywhere(lambda: read_volumes(caches, config, workdir))
@@ -262,52 +261,6 @@ def heartbeat(hosts: np.ndarray) -> str:
         f"process {slowest} with {hosts[slowest, 1]:.3f} s; waiting for input: process {waiting} "
         f"{hosts[waiting, 2]:.0%} of the time"
     )
-
-
-def fill_caches(config: Config, workdir: Path) -> str:
-    """Makes phantoms and fills the caches where the config says so.
-
-    Returns:
-        The summaries, for people.
-
-    Raises:
-        InputError: nothing to prepare, or a cache that cannot be written.
-    """
-    if not config.data.prepare:
-        return ""
-    summaries = []
-    for name, source in config.data.sources.items():
-        lists, roots = source.lists, source.roots
-        if config.data.phantoms:
-            folder = workdir / "phantoms"
-            print(f"making {config.data.phantoms} phantom CTs in {folder} ...", flush=True)
-            lists = (str(make_phantoms(folder, config.data.phantoms, config.seed)),)
-            roots = (str(folder),)
-        if not roots:
-            raise InputError(
-                f"data.sources.{name}.roots: found none with data.prepare=True, expected folders "
-                "with CT files (and their Decathlon lists, if they have any), or data.phantoms"
-            )
-        # Starting Dask takes longer than a few small phantoms do.
-        workers = 0 if config.data.phantoms else None
-        volumes = collect(lists, roots)
-        summaries.append(str(prepare(volumes, source.cache, source.chain, workers)))
-    return "\n".join(summaries)
-
-
-def describe_volumes(training: Sequence[Part], held_out: Sequence[Part]) -> list[str]:
-    """Lines about what a run trains on, for people."""
-    total = sum(part.weight for part in training)
-    lines = [
-        f"data: {sum(len(part.entries) for part in training)} volumes to train on, "
-        f"{sum(len(part.entries) for part in held_out)} held out"
-    ]
-    if len(training) > 1:
-        lines += [
-            f"  {part.source}: {len(part.entries)} volumes, {part.weight / total:.1%} of the draws"
-            for part in training
-        ]
-    return lines
 
 
 def initialise_from(config: Config, state: State, mesh: Mesh, say: Callable[[str], None]) -> State:
