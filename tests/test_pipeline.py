@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import tiny_config
 
 from voco_jax.config import parse
 from voco_jax.data.cache import Cache
-from voco_jax.data.crops import overlap_labels
+from voco_jax.data.crops import draw_corner, overlap_labels
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.pipeline import Part, batches, fingerprint, held_out_sample, split
@@ -134,3 +136,53 @@ def test_fingerprint_ignores_order_and_place(cache):
     changed = dataclasses.replace(entries[0], checksum="0")
     others = [of(entries[1:]), of((changed, *entries[1:])), of(entries, "mri")]
     assert len({of(entries), *others}) == 4
+
+
+def _mix(cache, weights):
+    """Parts of the cache's volumes, 2 and 3 of them, and which part each drawn base crop is of."""
+    parts = [
+        Part("a", cache, cache.entries[:2], weights[0]),
+        Part("b", cache, cache.entries[2:], weights[1]),
+    ]
+    first = [cache.read(entry)[:32].tobytes() for entry in cache.entries]
+    return parts, lambda batch: [first.index(bases[0].tobytes()) for bases in batch["bases"]]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (1.0, 8.0)])
+def test_sources_are_drawn_by_weight(cache, weights):
+    parts, named = _mix(cache, weights)
+    drawn = [named(b)[0] for b in islice(batches(parts, CROPS, seed=3, batch_size=1), 36)]
+    share = weights[0] / sum(weights)
+    for count in range(1, 37):  # at every moment, not only in the long run
+        assert abs(sum(index < 2 for index in drawn[:count]) - share * count) <= 1
+    ours = [index for index in drawn if index < 2]
+    for epoch in zip(ours[::2], ours[1::2], strict=False):
+        assert sorted(epoch) == [0, 1]  # each source goes through all of its volumes
+
+
+def test_a_mix_resumes_and_splits_over_processes(cache):
+    parts, _ = _mix(cache, (2.0, 1.0))
+    options = {"seed": 3, "batch_size": 2}
+    whole = list(islice(batches(parts, CROPS, **options), 6))
+    later = list(islice(batches(parts, CROPS, start_step=4, workers=1, **options), 2))
+    assert all(map(_equal, later, whole[4:]))
+    for row in (0, 1):
+        part = list(islice(batches(parts, CROPS, rows=(row,), **options), 6))
+        expected = [{name: batch[name][[row]] for name in batch} for batch in whole]
+        assert all(map(_equal, part, expected))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(
+    size=st.tuples(*[st.integers(1, 6)] * 3),
+    more=st.tuples(*[st.integers(0, 3)] * 3),
+    seed=st.integers(0, 9),
+)
+def test_a_random_part_lies_in_the_volume(size, more, seed):
+    stored = tuple(a + b for a, b in zip(size, more, strict=True))
+    generator = np.random.default_rng(seed)
+    drawn = np.array([draw_corner(generator, stored, size) for _ in range(60)])
+    assert (drawn >= 0).all()
+    assert (drawn + size <= stored).all()
+    if max(more) <= 1:  # every place is drawn
+        assert len(np.unique(drawn, axis=0)) == np.prod(np.add(more, 1))

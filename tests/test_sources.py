@@ -1,0 +1,108 @@
+"""A run's volumes: several sources, what is held out, and what a resumed run insists on."""
+
+import dataclasses
+
+import pytest
+from tiny import tiny_config
+
+from voco_jax.config import Config, check_field, parse
+from voco_jax.data.datalists import collect
+from voco_jax.data.phantom import make_phantoms
+from voco_jax.data.prepare import prepare
+from voco_jax.errors import InputError
+from voco_jax.training.sources import describe_volumes, open_caches, read_volumes, write_volumes
+
+
+def _two(folder) -> dict:
+    """The tiny config with two sources of the same files, one of them with a wider window."""
+    config = tiny_config()
+    config.data.phantoms = 0
+    config.data.held_out = 0.4
+    values = config.to_dict()
+    one = values["data"]["sources"].pop("ct") | {"roots": (str(folder / "ct"),), "weight": 8.0}
+    wide = one["chain"] | {"window": (-1000.0, 500.0)}
+    values["data"]["sources"] = {
+        "narrow": one | {"cache": str(folder / "narrow")},
+        "wide": one | {"cache": str(folder / "wide"), "chain": wide, "weight": 2.0},
+    }
+    return values
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    folder = tmp_path_factory.mktemp("sources")
+    make_phantoms(folder / "ct", 5, seed=0, shape=(40, 40, 24))
+    found = parse(_two(folder))
+    for source in found.data.sources.values():
+        prepare(collect(source.lists, source.roots), source.cache, source.chain, 0, progress=False)
+    return found
+
+
+def test_each_source_has_its_chain_and_weight(config, tmp_path):
+    caches = open_caches(config)
+    write_volumes(caches, config, tmp_path)
+    training, held_out = read_volumes(caches, config, tmp_path)
+    assert [(part.source, len(part.entries), part.weight) for part in training] == [
+        ("narrow", 3, 8.0),
+        ("wide", 3, 2.0),
+    ]
+    # One file is held out of both or of neither.
+    assert [e.id for e in held_out[0].entries] == [e.id for e in held_out[1].entries]
+    assert training[0].cache.chain.window != training[1].cache.chain.window
+    assert describe_volumes(training, held_out) == [
+        "data: 6 volumes to train on, 4 held out",
+        "  narrow: 3 volumes, 80.0% of the draws",
+        "  wide: 3 volumes, 20.0% of the draws",
+    ]
+
+
+def test_a_held_out_volume_is_not_trained_on_in_another_source(config, tmp_path):
+    caches = open_caches(config)
+    write_volumes(caches, config, tmp_path)
+    held_out = read_volumes(caches, config, tmp_path)[1][0].entries
+    only = dataclasses.replace(caches["wide"], entries=held_out)  # others are held out of these
+    with pytest.raises(InputError, match=r"1 volumes are held out of narrow and trained on in"):
+        write_volumes({**caches, "wide": only}, config, tmp_path)
+
+
+def test_a_changed_volume_of_any_source_is_named(config, tmp_path):
+    caches = open_caches(config)
+    write_volumes(caches, config, tmp_path)
+    entry, *others = caches["wide"].entries
+    changed = (dataclasses.replace(entry, checksum="0"), *others)
+    caches["wide"] = dataclasses.replace(caches["wide"], entries=changed)
+    with pytest.raises(InputError, match=r"wide: 1 volumes that this run began with"):
+        read_volumes(caches, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.clear(), r"data.sources: found none"),
+        (lambda s: s["wide"].update(weight=0.0), r"data.sources.wide.weight: found 0.0"),
+        (lambda s: s["wide"].update(cache=s["narrow"]["cache"]), r"two have one cache"),
+        (lambda s: s["wide"]["chain"].update(dtype="float16"), r"float16, uint8, expected one"),
+        (lambda s: s["wide"]["chain"].update(spacing=(1.0,)), r"chain.spacing: found \(1.0,\)"),
+        (
+            lambda s: s["wide"]["chain"].update(window_unit="percentile"),
+            r"chain.window: found \(-1000.0, 500.0\) with window_unit percentile",
+        ),
+        (
+            lambda s: s["wide"]["chain"].update(volume_size=(64, 64, 64)),
+            r"expected exactly data.sources.wide.chain.volume_size \(64, 64, 64\)",
+        ),
+        (lambda s: s["wide"].update(wieght=1.0), r"sources.wide.wieght: no such field, did you"),
+    ],
+)
+def test_one_clear_error_names_the_source(tmp_path, change, message):
+    values = _two(tmp_path)
+    change(values["data"]["sources"])
+    with pytest.raises(InputError, match=message):
+        parse(values)
+
+
+def test_settings_of_a_source_exist_by_name():
+    check_field("data.sources.chest.chain.window")
+    check_field("data.sources.chest")
+    with pytest.raises(InputError, match=r"data.sources.chest.chain.windo: no such field"):
+        check_field("data.sources.chest.chain.windo")
