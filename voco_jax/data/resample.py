@@ -1,18 +1,23 @@
 """Trilinear interpolation of volumes, padding and centre crop; x y z arrays, nothing of files."""
 
+import functools
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 Size = tuple[int, int, int]
+Convert = Callable[[np.ndarray], np.ndarray]
 
 SAME_SPACING_MM = 1e-3  # MONAI's AFFINE_TOL: closer than this, an axis is left as it is
 
 
-def resize(volume: np.ndarray, size: Size) -> np.ndarray:
+def resize(volume: np.ndarray, size: Size, convert: Convert | None = None) -> np.ndarray:
     """Trilinear interpolation with aligned corners and no anti-aliasing, as PyTorch's.
 
     Args:
-        volume: x y z, float32, any strides.
+        volume: x y z, any strides; float32, or what `convert` takes.
         size: new x y z.
+        convert: a slice of the volume -> float32.
 
     Returns:
         x y z, float32; memory order as that of `volume`.
@@ -21,11 +26,14 @@ def resize(volume: np.ndarray, size: Size) -> np.ndarray:
     for old, new in zip(volume.shape, size, strict=True):
         scale = np.float32(old - 1) / np.float32(new - 1) if new > 1 else np.float32(0)
         positions.append(scale * np.arange(new, dtype=np.float32))  # float32 as in PyTorch
-    return _interpolate(volume, positions)
+    return _interpolate(volume, positions, convert)
 
 
 def resample(
-    volume: np.ndarray, spacing: tuple[float, ...], new_spacing: tuple[float, ...]
+    volume: np.ndarray,
+    spacing: tuple[float, ...],
+    new_spacing: tuple[float, ...],
+    convert: Convert | None = None,
 ) -> np.ndarray:
     """Trilinear interpolation on a grid of another spacing that begins at the same first voxel.
 
@@ -33,9 +41,10 @@ def resample(
     anti-aliasing.
 
     Args:
-        volume: x y z, float32, any strides.
+        volume: x y z, any strides; float32, or what `convert` takes.
         spacing: of it, mm.
         new_spacing: wanted, mm.
+        convert: a slice of the volume -> float32.
 
     Returns:
         x y z, float32; round((old size - 1) * spacing / new_spacing + 1) voxels along each axis.
@@ -45,7 +54,7 @@ def resample(
         ratio = 1.0 if abs(old - new) <= SAME_SPACING_MM else new / old
         count = max(round((size - 1) / ratio + 1), 1)
         positions.append(np.minimum(ratio * np.arange(count), size - 1).astype(np.float32))
-    return _interpolate(volume, positions)
+    return _interpolate(volume, positions, convert)
 
 
 def pad(volume: np.ndarray, size: Size) -> np.ndarray:
@@ -62,34 +71,54 @@ def center_crop(volume: np.ndarray, size: Size) -> np.ndarray:
     return volume[tuple(slice(a, a + new) for a, new in zip(first, size, strict=True))]
 
 
-def _interpolate(volume: np.ndarray, positions: list[np.ndarray]) -> np.ndarray:
-    """At all combinations of positions, axis by axis: the one that shrinks most first."""
+def _interpolate(
+    volume: np.ndarray, positions: Sequence[np.ndarray], convert: Convert | None
+) -> np.ndarray:
+    """At all combinations of positions, slice by slice along the outermost axis of memory.
+
+    Only slices that a position needs are converted, and nothing but the result is ever as large
+    as the volume.
+    """
     layout = np.argsort([-abs(stride) for stride in volume.strides], kind="stable").tolist()
-    result = volume.transpose(layout)
-    places = [positions[axis] for axis in layout]
-    for axis in sorted(range(3), key=lambda axis: len(places[axis]) / result.shape[axis]):
-        result = _interpolate_axis(result, axis, places[axis])
+    slices = volume.transpose(layout)
+    outer, *inner = (_Line(volume.shape[axis], positions[axis]) for axis in layout)
+    shrinks = outer.size <= outer.old
+
+    @functools.lru_cache(maxsize=2)
+    def plane(index: int) -> np.ndarray:
+        found = slices[index] if convert is None else convert(slices[index])
+        return found if shrinks else _plane(found, inner)
+
+    result = np.empty((outer.size, *(line.size for line in inner)), np.float32)
+    for index, (low, high, weight) in enumerate(
+        zip(outer.low.tolist(), outer.high.tolist(), outer.weight, strict=True)
+    ):
+        mixed = plane(low) if weight == 0 else plane(low) * (1 - weight) + plane(high) * weight
+        result[index] = _plane(mixed, inner) if shrinks else mixed
     return result.transpose(np.argsort(layout))
 
 
-def _interpolate_axis(volume: np.ndarray, axis: int, position: np.ndarray) -> np.ndarray:
-    """Linear, along one axis of a C-ordered array, slice by slice."""
-    old, size = volume.shape[axis], len(position)
-    if old == size and np.array_equal(position, np.arange(size)):
-        return volume
-    low = np.minimum(position.astype(np.intp), old - 1)
-    high = np.minimum(low + 1, old - 1)
-    weight = position - low.astype(np.float32)
-    shape = list(volume.shape)
-    shape[axis] = size
-    result = np.empty(shape, np.float32)
-    if axis == 0:
-        for index in range(size):
-            np.multiply(volume[low[index]], 1 - weight[index], out=result[index])
-            result[index] += volume[high[index]] * weight[index]
-        return result
-    weight = weight[:, None] if axis == 1 else weight
-    for index in range(len(volume)):
-        np.multiply(volume[index].take(low, axis - 1), 1 - weight, out=result[index])
-        result[index] += volume[index].take(high, axis - 1) * weight
-    return result
+class _Line:
+    """Linear interpolation along one axis: neighbours and weights of each new voxel."""
+
+    def __init__(self, old: int, position: np.ndarray) -> None:
+        self.old, self.size = old, len(position)
+        self.same = old == self.size and np.array_equal(position, np.arange(old))
+        self.low = np.minimum(position.astype(np.intp), old - 1)
+        self.high = np.minimum(self.low + 1, old - 1)
+        self.weight = position - self.low.astype(np.float32)
+
+
+def _plane(plane: np.ndarray, lines: Sequence[_Line]) -> np.ndarray:
+    """Interpolates both axes of one slice, the one that shrinks most first."""
+    for axis in sorted((0, 1), key=lambda axis: lines[axis].size / lines[axis].old):
+        line = lines[axis]
+        if not line.same:
+            weight = line.weight[:, None] if axis == 0 else line.weight
+            mixed = plane.take(line.low, axis)
+            mixed *= 1 - weight
+            upper = plane.take(line.high, axis)
+            upper *= weight
+            mixed += upper
+            plane = mixed
+    return plane

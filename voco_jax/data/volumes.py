@@ -9,7 +9,7 @@ import gzip
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -60,9 +60,8 @@ class Source:
         x, y, z = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)).tolist()
         return x, y, z
 
-    def hounsfield(self, part: tuple[slice, ...]) -> np.ndarray:
-        """A part of the voxels as new float32 HU (through float64 if scaled, as nibabel does)."""
-        stored = self.voxels[part]
+    def hounsfield(self, stored: np.ndarray) -> np.ndarray:
+        """Stored numbers as new float32 HU (through float64 if scaled, as nibabel does)."""
         if (self.slope, self.intercept) == (1.0, 0.0):
             return stored.astype(np.float32)
         return (stored * np.float64(self.slope) + self.intercept).astype(np.float32)
@@ -161,21 +160,22 @@ def foreground_box(source: Source, limits: tuple[float, float], threshold: float
     """
     hits = [np.zeros(size, bool) for size in source.voxels.shape]
     smallest, largest = np.inf, -np.inf
-    outer = int(np.argmax(np.abs(source.voxels.strides)))
-    others = [axis for axis in range(3) if axis != outer]
-    for index, part in _slabs(source.voxels.shape, outer):
-        hu = source.hounsfield(part)
-        low, high = float(hu.min()), float(hu.max())
-        if not np.isfinite(low) or not np.isfinite(high):  # either is NaN if any voxel is
+    strides = source.voxels.strides
+    outer, middle, inner = np.argsort([-abs(stride) for stride in strides], kind="stable")
+    # In the order of memory: NumPy is slow where it has to go backwards.
+    forwards = [slice(None, None, -1 if stride < 0 else 1) for stride in strides]
+    is_foreground = _foreground(source, limits, threshold)
+    for index, plane in enumerate(source.voxels[tuple(forwards)].transpose(outer, middle, inner)):
+        ends = source.hounsfield(np.array([plane.min(), plane.max()]))
+        if not np.isfinite(ends).all():  # either is NaN if any voxel is
             raise VolumeError(
                 source.path, "NaN or infinite voxels: expected HU; repair or leave out the file"
             )
-        smallest, largest = min(smallest, low), max(largest, high)
-        foreground = window(hu, *limits) > threshold
+        smallest, largest = min(smallest, float(ends.min())), max(largest, float(ends.max()))
+        foreground = is_foreground(plane)
+        hits[inner] |= foreground.any(axis=0)
+        hits[middle] |= foreground.any(axis=1)
         hits[outer][index] = foreground.any()
-        for axis in others:
-            away = tuple(other for other in range(3) if other != axis)
-            hits[axis] |= foreground.any(axis=away)
     if smallest == largest:
         raise VolumeError(source.path, f"constant: every voxel is {smallest:g} HU")
     if not hits[outer].any():
@@ -184,7 +184,7 @@ def foreground_box(source: Source, limits: tuple[float, float], threshold: float
             f"no foreground: the largest voxel is {largest:g} HU, expected some above "
             f"{limits[0] + threshold * (limits[1] - limits[0]):g}; is the file in HU?",
         )
-    found = [np.flatnonzero(hit) for hit in hits]
+    found = [np.flatnonzero(hit[way]) for hit, way in zip(hits, forwards, strict=True)]
     first, last = ([int(f[0]) for f in found], [int(f[-1]) + 1 for f in found])
     return (first[0], first[1], first[2]), (last[0], last[1], last[2])
 
@@ -219,12 +219,13 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
         if not chain.crop_foreground:
             x, y, z = source.voxels.shape
             box = ((0, 0, 0), (x, y, z))
-        part = tuple(slice(first, last) for first, last in zip(*box, strict=True))
-        voxels = window(source.hounsfield(part), *limits)
+        kept = source.voxels[tuple(slice(a, b) for a, b in zip(*box, strict=True))]
         if chain.fit == "resize":
-            voxels = resize(voxels, chain.volume_size)
+            voxels = resize(
+                kept, chain.volume_size, lambda part: window(source.hounsfield(part), *limits)
+            )
         else:
-            voxels = pad(voxels, chain.volume_size)
+            voxels = pad(window(source.hounsfield(kept), *limits), chain.volume_size)
         if chain.fit == "center_crop":
             voxels = center_crop(voxels, chain.volume_size)
         mean = float(voxels.mean(dtype=np.float64))
@@ -239,13 +240,15 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
 
 def _to_spacing(source: Source, chain: Chain) -> Source:
     """The whole volume on a grid of `chain.spacing`, in float32 HU."""
-    hu = source.hounsfield((slice(None),) * 3)
-    if chain.window_unit == "HU":
+
+    def convert(stored: np.ndarray) -> np.ndarray:
+        hu = source.hounsfield(stored)
         # Padding of -2048 or -3024 would bleed into the body beside it.
-        np.maximum(hu, AIR, out=hu)
+        return np.maximum(hu, AIR, out=hu) if chain.window_unit == "HU" else hu
+
     return replace(
         source,
-        voxels=resample(hu, source.spacing, chain.spacing),
+        voxels=resample(source.voxels, source.spacing, chain.spacing, convert),
         slope=1.0,
         intercept=0.0,
         affine=source.affine @ np.diag([*np.divide(chain.spacing, source.spacing), 1.0]),
@@ -256,7 +259,7 @@ def _limits(source: Source, chain: Chain) -> tuple[float, float]:
     """The values that become 0 and 1."""
     if chain.window_unit == "HU":
         return chain.window
-    values = source.hounsfield((slice(None),) * 3)
+    values = source.hounsfield(source.voxels)
     low, high = np.percentile(values, chain.window).tolist()  # NaN if any voxel is
     if low == high:
         raise VolumeError(
@@ -390,9 +393,30 @@ def _fill(stream: IO[bytes], voxels: np.ndarray) -> None:
     stream.read(1)
 
 
-def _slabs(shape: tuple[int, ...], axis: int) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Slices of thickness 1 along an axis."""
-    for index in range(shape[axis]):
-        part = [slice(None)] * 3
-        part[axis] = slice(index, index + 1)
-        yield index, tuple(part)
+def _foreground(
+    source: Source, limits: tuple[float, float], threshold: float
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Stored numbers -> which are above the threshold of the window.
+
+    For integers the smallest (or, with a negative slope, the largest) number that is: comparing
+    them as they are takes a fraction of the time, with the same result.
+    """
+
+    def above(stored: np.ndarray) -> np.ndarray:
+        return window(source.hounsfield(stored), *limits) > threshold
+
+    dtype = source.voxels.dtype
+    if dtype.kind == "f" or dtype.itemsize > 4:
+        return above
+    first, last = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+    rising = source.slope > 0
+    while first < last:  # bisect for the first number on the other side
+        middle = (first + last) // 2
+        if bool(above(np.array([middle], dtype))[0]) == rising:
+            last = middle
+        else:
+            first = middle + 1
+    if bool(above(np.array([first], dtype))[0]) != rising:  # all are on one side
+        return above
+    limit = dtype.type(first)
+    return (lambda stored: stored >= limit) if rising else (lambda stored: stored < limit)
