@@ -12,7 +12,6 @@ the results are compared, the median time is printed. Needs the packages of requ
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -88,7 +87,8 @@ def one_side(side: str, path: Path, folder: Path, repeats: int) -> None:
     """Runs in the child process: prints its figures, leaves its voxels."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     seconds, voxels = {"ours": ours, "monai": monai}[side](path, folder / "cache", repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's too
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     print(json.dumps({"seconds": seconds, "peak": peak}))
     np.save(folder / "voxels.npy", voxels)
 
