@@ -18,7 +18,8 @@ def listed(tmp_path_factory):
 
 
 def hounsfield(path):
-    return orient_ras(load(path)).hounsfield((slice(None),) * 3)
+    source = orient_ras(load(path))
+    return source.hounsfield(source.voxels)
 
 
 def test_a_list_that_prepare_reads(listed):

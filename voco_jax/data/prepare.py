@@ -9,7 +9,6 @@ import argparse
 import collections
 import dataclasses
 import json
-import os
 import signal
 import sys
 import threading
@@ -33,7 +32,8 @@ from voco_jax.data.cache import (
     write_whole,
 )
 from voco_jax.data.datalists import Volume, collect, combine
-from voco_jax.data.volumes import VolumeError, prepare_volume, quantise
+from voco_jax.data.readers import VolumeError, stamp
+from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.data.workers import available_cores, in_processes
 from voco_jax.errors import InputError
 
@@ -183,14 +183,14 @@ def _do(job: _Job) -> Entry | str:
     """
     volume, chain = job.volume, job.chain
     try:
-        before = os.stat(volume.path)  # before reading: a file changed meanwhile is done again
+        # Before reading: a file changed meanwhile is done again.
+        size, mtime_ns = stamp(volume.path)
     except OSError:
-        before = None  # prepare_volume says what is wrong
+        size = mtime_ns = 0  # prepare_volume says what is wrong
     try:
         prepared = prepare_volume(volume.path, chain)
     except VolumeError as error:
         return error.reason
-    assert before is not None
     voxels = quantise(prepared.voxels, chain.dtype)
     write_volume(job.cache, job.slot, voxels)
     return Entry(
@@ -198,8 +198,8 @@ def _do(job: _Job) -> Entry | str:
         slot=job.slot,
         section=volume.section,
         path=str(volume.path),
-        size=before.st_size,
-        mtime_ns=before.st_mtime_ns,
+        size=size,
+        mtime_ns=mtime_ns,
         axes=prepared.axes,
         shape=prepared.shape,
         spacing=prepared.spacing,
@@ -217,8 +217,7 @@ def _is_there(volume: Volume, cache: CacheWriter) -> bool:
     if entry is None:
         return False
     try:
-        now = os.stat(volume.path)
-        if (now.st_size, now.st_mtime_ns) != (entry.size, entry.mtime_ns):
+        if stamp(volume.path) != (entry.size, entry.mtime_ns):
             return False
     except OSError:
         pass  # the file is gone, as on a machine that has only the cache: what we have counts

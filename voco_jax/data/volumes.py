@@ -1,70 +1,23 @@
 """One CT file -> one prepared volume: the chain of `voco_jax.config.Chain`.
 
-Without a new spacing it works on the stored numbers (int16 as a rule) through views; only the
-foreground box becomes float32. Files are untrusted: a header's claims are checked before memory is
-taken.
+Without a new spacing it works on the stored numbers (int16 as a rule) through views; nothing of
+the volume's size becomes float32 but what is kept.
 """
 
-import gzip
-import logging
-import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import nibabel
 import numpy as np
 
 from voco_jax.config import Chain
+from voco_jax.data.readers import Source, VolumeError, load
 from voco_jax.data.resample import center_crop, pad, resample, resize
-from voco_jax.errors import InputError
 
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]  # first and last + 1 voxel, x y z
 
-MAX_BYTES = 4 * 2**30  # of uncompressed voxels: 2048 x 1024 x 1024 in int16
 AIR = -1024.0  # HU; what is below it is padding
-GZIP_RATIO = 1032  # deflate cannot compress more
-SPACING_MM = (0.05, 25.0)  # smallest and largest plausible voxel
-_BLOCK = 8 * 2**20
-
-
-class VolumeError(InputError):
-    """A file that is no usable CT volume; `reason` starts with a few fixed words, then a colon."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(str(path), reason)
-        self.path = str(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        """File and reason."""
-        return f"{self.path}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A CT as stored: the numbers of the file and what turns them into HU in space."""
-
-    path: Path
-    voxels: np.ndarray  # x y z, the file's dtype
-    slope: float  # HU = voxels * slope + intercept
-    intercept: float
-    affine: np.ndarray  # 4 4, voxel index to mm; x to the right, y to the front, z up
-    axes: str  # direction of each axis, as "LPS"
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Distance of neighbouring voxels along x y z, mm."""
-        x, y, z = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)).tolist()
-        return x, y, z
-
-    def hounsfield(self, stored: np.ndarray) -> np.ndarray:
-        """Stored numbers as new float32 HU (through float64 if scaled, as nibabel does)."""
-        if (self.slope, self.intercept) == (1.0, 0.0):
-            return stored.astype(np.float32)
-        return (stored * np.float64(self.slope) + self.intercept).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -77,40 +30,6 @@ class PreparedVolume:
     spacing: tuple[float, float, float]  # of the file, mm
     box: Box  # what was kept, in voxels of the file or, with `chain.spacing`, of that grid
     mean: float  # of the prepared voxels
-
-
-def load(path: str | Path) -> Source:
-    """Reads a NIfTI file (.nii or .nii.gz), with all checks that need no look at the numbers.
-
-    Args:
-        path: a NIfTI-1 or NIfTI-2 single file; compression is recognised by content.
-
-    Returns:
-        The volume as stored. Trailing axes of size 1 are dropped.
-
-    Raises:
-        VolumeError: missing, unreadable, truncated, not a NIfTI, not 3-D, absurd spacing or size.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            return _load(path, file)
-    except VolumeError:
-        raise
-    except FileNotFoundError as error:
-        raise VolumeError(path, "missing file: there is no such file") from error
-    except IsADirectoryError as error:
-        raise VolumeError(path, "not a file: found a folder, expected a NIfTI file") from error
-    except EOFError as error:
-        raise VolumeError(path, "truncated gzip: the file ends early; copy it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise VolumeError(path, f"damaged gzip: {error}; copy it again") from error
-    except OSError as error:
-        raise VolumeError(path, f"unreadable: {error.strerror or error}") from error
-    except MemoryError as error:
-        raise VolumeError(path, "out of memory: use fewer workers") from error
-    except Exception as error:  # whatever nibabel makes of a strange header
-        raise VolumeError(path, f"unreadable: {type(error).__name__}: {error}") from error
 
 
 def orient_ras(source: Source) -> Source:
@@ -289,108 +208,6 @@ def dequantise(volume: np.ndarray) -> np.ndarray:
     if volume.dtype == np.uint8:
         return volume.astype(np.float32) / np.float32(255)
     return volume.astype(np.float32)
-
-
-def _load(path: Path, file: IO[bytes]) -> Source:
-    file_size = os.fstat(file.fileno()).st_size
-    if file_size == 0:
-        raise VolumeError(path, "empty file: 0 bytes; copy it again")
-    magic = file.read(2)
-    file.seek(0)
-    packed = magic == b"\x1f\x8b"
-    stream: Any = gzip.GzipFile(fileobj=file) if packed else file
-    header = _read_header(path, stream)
-    shape = tuple(int(size) for size in header.get_data_shape())
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 2:
-        raise VolumeError(
-            path,
-            f"not 3-D: shape {'x'.join(map(str, shape))}, expected three axes of at least 2 voxels",
-        )
-    dtype = header.get_data_dtype()
-    if dtype.kind not in "iuf":
-        raise VolumeError(path, f"not a grey image: voxels are {dtype}, expected HU")
-    offset, count = int(header.get_data_offset()), int(np.prod(shape, dtype=object))
-    wanted = offset + count * dtype.itemsize
-    if wanted > (file_size * GZIP_RATIO if packed else MAX_BYTES) or wanted > MAX_BYTES:
-        raise VolumeError(
-            path,
-            f"absurd size: the header claims {'x'.join(map(str, shape))} voxels, {wanted} bytes, "
-            f"in a file of {file_size}; at most {MAX_BYTES} are read",
-        )
-    if not packed and wanted > file_size:
-        raise VolumeError(
-            path,
-            f"truncated: found {file_size} bytes, expected {wanted} as the header says; "
-            "copy it again",
-        )
-    affine = _affine(path, header)
-    slope, intercept = header.get_slope_inter()
-    stream.seek(offset)
-    voxels = np.empty(count, dtype)
-    _fill(stream, voxels)
-    return Source(
-        path=path,
-        voxels=voxels.reshape(shape, order="F"),
-        slope=1.0 if slope is None else float(slope),
-        intercept=0.0 if intercept is None else float(intercept),
-        affine=affine,
-        axes="".join(nibabel.aff2axcodes(affine)),
-    )
-
-
-def _read_header(path: Path, stream: IO[bytes]) -> Any:
-    block = stream.read(540)
-    little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
-    kind = nibabel.Nifti2Header if 540 in (little, big) else nibabel.Nifti1Header
-    size = kind.sizeof_hdr
-    magics = (b"n+1\0", b"n+2\0")
-    at = 4 if size == 540 else 344
-    if size not in (little, big) or len(block) < size or block[at : at + 4] not in magics:
-        raise VolumeError(
-            path, "not a NIfTI: found another kind of file, expected .nii or .nii.gz in one file"
-        )
-    header = kind(block[:size], check=False)
-    quiet = logging.Logger("quiet")  # repairs of small faults need no line each
-    quiet.addHandler(logging.NullHandler())
-    header.check_fix(logger=quiet)
-    return header
-
-
-def _affine(path: Path, header: Any) -> np.ndarray:
-    affine = header.get_best_affine()
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    zooms = np.asarray(header.get_zooms()[:3])
-    finite = np.isfinite(affine).all()
-    if finite and int(header["sform_code"]) != 0 and not np.allclose(zooms, spacing):
-        # As MONAI: an sform that disagrees with the voxel size is not believed.
-        affine = header.get_qform()
-        spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    low, high = SPACING_MM
-    if not (np.isfinite(affine).all() and (spacing >= low).all() and (spacing <= high).all()):
-        raise VolumeError(
-            path,
-            f"absurd spacing: {'x'.join(f'{s:g}' for s in spacing)} mm, "
-            f"expected {low} to {high} mm; correct the header",
-        )
-    if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
-        raise VolumeError(
-            path, "absurd orientation: the header's affine is singular; correct the header"
-        )
-    return affine
-
-
-def _fill(stream: IO[bytes], voxels: np.ndarray) -> None:
-    """Reads into an array; the read past its end makes gzip check length and checksum."""
-    target = voxels.view(np.uint8).data
-    done = 0
-    while done < len(target):
-        count = stream.readinto(target[done : done + _BLOCK])  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError
-        done += count
-    stream.read(1)
 
 
 def _foreground(

@@ -1,0 +1,324 @@
+"""NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd) files.
+
+SimpleITK reads the headers. The voxels are read here: straight into one array, in the stored type,
+and with the checksums of compressed data looked at, which ITK's MetaImage reader does not do (one
+bit flipped in a compressed CT gave it other voxels in two fifths of the volume, and no error).
+"""
+
+import gzip
+import io
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from voco_jax.data.source import (
+    Source,
+    VolumeError,
+    axes_of,
+    check_affine,
+    check_size,
+    checked_shape,
+    file_inside,
+    fill,
+    opened,
+)
+
+NRRD_SUFFIXES = (".nrrd", ".nhdr")
+META_SUFFIXES = (".mha", ".mhd")
+MAX_HEADER = 2**20  # bytes; real ones have some thousands
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's x is to the left, its y to the back
+_BLOCK = 2**18
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Where the voxels are and how they are stored."""
+
+    file: Path
+    offset: int  # of the first byte; -1: they are the last bytes of the file
+    packing: str  # "", "gzip" or "zlib"
+    big_endian: bool
+
+
+def load_nrrd(path: Path) -> Source:
+    """Reads an NRRD file, raw or gzip, its data inside it or in one file beside it.
+
+    Raises:
+        VolumeError: see `readers.load`.
+        Exception: see `readers.load`.
+    """
+    return _read(path, "NrrdImageIO", _nrrd_data(path))
+
+
+def load_meta(path: Path) -> Source:
+    """Reads a MetaImage, raw or compressed, its data inside it or in one file beside it.
+
+    Raises:
+        VolumeError: see `readers.load`.
+        Exception: see `readers.load`.
+    """
+    return _read(path, "MetaImageIO", _meta_data(path))
+
+
+def data_file(path: Path) -> Path | None:
+    """The data file beside a header, whether it is there or not; None: there is none.
+
+    Args:
+        path: ending in one of NRRD_SUFFIXES or META_SUFFIXES.
+
+    Raises:
+        VolumeError: as `load_nrrd` and `load_meta`, for what concerns the data file.
+        OSError: the header cannot be read.
+    """
+    data = (_nrrd_data if path.name.lower().endswith(NRRD_SUFFIXES) else _meta_data)(path)
+    return None if data.file == path else data.file
+
+
+def affine_of(origin: tuple[float, ...], steps: np.ndarray) -> np.ndarray:
+    """Voxel index to mm, in the axes of NIfTI, from ITK's and DICOM's.
+
+    Args:
+        origin: of the first voxel, mm, x to the left, y to the back, z up.
+        steps: 3 3, mm; column i is the way from a voxel to the next along axis i.
+
+    Returns:
+        4 4; x to the right, y to the front, z up.
+    """
+    affine = np.eye(4)
+    affine[:3, :3] = steps
+    affine[:3, 3] = origin
+    return LPS_TO_RAS @ affine
+
+
+def itk_reader(path: Path, image_io: str) -> Any:
+    """SimpleITK's reader after it has read a file's header.
+
+    Args:
+        path: the file.
+        image_io: ITK's class for the format; no other one looks at the file.
+
+    Raises:
+        VolumeError: ITK cannot read the header.
+    """
+    import SimpleITK  # a quarter of a second: not for those who have NIfTI only
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO(image_io)
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise VolumeError(path, f"unreadable: {itk_message(error)}") from error
+    return reader
+
+
+def itk_message(error: RuntimeError) -> str:
+    """What ITK says, in one line, without the places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not re.search(r"\.cxx:\d+:$|\.hxx:\d+:$", line)]
+    return (lines[-1] if lines else "ITK cannot read it")[:300]
+
+
+def pixel_dtype(path: Path, reader: Any) -> np.dtype:
+    """The numpy type of an image's voxels.
+
+    Raises:
+        VolumeError: colours, vectors, complex numbers, labels.
+    """
+    import SimpleITK
+
+    kinds = {
+        SimpleITK.sitkInt8: "i1",
+        SimpleITK.sitkUInt8: "u1",
+        SimpleITK.sitkInt16: "i2",
+        SimpleITK.sitkUInt16: "u2",
+        SimpleITK.sitkInt32: "i4",
+        SimpleITK.sitkUInt32: "u4",
+        SimpleITK.sitkInt64: "i8",
+        SimpleITK.sitkUInt64: "u8",
+        SimpleITK.sitkFloat32: "f4",
+        SimpleITK.sitkFloat64: "f8",
+    }
+    pixel = reader.GetPixelID()
+    if pixel not in kinds or reader.GetNumberOfComponents() != 1:
+        name = SimpleITK.GetPixelIDValueAsString(pixel)
+        raise VolumeError(
+            path,
+            f"not a grey image: voxels are {name}, {reader.GetNumberOfComponents()} numbers each, "
+            "expected HU, one number each",
+        )
+    return np.dtype(kinds[pixel])
+
+
+def _read(path: Path, image_io: str, data: _Data) -> Source:
+    reader = itk_reader(path, image_io)
+    dtype = pixel_dtype(path, reader).newbyteorder(">" if data.big_endian else "<")
+    size = tuple(reader.GetSize())
+    shape = checked_shape(path, size)
+    directions = np.reshape(reader.GetDirection(), (len(size), len(size)))[:3, :3]
+    affine = affine_of(reader.GetOrigin()[:3], directions * reader.GetSpacing()[:3])
+    check_affine(path, affine)
+    with opened(data.file) as file:
+        found, offset = os.fstat(file.fileno()).st_size, data.offset
+        count = int(np.prod(shape, dtype=object))
+        if offset < 0:
+            offset = max(0, found - count * dtype.itemsize)
+        if data.packing:
+            check_size(path, shape, dtype, 0, max(0, found - offset), True)
+        else:
+            check_size(path, shape, dtype, offset, found, False)
+        file.seek(offset)
+        voxels = np.empty(count, dtype)
+        fill(_unpacked(file, data.packing), voxels)
+    return Source(
+        path=path,
+        voxels=voxels.reshape(shape, order="F"),
+        slope=1.0,
+        intercept=0.0,
+        affine=affine,
+        axes=axes_of(affine),
+    )
+
+
+def _unpacked(file: IO[bytes], packing: str) -> Any:
+    if packing == "gzip":
+        return gzip.GzipFile(fileobj=file)
+    return _Inflated(file) if packing == "zlib" else file
+
+
+class _Inflated(io.RawIOBase):
+    """What a zlib (or gzip) stream holds; its end is an error if its checksum was not seen."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a part of a buffer; 0 at the stream's end."""
+        while not self._zlib.eof:
+            packed = self._zlib.unconsumed_tail or self._file.read(_BLOCK)
+            if not packed:
+                raise EOFError
+            part = self._zlib.decompress(packed, len(buffer))
+            if part:
+                buffer[: len(part)] = part
+                return len(part)
+        return 0
+
+
+def _header(path: Path) -> bytes:
+    with opened(path) as file:
+        return file.read(MAX_HEADER)
+
+
+def _integer(path: Path, fields: dict[str, str], name: str) -> int:
+    text = fields.get(name, "0")
+    if not re.fullmatch(r"[-+]?\d{1,15}", text):
+        raise VolumeError(
+            path, f"unreadable: {name} is {text[:50]!r} in its header, expected a whole number"
+        )
+    return int(text)
+
+
+def _need_numbers(path: Path, fields: dict[str, str], *names: str) -> None:
+    """An image without voxel sizes, or with ones that are no numbers, for which ITK takes 1 mm."""
+    given = [fields[name] for name in names if name in fields]
+    if not given or any(re.search(r"nan|inf", text, re.IGNORECASE) for text in given):
+        raise VolumeError(
+            path,
+            f"absurd spacing: {given[0][:100] if given else 'none'} in its header, expected "
+            f"{' or '.join(names)} in mm; correct the header",
+        )
+
+
+def _nrrd_data(path: Path) -> _Data:
+    block = _header(path)
+    if not block.startswith(b"NRRD000"):
+        raise VolumeError(path, "not an NRRD: found another kind of file")
+    blank = re.search(rb"\r?\n\r?\n", block)
+    if blank is None and len(block) == MAX_HEADER:
+        raise VolumeError(path, f"absurd header: no end in the first {MAX_HEADER} bytes")
+    text = block[: blank.start()] if blank else block
+    fields: dict[str, str] = {}
+    for line in text.decode("latin-1").splitlines()[1:]:
+        name, colon, value = line.partition(":")
+        if colon and not line.startswith("#") and not value.startswith("="):
+            fields[re.sub(r"\s", "", name).lower()] = value.strip()
+    _need_numbers(path, fields, "spacings", "spacedirections")
+    encoding = fields.get("encoding", "").lower()
+    skip = _integer(path, fields, "byteskip")
+    packing = {"raw": "", "gzip": "gzip", "gz": "gzip"}.get(encoding)
+    if packing is None or _integer(path, fields, "lineskip") or (packing and skip) or skip < -1:
+        raise VolumeError(
+            path,
+            f"unsupported NRRD: encoding {encoding[:50]!r}, byte skip {skip}, line skip "
+            f"{fields.get('lineskip', '0')}; expected raw or gzip data with no lines to skip",
+        )
+    data_name = fields.get("datafile")
+    if data_name is None:
+        if blank is None:
+            raise VolumeError(path, "truncated: no data follow its header; copy it again")
+        file, offset = path, blank.end() + skip if skip >= 0 else -1
+    else:
+        file, offset = _one_file(path, data_name), skip
+    return _Data(file, offset, packing, fields.get("endian", "").lower() == "big")
+
+
+def _meta_data(path: Path) -> _Data:
+    block = _header(path)
+    fields: dict[str, str] = {}
+    end = 0
+    for line in block.splitlines(keepends=True):
+        end += len(line)
+        name, separator, value = re.match(rb"([^=:]*)([=:]?)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]
+        fields[name.decode("latin-1").strip()] = value.decode("latin-1").strip()
+        if name.strip() == b"ElementDataFile" or (not separator and len(line) > 4096):
+            break
+    data_name = fields.get("ElementDataFile", "")
+    if "NDims" not in fields or not data_name:
+        raise VolumeError(path, "not a MetaImage: found no NDims and ElementDataFile in its header")
+    _need_numbers(path, fields, "ElementSpacing", "ElementSize")
+    if not _true(fields, "BinaryData", "True"):
+        raise VolumeError(path, "unsupported MetaImage: its voxels are text, expected binary data")
+    scale = [
+        fields.get(f"ElementToIntensityFunction{name}", default)
+        for name, default in (("Slope", "1"), ("Offset", "0"))
+    ]
+    if scale[0] not in ("1", "1.0") or scale[1] not in ("0", "0.0"):
+        raise VolumeError(
+            path,
+            f"unsupported MetaImage: slope {scale[0][:20]} and offset {scale[1][:20]} of its "
+            "intensities, which ITK and others leave aside; store HU",
+        )
+    big = _true(fields, "BinaryDataByteOrderMSB", "") or _true(fields, "ElementByteOrderMSB", "")
+    packing = "zlib" if _true(fields, "CompressedData", "") else ""
+    skip = _integer(path, fields, "HeaderSize")
+    if data_name.upper() == "LOCAL":
+        file, offset = path, end
+    else:
+        file, offset = _one_file(path, data_name), skip
+    if skip < -1 or (skip and (packing or file == path)):
+        raise VolumeError(path, f"unsupported MetaImage: HeaderSize {skip}, expected none")
+    return _Data(file, offset, packing, big)
+
+
+def _true(fields: dict[str, str], name: str, default: str) -> bool:
+    return fields.get(name, default)[:1] in ("T", "t", "1")
+
+
+def _one_file(path: Path, name: str) -> Path:
+    if name.upper().split()[:1] == ["LIST"] or "%" in name:
+        raise VolumeError(
+            path, f"several data files: found {name[:100]!r}, expected the name of one file"
+        )
+    return file_inside(path, name)

@@ -1,0 +1,147 @@
+"""NIfTI files: one (.nii) or header and voxels apart (.hdr, .img), each also compressed."""
+
+import gzip
+import logging
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel
+import numpy as np
+from nibabel.nifti1 import Nifti1PairHeader
+from nibabel.nifti2 import Nifti2PairHeader
+
+from voco_jax.data.source import (
+    Source,
+    VolumeError,
+    axes_of,
+    check_affine,
+    check_size,
+    checked_shape,
+    file_inside,
+    fill,
+    opened,
+)
+
+PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
+
+
+def load_nifti(path: Path) -> Source:
+    """Reads a NIfTI-1 or NIfTI-2 single file; compression is recognised by content.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The volume as stored. Trailing axes of size 1 are dropped.
+
+    Raises:
+        VolumeError: not a NIfTI, not 3-D, absurd spacing or size.
+        Exception: see `readers.load`.
+    """
+    with opened(path) as file:
+        stream, packed = _unpacked(file)
+        kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
+        expected = ".nii or .nii.gz in one file"
+        header = _read_header(path, stream, (b"n+1\0", b"n+2\0"), kinds, expected)
+        return _read(path, header, stream, os.fstat(file.fileno()).st_size, packed)
+
+
+def load_pair(path: Path) -> Source:
+    """Reads a NIfTI whose header and voxels are two files; see `load_nifti`.
+
+    Args:
+        path: either file.
+    """
+    header_path, data_path = pair(path)
+    with opened(header_path) as file:
+        kinds = (Nifti1PairHeader, Nifti2PairHeader)
+        expected = "a NIfTI header (.hdr; Analyze 7.5 does not say what is left: convert it)"
+        stream, _ = _unpacked(file)
+        header = _read_header(path, stream, (b"ni1\0", b"ni2\0"), kinds, expected)
+    with opened(data_path) as file:
+        stream, packed = _unpacked(file)
+        return _read(path, header, stream, os.fstat(file.fileno()).st_size, packed)
+
+
+def pair(path: Path) -> tuple[Path, Path]:
+    """Header and data file of a NIfTI pair.
+
+    Args:
+        path: one of them, ending in one of PAIR_SUFFIXES in small or capital letters.
+
+    Raises:
+        VolumeError: the other one is missing or leads out of the folder.
+    """
+    packed = ".gz" if path.name.lower().endswith(".gz") else ""
+    stem = path.name.removesuffix(path.name[-3:]) if packed else path.name
+    stem, own = stem[:-4], stem[-4:].lower()
+    other = ".img" if own == ".hdr" else ".hdr"
+    names = [
+        f"{stem}{suffix}{end}" for end in (packed, "", ".gz") for suffix in (other, other.upper())
+    ]
+    present = [name for name in names if os.path.lexists(path.parent / name)]
+    partner = file_inside(path, present[0] if present else names[0])
+    return (path, partner) if own == ".hdr" else (partner, path)
+
+
+def _unpacked(file: IO[bytes]) -> tuple[Any, bool]:
+    """The stream of what a file holds, and whether it is compressed."""
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return (gzip.GzipFile(fileobj=file) if packed else file), packed
+
+
+def _read_header(
+    path: Path,
+    stream: IO[bytes],
+    magics: tuple[bytes, bytes],
+    kinds: tuple[Any, Any],
+    expected: str,
+) -> Any:
+    block = stream.read(540)
+    little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
+    kind = kinds[540 in (little, big)]
+    size = kind.sizeof_hdr
+    at = 4 if size == 540 else 344
+    if size not in (little, big) or len(block) < size or block[at : at + 4] not in magics:
+        raise VolumeError(path, f"not a NIfTI: found another kind of file, expected {expected}")
+    header = kind(block[:size], check=False)
+    quiet = logging.Logger("quiet")  # repairs of small faults need no line each
+    quiet.addHandler(logging.NullHandler())
+    header.check_fix(logger=quiet)
+    return header
+
+
+def _read(path: Path, header: Any, stream: Any, file_size: int, packed: bool) -> Source:
+    shape = checked_shape(path, tuple(int(size) for size in header.get_data_shape()))
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise VolumeError(path, f"not a grey image: voxels are {dtype}, expected HU")
+    offset = int(header.get_data_offset())
+    check_size(path, shape, dtype, offset, file_size, packed)
+    affine = _affine(path, header)
+    slope, intercept = header.get_slope_inter()
+    stream.seek(offset)
+    voxels = np.empty(int(np.prod(shape, dtype=object)), dtype)
+    fill(stream, voxels)
+    return Source(
+        path=path,
+        voxels=voxels.reshape(shape, order="F"),
+        slope=1.0 if slope is None else float(slope),
+        intercept=0.0 if intercept is None else float(intercept),
+        affine=affine,
+        axes=axes_of(affine),
+    )
+
+
+def _affine(path: Path, header: Any) -> np.ndarray:
+    affine = header.get_best_affine()
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    zooms = np.asarray(header.get_zooms()[:3])
+    finite = np.isfinite(affine).all()
+    if finite and int(header["sform_code"]) != 0 and not np.allclose(zooms, spacing):
+        # As MONAI: an sform that disagrees with the voxel size is not believed.
+        affine = header.get_qform()
+    check_affine(path, affine)
+    return affine
