@@ -220,23 +220,16 @@ def test_golden_step(file, patch_merging, embeddings):
     template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
     student, teacher = [reference.load(template, v) for v in _weights(_shapes(template))]
 
-    @jax.jit
-    def forward(student, teacher, crops):
-        updated = voco_step.ema(teacher, student, 0.9)
-        s, old, t = (
-            voco_step.embed(network, params, crops, labels)
-            for params in (student, teacher, updated)
-        )
-        terms = losses.voco_10k(
-            x_student=s.x,
-            bases_student=s.bases,
-            x_teacher=t.x,
-            bases_teacher=t.bases,
-            labels=labels,
-        )
-        return s, old, terms
-
-    s, old, terms = forward(student, teacher, crops)
+    embed = jax.jit(lambda params: voco_step.embed(network, params, crops, labels))
+    s, old = embed(student), embed(teacher)
+    t = embed(voco_step.ema(teacher, student, 0.9))
+    terms = losses.voco_10k(
+        x_student=s.x,
+        bases_student=s.bases,
+        x_teacher=t.x,
+        bases_teacher=t.bases,
+        labels=labels,
+    )
     for name, rows in (("student", s), ("teacher", old)):
         both = np.concatenate([rows.x[0], rows.bases[0]])
         assert _distance(both, golden[f"embed_{name}"]) < embeddings, name
