@@ -78,6 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
         "window_size": (7, 7, 7),
         "patch_merging": "merging",  # of MONAI since 1.5; "legacy" is that of the published weights
         "use_v2": True,
+        "conv_encoders": True,
         "drop_path_rate": 0.0,
         "projector_size": 2048,
         "remat": True,
@@ -85,7 +86,9 @@ def get_config() -> ml_collections.ConfigDict:
         "dtype": "bfloat16",
         "convolution": "auto",
     }
-    config.teacher = {"momentum": 0.9}
+    config.teacher = {"scope": "network", "momentum": 0.9}
+    config.loss = {"pos": 1.0, "neg": 1.0, "reg": 1.0, "inter": 1.0}
+    config.dropout = {"rate": 0.0, "kind": "embedding"}
     config.optimizer = {
         "learning_rate": 1e-4,
         "weight_decay": 0.01,

@@ -138,6 +138,7 @@ def _run(network, rate, params, batch, count, passes):
             network,
             optimizer,
             encoder_size=size,
+            recipe=losses.RECIPES["voco_10k"],
             momentum=0.9,
             draw=None,
             seed=0,

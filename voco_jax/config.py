@@ -28,6 +28,7 @@ Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)], Annotated
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -145,6 +146,7 @@ class Model:
     window_size: Size
     patch_merging: Literal["legacy", "merging", "mergingv2"]
     use_v2: bool
+    conv_encoders: bool  # pool and concatenate encoder1 .. 10; else pool the last stage alone
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
     projector_size: Positive
     remat: bool  # recompute activations in the backward pass: less memory, more time
@@ -157,7 +159,26 @@ class Model:
 class Teacher:
     """The exponential moving average of the student."""
 
-    momentum: Fraction
+    scope: Literal["none", "network", "projector"]  # what of the student it is an average of
+    momentum: Fraction  # new = momentum * old + (1 - momentum) * student
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Loss:
+    """Weights of the loss terms; 1.0 each is published. Metrics show the terms unweighted."""
+
+    pos: Weight  # predictions where the overlap is not 0
+    neg: Weight  # predictions where it is
+    reg: Weight  # base crops of one volume apart
+    inter: Weight  # voco_v2: predictions between the volumes of a batch; else of no effect
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Dropout:
+    """Of the student's pooled features, before its projector."""
+
+    rate: Annotated[float, Field(ge=0, lt=1)]
+    kind: Literal["embedding", "feature"]  # zero all features of a crop (published), or each alone
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -218,7 +239,7 @@ class InitFrom:
 class Config:
     """One experiment."""
 
-    recipe: Literal["voco_10k"]
+    recipe: Literal["paper", "voco_10k", "voco_v2"]  # the loss equations
     seed: NotNegative
     total_steps: Positive  # optimizer updates
     batch_size: Positive  # volumes per update, over all devices
@@ -230,6 +251,8 @@ class Config:
     augment: Augment
     model: Model
     teacher: Teacher
+    loss: Loss
+    dropout: Dropout
     optimizer: Optimizer
     validation: Validation
     checkpoint: Checkpoint
@@ -258,6 +281,18 @@ class Config:
                 f"augment.rotate_probability: found {self.augment.rotate_probability} with "
                 f"crops.encoder_size {self.crops.encoder_size}; rotating by 90 degrees needs "
                 "x and y of the same size: set it to 0 or make them equal"
+            )
+        if (self.recipe == "paper") != (self.teacher.scope == "none"):
+            expected = "'none'" if self.recipe == "paper" else "'network' or 'projector'"
+            raise ValueError(
+                f"teacher.scope: found {self.teacher.scope!r} with recipe {self.recipe!r}, "
+                f"expected {expected}: its loss has {'no' if self.recipe == 'paper' else 'a'} "
+                "teacher"
+            )
+        if self.recipe == "voco_v2" and self.batch_size == 1 and self.loss.inter > 0:
+            raise ValueError(
+                "batch_size: found 1 with recipe 'voco_v2', expected 2 or more: its inter term "
+                "compares each volume with the next one of the batch; or set loss.inter to 0"
             )
         if self.optimizer.warmup_steps >= self.total_steps:
             raise ValueError(
@@ -316,9 +351,13 @@ def parse(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 def load(path: str) -> dict[str, Any]:
     """What a config file returns, as nested dicts for `parse`.
 
+    Args:
+        path: of the file; FILE.py:TEXT calls `get_config(TEXT)`, as `main.py --config` does.
+
     Raises:
         InputError: there is no such file, it fails, or it has no `get_config()`.
     """
+    path, *argument = path.split(":", 1)
     spec = importlib.util.spec_from_file_location("voco_config", path)
     if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise InputError(f"{path}: no such config file, expected a .py with get_config()")
@@ -330,7 +369,12 @@ def load(path: str) -> dict[str, Any]:
         raise InputError(f"{path}: this config file fails: {error!r}") from error
     if not hasattr(module, "get_config"):
         raise InputError(f"{path}: found no get_config() in it; see configs/voco_10k.py")
-    return _plain(module.get_config())
+    try:
+        return _plain(module.get_config(*argument))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{':'.join([path, *argument])}: this config fails: {error!r}") from error
 
 
 def _plain(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

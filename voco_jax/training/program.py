@@ -16,8 +16,15 @@ from voco_jax.errors import InputError
 from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
 from voco_jax.training.optimizer import make_optimizer
-from voco_jax.voco import augment
-from voco_jax.voco.step import State, abstract_state, init_state, make_predict, make_train_step
+from voco_jax.voco import augment, losses
+from voco_jax.voco.step import (
+    State,
+    abstract_state,
+    dropout,
+    init_state,
+    make_predict,
+    make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     size, crops = config.crops.encoder_size, config.crops
     replicated, by_volume = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    state = abstract_state(network, optimizer, size)
+    recipe, scope = losses.RECIPES[config.recipe], config.teacher.scope
+    state = abstract_state(network, optimizer, size, scope)
     shardings = meshes.state_sharding(mesh, state)
 
     def whole(params: Any) -> Any:
@@ -63,6 +71,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             network,
             optimizer,
             encoder_size=size,
+            recipe=recipe,
+            weigh=partial(losses.weighted_total, **dataclasses.asdict(config.loss)),
             momentum=config.teacher.momentum,
             draw=partial(
                 augment.draw,
@@ -71,6 +81,9 @@ def make_program(config: Config, mesh: Mesh) -> Program:
                 shift_probability=config.augment.shift_probability,
                 shift=config.augment.shift,
             ),
+            drop=partial(dropout, rate=config.dropout.rate, kind=config.dropout.kind)
+            if config.dropout.rate
+            else None,
             seed=config.seed,
             passes=count_passes(config, mesh, crops.sub_volumes),
             gather=gather,
@@ -84,6 +97,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
         make_predict(
             network,
             encoder_size=size,
+            recipe=recipe,
             passes=count_passes(config, mesh, config.validation.sub_volumes),
             gather=gather,
         ),
@@ -107,7 +121,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
             name: jax.ShapeDtypeStruct((config.batch_size, *shape), kind, sharding=by_volume)
             for name, (shape, kind) in shapes.items()
         },
-        init=partial(init_state, network, optimizer, size, config.seed, shardings, options),
+        init=partial(init_state, network, optimizer, size, config.seed, scope, shardings, options),
         step=step,
         predict=predict,
     )
@@ -151,6 +165,7 @@ def make_network(config: Config, mesh: Mesh) -> nn.Module:
         window_size=model.window_size,
         patch_merging=model.patch_merging,
         use_v2=model.use_v2,
+        conv_encoders=model.conv_encoders,
         drop_path_rate=model.drop_path_rate,
         projector_size=model.projector_size,
         remat=model.remat,

@@ -1,8 +1,11 @@
-"""The losses of the three published recipes, as pure functions of embeddings.
+"""The three published recipes: their losses and predictions, as pure functions of embeddings.
 
 Symbols: `y` overlap label, `p` similarity relu(cos), n bases, s sub-volumes, d embedding size.
 Every term is normalised per volume, then averaged over the batch. All arithmetic is float32.
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -14,13 +17,37 @@ _COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity
 
 @flax.struct.dataclass
 class Losses:
-    """Scalar terms, means over the batch. `total` is what is minimised."""
+    """Scalar terms, means over the batch. `total` is their sum, as published; `inter` is 0 where
+    the recipe has none.
+    """
 
     pos: jax.Array
     neg: jax.Array
     reg: jax.Array
     inter: jax.Array
     total: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What makes one published loss another.
+
+    Attributes:
+        loss: as `voco_10k` below, keyword arguments only.
+        predict: the p of its loss, from the same embeddings; (batch, s, n) in [0, 1].
+        teacher: whether it compares with a teacher's embeddings; else there are none (None).
+        inter: whether it compares volumes with each other.
+    """
+
+    loss: Callable[..., Losses]
+    predict: Callable[..., jax.Array]
+    teacher: bool
+    inter: bool
+
+
+def weighted_total(terms: Losses, *, pos: float, neg: float, reg: float, inter: float) -> jax.Array:
+    """The weighted sum of the terms, to be minimised; with 1.0 each it is `terms.total`."""
+    return pos * terms.pos + neg * terms.neg + inter * terms.inter + reg * terms.reg
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -48,19 +75,19 @@ def similarity(x: jax.Array, bases: jax.Array) -> jax.Array:
     return jax.nn.relu(cosine(x, bases))
 
 
-def voco_10k_prediction(
+def paper_prediction(
     *,
     x_student: jax.Array,
     bases_student: jax.Array,
-    x_teacher: jax.Array,
-    bases_teacher: jax.Array,
+    x_teacher: jax.Array | None = None,
+    bases_teacher: jax.Array | None = None,
 ) -> jax.Array:
-    """The voco_10k prediction p: mean of student-against-teacher and teacher-against-student.
+    """The paper's prediction p: sub-volumes against stop-gradient bases of the one network.
 
-    Args: as `voco_10k`. Returns: (batch, s, n) in [0, 1].
+    Args: as `paper`. Returns: (batch, s, n) in [0, 1].
     """
-    sg = jax.lax.stop_gradient
-    return (similarity(x_student, sg(bases_teacher)) + similarity(sg(x_teacher), bases_student)) / 2
+    del x_teacher, bases_teacher
+    return similarity(x_student, jax.lax.stop_gradient(bases_student))
 
 
 def paper(
@@ -85,11 +112,26 @@ def paper(
     """
     del x_teacher, bases_teacher
     _check(x_student, bases_student, labels)
-    p = similarity(x_student, jax.lax.stop_gradient(bases_student))
+    p = paper_prediction(x_student=x_student, bases_student=bases_student)
     y = labels.astype(jnp.float32)
     pos = _masked_mean(_mismatch(y, p), y > 0)
     neg = _masked_mean(p**2, y == 0)
     return _combine(pos, neg, _regularizer(bases_student, one_sided=False))
+
+
+def voco_10k_prediction(
+    *,
+    x_student: jax.Array,
+    bases_student: jax.Array,
+    x_teacher: jax.Array,
+    bases_teacher: jax.Array,
+) -> jax.Array:
+    """The voco_10k prediction p: mean of student-against-teacher and teacher-against-student.
+
+    Args: as `voco_10k`. Returns: (batch, s, n) in [0, 1].
+    """
+    sg = jax.lax.stop_gradient
+    return (similarity(x_student, sg(bases_teacher)) + similarity(sg(x_teacher), bases_student)) / 2
 
 
 def voco_10k(
@@ -125,6 +167,21 @@ def voco_10k(
     return _combine(pos, neg, _regularizer(bases_student, one_sided=True))
 
 
+def voco_v2_prediction(
+    *,
+    x_student: jax.Array,
+    bases_student: jax.Array,
+    x_teacher: jax.Array,
+    bases_teacher: jax.Array,
+) -> jax.Array:
+    """The voco_v2 prediction p: the student's sub-volumes against the teacher's bases.
+
+    Args: as `voco_10k`. Returns: (batch, s, n) in [0, 1].
+    """
+    del bases_student, x_teacher
+    return similarity(x_student, jax.lax.stop_gradient(bases_teacher))
+
+
 def voco_v2(
     *,
     x_student: jax.Array,
@@ -139,18 +196,31 @@ def voco_v2(
 
     Returns:
         pos, neg: intra-volume terms of p = relu cos(x_student, b_teacher);
-        inter: the same two terms of the student's similarities to the next volume's student
-        bases, with the teacher's similarities there as labels; reg as voco_10k.
+        inter: the same two terms, added, of the student's similarities to the next volume's
+        student bases, with the teacher's similarities there as labels; reg as voco_10k.
     """
     _check(x_student, bases_student, labels)
     sg = jax.lax.stop_gradient
     y = labels.astype(jnp.float32)
-    p = similarity(x_student, sg(bases_teacher))
+    p = voco_v2_prediction(
+        x_student=x_student,
+        bases_student=bases_student,
+        x_teacher=x_teacher,
+        bases_teacher=bases_teacher,
+    )
     pos, neg = _weighted_mismatch(y, p), _log_negative(y, p)
     p_next = similarity(x_student, jnp.roll(bases_student, -1, axis=0))
     y_next = sg(similarity(x_teacher, jnp.roll(bases_teacher, -1, axis=0)))
     inter = _weighted_mismatch(y_next, p_next) + _log_negative(y_next, p_next)
     return _combine(pos, neg, _regularizer(bases_student, one_sided=True), inter)
+
+
+RECIPES = {
+    "paper": Recipe(paper, paper_prediction, teacher=False, inter=False),
+    "voco_10k": Recipe(voco_10k, voco_10k_prediction, teacher=True, inter=False),
+    "voco_v2": Recipe(voco_v2, voco_v2_prediction, teacher=True, inter=True),
+}
+"""By their names in the config."""
 
 
 def _check(x: jax.Array, bases: jax.Array, labels: jax.Array) -> None:

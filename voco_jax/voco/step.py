@@ -1,7 +1,11 @@
-"""The voco_10k training step and its validation: (state, batch) -> (state, metrics)."""
+"""The training step of all recipes and its validation: (state, batch) -> (state, metrics).
+
+The teacher is as much of the student's network as its parameters are: all of it (scope `network`),
+the projector on the student's own pooled features (`projector`), or nothing (`none`).
+"""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -12,6 +16,8 @@ import optax
 from voco_jax.voco import augment, losses
 
 Params = Mapping[str, Any]
+Scope = Literal["none", "network", "projector"]
+PROJECTOR = "proj_head"  # its part of a network's parameters
 Batch = Mapping[str, jax.Array]  # subs (b, s, x, y, z), bases (b, n, x, y, z), labels (b, s, n)
 
 
@@ -21,7 +27,7 @@ class State:
 
     step: jax.Array
     student: Params
-    teacher: Params
+    teacher: Params  # see `teacher_part`
     optimizer: optax.OptState
 
 
@@ -33,15 +39,25 @@ class Embeddings:
     bases: jax.Array  # (b, n, d) base crops
 
 
+def teacher_part(params: Params, scope: Scope) -> Params:
+    """What a teacher of this scope has of a network's parameters."""
+    if scope == "network":
+        return params
+    return {PROJECTOR: params[PROJECTOR]} if scope == "projector" else {}
+
+
 def abstract_state(
-    network: nn.Module, optimizer: optax.GradientTransformation, encoder_size: augment.Size
+    network: nn.Module,
+    optimizer: optax.GradientTransformation,
+    encoder_size: augment.Size,
+    scope: Scope = "network",
 ) -> State:
     """The state's shapes and dtypes, as `jax.ShapeDtypeStruct`."""
     params = jax.eval_shape(_initialiser(network, encoder_size), jax.random.key(0))
     return State(
         step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
         student=params,
-        teacher=params,
+        teacher=teacher_part(params, scope),
         optimizer=jax.eval_shape(optimizer.init, params),
     )
 
@@ -51,6 +67,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     encoder_size: augment.Size,
     seed: int,
+    scope: Scope = "network",
     shardings: State | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> State:
@@ -63,6 +80,7 @@ def init_state(
         optimizer: of the student.
         encoder_size: of the crops, voxels.
         seed: the same values come of it whatever the shardings.
+        scope: of the teacher.
         shardings: of each array; None: the default device.
         compiler_options: of `jax.jit`.
     """
@@ -77,7 +95,7 @@ def init_state(
     return State(
         step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
         student=student,
-        teacher=initialise(teacher_key),
+        teacher={} if scope == "none" else teacher_part(initialise(teacher_key), scope),
         optimizer=jax.jit(optimizer.init, out_shardings=places.optimizer)(student),
     )
 
@@ -94,28 +112,28 @@ def prepare(batch: Batch, encoder_size: augment.Size) -> jax.Array:
     return augment.resize(augment.to_unit(crops), encoder_size)
 
 
-def embed(
+def encode(
     network: nn.Module,
     params: Params,
     crops: jax.Array,
-    labels: jax.Array,
     dropout_key: jax.Array | None = None,
     passes: int = 1,
-) -> Embeddings:
-    """All crops through one network; the projector's batch norm sees the whole batch.
+) -> jax.Array:
+    """All crops through one encoder.
 
     Args:
         network: a `VoCoNetwork`.
         params: of the network.
-        crops: (b * (s + n), x, y, z).
-        labels: (b, s, n); only its shape is used.
+        crops: (n, x, y, z).
         dropout_key: for drop path; None turns it off.
         passes: the encoder, which takes each crop for itself, runs over so many equal parts of
             the crops one after the other and keeps nothing between them but pooled features.
-    """
-    batch, sub_volumes, bases = labels.shape
 
-    def encode(part: jax.Array, key: jax.Array | None) -> jax.Array:
+    Returns:
+        (n, pooled features) float32.
+    """
+
+    def one(part: jax.Array, key: jax.Array | None) -> jax.Array:
         pooled = network.apply(
             {"params": params},
             part[..., None],
@@ -126,16 +144,50 @@ def embed(
         return jnp.asarray(pooled)
 
     if passes == 1:
-        pooled = encode(crops, dropout_key)
-    else:
-        # Every part takes crops from the whole range, so that all devices work on every part.
-        parts = crops.reshape(-1, passes, *crops.shape[1:]).swapaxes(0, 1)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, passes)
-        pooled = jax.lax.map(jax.checkpoint(lambda part: encode(*part)), (parts, keys))
-        pooled = pooled.swapaxes(0, 1).reshape(crops.shape[0], -1)
-    rows = network.apply({"params": params}, pooled, method="project")
+        return one(crops, dropout_key)
+    # Every part takes crops from the whole range, so that all devices work on every part.
+    parts = crops.reshape(-1, passes, *crops.shape[1:]).swapaxes(0, 1)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, passes)
+    pooled = jax.lax.map(jax.checkpoint(lambda part: one(*part)), (parts, keys))
+    return pooled.swapaxes(0, 1).reshape(crops.shape[0], -1)
+
+
+def project(network: nn.Module, params: Params, pooled: jax.Array, labels: jax.Array) -> Embeddings:
+    """Pooled features through one projector; its batch norm sees the whole batch.
+
+    Args:
+        network: a `VoCoNetwork`.
+        params: of the network; only its projector's are used.
+        pooled: (b * (s + n), features), sub-volumes first per volume.
+        labels: (b, s, n); only its shape is used.
+    """
+    batch, sub_volumes, bases = labels.shape
+    rows = network.apply({"params": {PROJECTOR: params[PROJECTOR]}}, pooled, method="project")
     rows = jnp.asarray(rows).reshape(batch, sub_volumes + bases, -1)
     return Embeddings(x=rows[:, :sub_volumes], bases=rows[:, sub_volumes:])
+
+
+def embed(network: nn.Module, params: Params, crops: jax.Array, labels: jax.Array) -> Embeddings:
+    """All crops through one network: `encode` and `project`, without drop path."""
+    return project(network, params, encode(network, params, crops), labels)
+
+
+def dropout(
+    pooled: jax.Array, key: jax.Array, rate: float, kind: Literal["embedding", "feature"]
+) -> jax.Array:
+    """Zeroes a share `rate` at random and divides the rest by 1 - rate.
+
+    Args:
+        pooled: (n, features).
+        key: the same on any number of devices.
+        rate: 0 or more, less than 1.
+        kind: "embedding": all features of a crop together, as published:
+            `torch.nn.functional.dropout1d` takes two axes for (channels, length) and zeroes
+            channels; "feature": each number alone.
+    """
+    shape = (pooled.shape[0], 1) if kind == "embedding" else pooled.shape
+    kept = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(kept, pooled / (1 - rate), 0)
 
 
 def ema(teacher: Params, student: Params, momentum: float) -> Params:
@@ -148,8 +200,11 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     encoder_size: augment.Size,
+    recipe: losses.Recipe,
+    weigh: Callable[[losses.Losses], jax.Array] = lambda terms: terms.total,
     momentum: float,
     draw: Callable[[jax.Array, int], augment.Draws] | None,
+    drop: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     seed: int,
     passes: int = 1,
     gather: Callable[[Params], Params] = lambda params: params,
@@ -160,14 +215,17 @@ def make_train_step(
     loss; gradient; optimizer.
 
     Args:
-        network: see `embed`.
+        network: a `VoCoNetwork`.
         optimizer: of the student.
         encoder_size: crops are resized to it.
+        recipe: one of `losses.RECIPES`.
+        weigh: terms -> what is minimised.
         momentum: of the teacher.
         draw: (key, number of crops) -> augmentation; None: no augmentation.
-        seed: of augmentation and drop path; each step's key is folded in from its number, so
-            that a resumed run needs no random state.
-        passes: see `embed`.
+        drop: (pooled features, key) -> what the student's projector takes; None: the same.
+        seed: of augmentation, dropout and drop path; each step's keys are folded in from its
+            number (`step_keys`), so that a resumed run needs no random state.
+        passes: see `encode`.
         gather: makes whole what is sharded over devices, where a network is about to be used.
 
     Returns:
@@ -176,31 +234,30 @@ def make_train_step(
     base_key = jax.random.key(seed)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(base_key, state.step))
+        augment_key, path_key, drop_key = step_keys(base_key, state.step)
         crops, labels = prepare(batch, encoder_size), batch["labels"]
         if draw is not None:
             crops = augment.apply(crops, draw(augment_key, crops.shape[0]))
-        teacher = ema(state.teacher, state.student, momentum)
+        followed = {name: state.student[name] for name in state.teacher}
+        teacher = ema(state.teacher, followed, momentum)
 
         def loss(student: Params) -> tuple[jax.Array, losses.Losses]:
-            s = embed(network, gather(student), crops, labels, dropout_key, passes)
-            t = embed(network, gather(teacher), crops, labels, passes=passes)
-            terms = losses.voco_10k(
-                x_student=s.x,
-                bases_student=s.bases,
-                x_teacher=t.x,
-                bases_teacher=t.bases,
-                labels=labels,
-            )
-            return terms.total, terms
+            whole = gather(student)
+            pooled = encode(network, whole, crops, path_key, passes)
+            dropped = pooled if drop is None else drop(pooled, drop_key)
+            s = project(network, whole, dropped, labels)
+            t = _teach(network, gather(teacher), crops, pooled, labels, passes)
+            terms = recipe.loss(**_names(s, t), labels=labels)
+            return weigh(terms), terms
 
-        gradients, terms = jax.grad(loss, has_aux=True)(state.student)
+        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(state.student)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.student)
         metrics = {
-            "loss": terms.total,
+            "loss": total,
             "pos": terms.pos,
             "neg": terms.neg,
             "reg": terms.reg,
+            **({"inter": terms.inter} if recipe.inter else {}),
             "gradient_norm": optax.tree.norm(gradients),
         }
         new_state = State(
@@ -212,6 +269,39 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+def step_keys(base_key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of one step's augmentation, drop path and dropout."""
+    key = jax.random.fold_in(base_key, step)
+    augment_key, path_key = jax.random.split(key)
+    return augment_key, path_key, jax.random.fold_in(key, 2)  # 0 and 1 may be those two
+
+
+def _teach(
+    network: nn.Module,
+    teacher: Params,
+    crops: jax.Array,
+    pooled: jax.Array,
+    labels: jax.Array,
+    passes: int,
+) -> Embeddings | None:
+    """What the teacher makes of the crops, or of the student's pooled features; no gradient."""
+    if not teacher:
+        return None
+    if set(teacher) != {PROJECTOR}:
+        pooled = encode(network, teacher, crops, passes=passes)
+    return project(network, teacher, jax.lax.stop_gradient(pooled), labels)
+
+
+def _names(s: Embeddings, t: Embeddings | None) -> dict[str, jax.Array | None]:
+    """The arguments of a recipe's functions."""
+    return {
+        "x_student": s.x,
+        "bases_student": s.bases,
+        "x_teacher": None if t is None else t.x,
+        "bases_teacher": None if t is None else t.bases,
+    }
 
 
 @flax.struct.dataclass
@@ -227,19 +317,23 @@ def make_predict(
     network: nn.Module,
     *,
     encoder_size: augment.Size,
+    recipe: losses.Recipe,
     passes: int = 1,
     gather: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[State, Batch], Predictions]:
-    """Predictions without augmentation, as the training loss sees them; see `make_train_step`."""
+    """Predictions without augmentation and dropout, else as the training loss sees them.
+
+    Args: see `make_train_step`.
+    """
 
     def predict(state: State, batch: Batch) -> Predictions:
         crops, labels = prepare(batch, encoder_size), batch["labels"]
-        s = embed(network, gather(state.student), crops, labels, passes=passes)
-        t = embed(network, gather(state.teacher), crops, labels, passes=passes)
+        student = gather(state.student)
+        pooled = encode(network, student, crops, passes=passes)
+        s = project(network, student, pooled, labels)
+        t = _teach(network, gather(state.teacher), crops, pooled, labels, passes)
         return Predictions(
-            similarities=losses.voco_10k_prediction(
-                x_student=s.x, bases_student=s.bases, x_teacher=t.x, bases_teacher=t.bases
-            ),
+            similarities=recipe.predict(**_names(s, t)),
             labels=labels,
             spread=embedding_spread(s),
         )
