@@ -25,7 +25,9 @@ def get_config(size: str = "b") -> ml_collections.ConfigDict:
         ValueError: there is no such size.
     """
     if size not in FEATURE_SIZES:
-        raise ValueError(f"--config: found size {size!r}, expected one of {', '.join(FEATURE_SIZES)}")
+        raise ValueError(
+            f"--config: found size {size!r}, expected one of {', '.join(FEATURE_SIZES)}"
+        )
     config = voco_10k.get_config()
     config.recipe = "voco_v2"
     config.total_steps = 2_000_000

@@ -19,4 +19,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.use_v2 = False
     config.model.conv_encoders = False
     config.teacher.scope = "none"
+    config.init.allow_unexpected = ("encoder*", *config.init.allow_unexpected)
     return config

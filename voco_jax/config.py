@@ -162,6 +162,11 @@ class Teacher:
     scope: Literal["none", "network", "projector"]  # what of the student it is an average of
     momentum: Fraction  # new = momentum * old + (1 - momentum) * student
 
+    @property
+    def exported(self) -> str:
+        """Whose encoder is exported: the teacher's, if it has one."""
+        return "teacher" if self.scope == "network" else "student"
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:

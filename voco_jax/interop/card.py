@@ -102,7 +102,8 @@ def monai_usage(file_name: str, model: dict[str, Any], *, with_projector: bool) 
 
     Args:
         file_name: of the weight file.
-        model: feature_size, in_channels, use_v2, window_size, depths, num_heads, patch_merging.
+        model: feature_size, in_channels, use_v2, conv_encoders, window_size, depths, num_heads,
+            patch_merging.
         with_projector: whether the file holds the projector, which SwinUNETR has not.
 
     Returns:
@@ -135,6 +136,7 @@ def monai_usage(file_name: str, model: dict[str, Any], *, with_projector: bool) 
     settings = [f"    {name}={value!r}," for name, value in options.items()]
     if merging != "merging":
         settings.append(f"    downsample={'LegacyPatchMerging' if legacy else repr(merging)},")
+    absent = '("decoder", "out.")' if model["conv_encoders"] else '("encoder", "decoder", "out.")'
     lines = ["import torch"]
     read = f"torch.load({file_name!r}, weights_only=True)"
     if file_name.endswith(".safetensors"):
@@ -155,6 +157,6 @@ def monai_usage(file_name: str, model: dict[str, Any], *, with_projector: bool) 
         )
     lines += [
         "missing, unexpected = model.load_state_dict(weights, strict=False)",
-        'assert not unexpected and all(k.startswith(("decoder", "out.")) for k in missing)',
+        f"assert not unexpected and all(k.startswith({absent}) for k in missing)",
     ]
     return {"monai_versions": versions, "monai_note": note, "usage": "\n".join(lines)}

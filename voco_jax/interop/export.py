@@ -170,6 +170,7 @@ def _model(tensors: Mapping[str, np.ndarray], card: Card, path: Path) -> dict[st
     found = {
         "feature_size": seen.feature_size,
         "use_v2": seen.use_v2,
+        "conv_encoders": seen.conv_encoders,
         "depths": seen.depths,
         "num_heads": seen.num_heads,
     }
@@ -236,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="the training run's --workdir")
     parser.add_argument("--output", required=True, help="a .pt or .safetensors file")
     parser.add_argument(
-        "--network", choices=NETWORKS, default="teacher", help="default: %(default)s"
+        "--network", choices=NETWORKS, help="default: the teacher, if it has an encoder"
     )
     parser.add_argument("--step", type=int, help="completed updates; default: the latest saved")
     parser.add_argument(
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         card = Card(
             config=info["config"],
             step=info["step"],
-            network=args.network,
+            network=info["network"],
             data_fingerprint=info["data_fingerprint"],
         )
         exported = export(params, args.output, card, with_projector=args.with_projector)

@@ -105,9 +105,7 @@ class Checkpoints:
             InputError: the folder cannot be written.
         """
         arguments = ocp.args.Composite(
-            student=ocp.args.StandardSave(state.student),
-            teacher=ocp.args.StandardSave(state.teacher),
-            optimizer=ocp.args.StandardSave(state.optimizer),
+            **{name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()},
             info=ocp.args.JsonSave({**info, "step": int(state.step)}),
         )
         try:
@@ -167,16 +165,14 @@ class Checkpoints:
             InputError: the arrays are damaged or of another model.
         """
         arguments = ocp.args.Composite(
-            student=ocp.args.StandardRestore(abstract.student),
-            teacher=ocp.args.StandardRestore(abstract.teacher),
-            optimizer=ocp.args.StandardRestore(abstract.optimizer),
+            **{name: ocp.args.StandardRestore(tree) for name, tree in _trees(abstract).items()}
         )
         with self._damage_named(step):
             found = self._manager.restore(step, args=arguments)
         return State(
             step=jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
             student=found["student"],
-            teacher=found["teacher"],
+            teacher=found["teacher"] if abstract.teacher else {},
             optimizer=found["optimizer"],
         )
 
@@ -295,24 +291,30 @@ def set_damaged_aside(workdir: Path) -> str:
     return "\n".join(messages)
 
 
+def _trees(state: State) -> dict[str, Any]:
+    """What is saved of a state, by item; Orbax takes no empty tree, which no teacher is."""
+    trees = {"student": state.student, "teacher": state.teacher, "optimizer": state.optimizer}
+    return {name: tree for name, tree in trees.items() if tree}
+
+
 def read_network(
-    workdir: str | Path, network: str, step: int | None = None
+    workdir: str | Path, network: str | None = None, step: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads one network of a training run, for export.
 
     Args:
         workdir: of the run.
-        network: "student" or "teacher".
+        network: "student" or "teacher"; None: the teacher, if it has an encoder, else the student.
         step: completed updates; None: the latest saved.
 
     Returns:
         (parameters as nested dicts of NumPy arrays, the checkpoint's info: config, step,
-        data_fingerprint, ...).
+        data_fingerprint, and which network it is).
 
     Raises:
         InputError: no checkpoint there, or not of that step.
     """
-    if network not in _NETWORKS:
+    if network not in (None, *_NETWORKS):
         raise InputError(f"network: found {network!r}, expected one of {', '.join(_NETWORKS)}")
     folder = Path(workdir) / FOLDER
     if not folder.is_dir():
@@ -336,6 +338,14 @@ def read_network(
                 f"{checkpoints.folder / str(chosen)}: this checkpoint is damaged ({reason}); "
                 + (f"others: step {others}" if others else "there is no other")
             )
-        return checkpoints.restore_network(chosen, network), checkpoints.restore_info(chosen)
+        info = checkpoints.restore_info(chosen)
+        scope = info["config"]["teacher"]["scope"]
+        network = network or ("teacher" if scope == "network" else "student")
+        if network == "teacher" and scope != "network":
+            raise InputError(
+                f"network: found 'teacher', but this run's teacher has no encoder (teacher.scope "
+                f"is {scope!r}); take the student"
+            )
+        return checkpoints.restore_network(chosen, network), {**info, "network": network}
     finally:
         checkpoints.close()

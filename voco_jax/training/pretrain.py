@@ -42,7 +42,7 @@ from voco_jax.training.sources import (
 )
 from voco_jax.training.validate import Validator, save_picture
 from voco_jax.training.workdir import claim_workdir
-from voco_jax.voco.step import State
+from voco_jax.voco.step import PROJECTOR, State
 
 
 class DivergedError(RuntimeError):
@@ -54,7 +54,7 @@ class PreemptedError(RuntimeError):
 
 
 def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str | Path) -> None:
-    """Trains, or goes on training, until `total_steps`; then exports the teacher's encoder.
+    """Trains, or goes on training, until `total_steps`; then exports the encoder.
 
     Of a run of several processes each one calls this, with the same arguments.
 
@@ -180,9 +180,10 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
                     speed = f"{values['volumes_per_second']:.2f} volumes/s  ETA {left}"
                 if writer:
                     writer.write(step, values)
+                terms = [n for n in ("pos", "neg", "reg", "inter") if n in values]
                 say(
                     f"step {step}/{config.total_steps}  loss {values['loss']:.4f} "
-                    f"(pos {values['pos']:.4f} neg {values['neg']:.4f} reg {values['reg']:.4f})  "
+                    f"({' '.join(f'{n} {values[n]:.4f}' for n in terms)})  "
                     f"lr {values['learning_rate']:.2e}  {speed}"
                 )
                 if step > first_step + 1 and jax.process_count() > 1:
@@ -238,14 +239,15 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
 
     # ---- weights
     if config.export_to:
-        teacher = meshes.fetch(state.teacher, mesh)
+        network = config.teacher.exported
+        params = meshes.fetch(getattr(state, network), mesh)
         card = Card(
             config=info["config"],
             step=int(state.step),
-            network="teacher",
+            network=network,
             data_fingerprint=data_fingerprint,
         )
-        say(on_first(lambda: export(teacher, config.export_to, card).text()))
+        say(on_first(lambda: export(params, config.export_to, card).text()))
     say(f"done in {duration(time.monotonic() - start_time)}; everything is in {workdir}")
 
 
@@ -266,6 +268,8 @@ def heartbeat(hosts: np.ndarray) -> str:
 def initialise_from(config: Config, state: State, mesh: Mesh, say: Callable[[str], None]) -> State:
     """Replaces both networks' weights by those of `config.init_from`, and says what matched.
 
+    A teacher that is only a projector takes that of the file, if it has one.
+
     Raises:
         InputError: the file cannot be read or does not fit.
     """
@@ -285,7 +289,11 @@ def initialise_from(config: Config, state: State, mesh: Mesh, say: Callable[[str
         return jax.device_put(found, jax.tree.map(lambda leaf: leaf.sharding, params)), report
 
     student, report = load(state.student)
-    teacher, _ = load(state.teacher)
+    teacher = state.teacher
+    if config.teacher.scope == "network":
+        teacher, _ = load(teacher)
+    elif any(name.startswith(f"{PROJECTOR}.") for name in report.matched):
+        teacher = {name: student[name] for name in teacher}
     say(report.text())
     return state.replace(student=student, teacher=teacher)  # type: ignore[attr-defined]
 
