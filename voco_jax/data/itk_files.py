@@ -321,4 +321,4 @@ def _one_file(path: Path, name: str) -> Path:
         raise VolumeError(
             path, f"several data files: found {name[:100]!r}, expected the name of one file"
         )
-    return file_inside(path, name)
+    return file_inside(path.parent, name, path)
