@@ -37,11 +37,12 @@ sys.path.insert(0, str(ROOT))
 
 from voco_jax.config import Chain  # noqa: E402
 from voco_jax.data.cache import Cache, checksum  # noqa: E402
-from voco_jax.data.datalists import Volume, scan  # noqa: E402
+from voco_jax.data.datalists import Volume, read_list, scan  # noqa: E402
 from voco_jax.data.prepare import prepare  # noqa: E402
 from voco_jax.data.volumes import dequantise  # noqa: E402
 
 CHAIN = Chain("RAS", (-175.0, 250.0), 0.3, (64, 32, 64), "uint8")
+BOMB_BLOCKS = 233  # of 16 MiB: 3.9 GB
 CANARY = 1717  # HU of the canaries, which no source has
 Random = np.random.Generator
 
@@ -110,7 +111,7 @@ def sources(folder: Path | None, longest: int = 64) -> list[SimpleITK.Image]:
 
 
 FORMATS = ("nii", "nii.gz", "hdr", "img", "nrrd", "nrrd packed", "nhdr", "nhdr packed", "mha")
-FORMATS += ("mha packed", "mhd", "mhd packed", "series")
+FORMATS += ("mha packed", "mhd", "mhd packed", *["series"] * 4)
 
 
 def sample(image: SimpleITK.Image, format: str, scratch: Path) -> Sample:
@@ -150,8 +151,8 @@ def _head_size(one: Sample) -> int:
         return 12
     if not one.name:
         return len(content) - 2 * 16 * 16
-    ends = [content.find(mark) for mark in (b"\n\n", b"LOCAL\n")]
-    return max([end for end in ends if end > 0], default=len(content))
+    end = content.find(b"LOCAL\n" if one.format.startswith("m") else b"\n\n")
+    return end if end > 0 else len(content)
 
 
 def _change(one: Sample, name: str, at: int, new: bytes) -> None:
@@ -376,7 +377,9 @@ def _zeros(head: bytes, gzipped: bool) -> bytes:
     if gzipped not in _BOMBS:
         packer = zlib.compressobj(9, wbits=31 if gzipped else 15)
         block = bytes(2**24)
-        _BOMBS[gzipped] = b"".join(packer.compress(block) for _ in range(233)) + packer.flush()
+        _BOMBS[gzipped] = (
+            b"".join(packer.compress(block) for _ in range(BOMB_BLOCKS)) + packer.flush()
+        )
     return (gzip.compress(head) if head else b"") + _BOMBS[gzipped]
 
 
@@ -407,8 +410,8 @@ def path_outside(one: Sample, random: Random, outside: Path) -> bool | None:
 @mutation
 def link_outside(one: Sample, random: Random, outside: Path) -> bool | None:
     """The file beside the header, or a slice, is a link to a canary outside the data root."""
-    if len(one.files) == 1:
-        return False
+    if one.data == one.name:
+        return False  # lists and scans refuse such a link before anything is read
     suffix = ".dcm" if not one.name else ".raw" if "packed" not in one.format else ".raw.gz"
     one.links[one.data] = str(outside / f"canary{suffix}")
     return None
@@ -459,8 +462,8 @@ def mutated(
 ) -> tuple[str, Sample]:
     """File number `index`: its mutation and the sample; the same for the same arguments."""
     random = np.random.default_rng([seed, index])
+    kind = sorted(MUTATIONS)[index % len(MUTATIONS)]
     while True:
-        kind = sorted(MUTATIONS)[(index + int(random.integers(2**30))) % len(MUTATIONS)]
         key = (int(random.integers(count)), FORMATS[random.integers(len(FORMATS))])
         original = originals[key]
         one = Sample(original.format, original.name, dict(original.files))
@@ -484,17 +487,29 @@ def canaries(outside: Path, image: SimpleITK.Image, scratch: Path) -> None:
 # ---- the run
 
 
-class Memory(threading.Thread):
-    """The highest resident memory of each process below this one, as the kernel notes it."""
+class Watch(threading.Thread):
+    """The highest resident memory of each process below this one, as the kernel notes it.
 
-    def __init__(self) -> None:
+    Also the longest time without an outcome, which no volume can have taken longer than with one
+    worker; with several, one could hide behind the others.
+    """
+
+    def __init__(self, cache: Path) -> None:
         super().__init__(daemon=True)
+        self.files = (cache / "manifest.jsonl", cache / "failures.jsonl")
         self.peaks: dict[int, int] = {}
+        self.longest = 0.0
         self.done = threading.Event()
 
     def run(self) -> None:
         """Looks ten times a second."""
+        size, since = 0, time.monotonic()
         while not self.done.wait(0.1):
+            now = sum(file.stat().st_size for file in self.files if file.exists())
+            if now != size:
+                if size:  # the first outcome waits for the workers' start
+                    self.longest = max(self.longest, time.monotonic() - since)
+                size, since = now, time.monotonic()
             for process in psutil.Process().children(recursive=True):
                 try:
                     status = Path(f"/proc/{process.pid}/status").read_text()
@@ -540,26 +555,28 @@ def _run(options: argparse.Namespace, folder: Path, limit: int) -> int:
         for format in FORMATS
     }
     canaries(outside, images[0], scratch)
-    kinds, volumes = {}, []
+    kinds, names = {}, []
     for index in range(options.files):
         kind, one = mutated(index, options.seed, originals, len(images), outside)
-        path = one.write(data / f"{index:05d}")
-        volume = Volume(f"data/{index:05d}", path, "training")
-        volumes.append(volume)
-        kinds[volume.id] = kind, one.format
-    memory = Memory()
-    memory.start()
+        one.write(data / f"{index:05d}")
+        name = f"{index:05d}/{one.name}".rstrip("/")
+        names.append(name)
+        kinds[f"data/{name}"] = kind, one.format
+    (folder / "list.json").write_text(json.dumps({"training": names}))
+    volumes = read_list(folder / "list.json", data)
+    watch = Watch(folder / "cache")
+    watch.start()
     start = time.monotonic()
     summary = prepare(volumes, folder / "cache", CHAIN, options.workers, progress=True)
     seconds = time.monotonic() - start
-    memory.done.set()
+    watch.done.set()
     problems = _problems(folder / "cache", volumes, kinds)
     problems += [
         f"read: {file.name}" for file in outside.iterdir() if file.stat().st_atime != 10**9
     ]
     problems += [
         f"memory: a process had {peak / 2**30:.2f} GiB resident"
-        for peak in memory.peaks.values()
+        for peak in watch.peaks.values()
         if peak > limit
     ]
     _print_table(summary.failures, kinds)
@@ -574,8 +591,9 @@ def _run(options: argparse.Namespace, folder: Path, limit: int) -> int:
         f"{options.files:,} files, seed {options.seed}: {summary.done} volumes, {summary.failed} "
         f"failures, {seconds:.0f} s with {options.workers} workers of {options.memory:g} GiB"
     )
-    peaks = sorted(memory.peaks.values())[-options.workers - 1 :]
+    peaks = sorted(watch.peaks.values())[-options.workers :]
     print("largest resident memory of processes: " + ", ".join(f"{p / 2**30:.2f}" for p in peaks))
+    print(f"longest time without an outcome: {watch.longest:.1f} s")
     for problem in problems:
         print(f"PROBLEM {problem}")
     print(f"{len(problems)} problems")

@@ -318,7 +318,10 @@ def test_what_is_unsupported(tmp_path):
             "unsupported MetaImage: slope 2",
         ),
         (meta, "NDims = 3", "NDims = 3\nHeaderSize = x", "unreadable: HeaderSize"),
-        (meta, "DimSize = 20 18 12", "DimSize = 20 -18 12", "absurd size"),
+        (meta, "DimSize = 20 18 12", "DimSize = 20 -18 12", "not 3-D: shape 20x-18x12"),
+        (meta, "DimSize = 20 18 12", "DimSize = 20 1e30 12", "unreadable: DimSize"),
+        (meta, "NDims = 3", "NDims = 99999999", "not 3-D: NDims"),
+        (meta, "2 2.5 3", "2 -2.5 3", "absurd spacing"),
         (
             meta,
             "ElementType = MET_SHORT",
