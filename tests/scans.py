@@ -32,7 +32,7 @@ def save(path, hu, axes="RAS", spacing=(2, 2.5, 3), dtype=np.int16, slope=(1, 0)
 def save_series(
     folder, image, series="1.2.3", prefix="", rescale=(1, 0), place=lambda index, point: point
 ):
-    """Writes the slices of an ITK image (in HU) as a DICOM series.
+    """Writes the slices of an ITK image, its voxels as stored, as a DICOM series.
 
     `rescale` is (slope, intercept) or a function of the slice's index; `place` gets a slice's index
     and position and returns another one, or None for no file.
@@ -47,9 +47,7 @@ def save_series(
         if point is None:
             continue
         slope, intercept = rescale(index) if callable(rescale) else rescale
-        hu = SimpleITK.GetArrayFromImage(image[:, :, index])
-        dtype = np.int16 if hu.dtype.itemsize > 1 else hu.dtype
-        piece = SimpleITK.GetImageFromArray(np.rint((hu - intercept) / slope).astype(dtype))
+        piece = image[:, :, index]
         piece = SimpleITK.JoinSeries(piece)
         piece.SetSpacing(image.GetSpacing())
         tags = {
@@ -61,10 +59,19 @@ def save_series(
             "0020|0013": str(index + 1),
             "0020|0032": "\\".join(f"{x:.6f}" for x in point),
             "0020|0037": "\\".join(f"{x:.8f}" for x in (*columns[0], *columns[1])),
-            "0028|1052": str(intercept),
-            "0028|1053": str(slope),
+            "0028|1052": "0",
+            "0028|1053": "1",
         }
         for tag, value in tags.items():
             piece.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{prefix}{index:04d}.dcm"))
+        path = folder / f"{prefix}{index:04d}.dcm"
+        writer.SetFileName(str(path))
         writer.Execute(piece)
+        content = path.read_bytes()
+        for tag, old, new in (("1052", b"0 ", intercept), ("1053", b"1 ", slope)):
+            text = f"{new:<8}".encode()
+            head = b"\x28\0" + bytes.fromhex(tag)[::-1]
+            length, new_length = (len(value).to_bytes(4, "little") for value in (old, text))
+            assert content.count(head + length + old) == 1
+            content = content.replace(head + length + old, head + new_length + text)
+        path.write_bytes(content)

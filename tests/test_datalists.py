@@ -88,7 +88,18 @@ def test_missing_list(tmp_path):
 
 @pytest.mark.parametrize(
     "image",
-    ["/etc/passwd", "../x.nii", "a/../../x.nii", "a/../x.nii", "out/x.nii", "file.nii", "."],
+    [
+        "/etc/passwd",
+        "../x.nii",
+        "a/../../x.nii",
+        "a/../x.nii",
+        "out/x.nii",
+        "file.nii",
+        ".",
+        "out",
+        "root/..",
+        "./",
+    ],
 )
 def test_paths_stay_under_the_root(tmp_path, image):
     root = tmp_path / "root"
@@ -117,8 +128,77 @@ def test_scan(tmp_path):
     assert {volume.section for volume in scan(tmp_path)} == {"training"}
 
 
+def test_scan_finds_every_format_once(tmp_path):
+    dicom = bytes(128) + b"DICM"
+    files = {
+        "p/a.hdr": b"",
+        "p/a.img": b"",
+        "p/b.HDR.GZ": b"",
+        "p/b.img.gz": b"",
+        "p/alone.img": b"",
+        "n/a.nrrd": b"",
+        "n/b.nhdr": b"",
+        "n/b.raw": b"",
+        "n/b.raw.gz": b"",
+        "m/a.mha": b"",
+        "m/b.MHD": b"",
+        "m/b.zraw": b"",
+        "series/LICENSE": b"some text",
+        "series/1.2.840.17": dicom,
+        "series/1.2.840.18": dicom,
+        "series/deep/I0001": dicom,
+        "broken/1.dcm": b"",
+        "cd/DICOMDIR": dicom,
+        "plain/README": b"text" * 100,
+        "plain/x.txt": dicom,
+        ".git/a.nii": b"",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    os.mkfifo(tmp_path / "plain" / "PIPE")
+    expected = ["broken", "m/a.mha", "m/b.MHD", "n/a.nrrd", "n/b.nhdr", "p/a.hdr", "p/alone.img"]
+    expected += ["p/b.HDR.GZ", "series", "series/deep"]
+    found = scan(tmp_path)
+    assert [volume.id for volume in found] == [f"{tmp_path.name}/{name}" for name in expected]
+    assert [volume.path for volume in found] == [tmp_path / name for name in expected]
+    # A folder may be the series itself, and a list may name one.
+    assert scan(tmp_path / "series")[0] == Volume("series/.", tmp_path / "series", "training")
+    listed = read_list(
+        write(tmp_path / "l.json", {"training": ["series/deep/", "p/a.hdr"]}), tmp_path
+    )
+    assert [volume.path for volume in listed] == [tmp_path / "series/deep", tmp_path / "p/a.hdr"]
+
+
+def test_scan_and_links(tmp_path):
+    root = tmp_path / "root"
+    (root / "store").mkdir(parents=True)
+    (root / "store" / "x").touch()
+    (root / "a.nii").symlink_to("store/x")
+    (root / "loop").symlink_to(root)
+    volume = Volume("root/a.nii", root / "store/x", "training")
+    assert scan(root) == [volume]
+    (tmp_path / "link").symlink_to("root")
+    assert scan(tmp_path / "link") == [volume]
+    (root / "store" / "out.nrrd").symlink_to(tmp_path / "y.nrrd")
+    with pytest.raises(InputError, match=r"store/out\.nrrd: this link leads out of the folder"):
+        scan(root)
+
+
+def test_scan_looks_into_few_files(tmp_path, monkeypatch):
+    for index in range(50):
+        (tmp_path / f"blob{index}").write_bytes(bytes(200))
+    (tmp_path / "a.nii").touch()
+    opened = []
+    monkeypatch.setattr(
+        "voco_jax.data.datalists.is_dicom", lambda path: opened.append(path) or False
+    )
+    assert len(scan(tmp_path)) == 1
+    assert len(opened) <= 3
+
+
 def test_scan_of_nothing(tmp_path):
-    with pytest.raises(InputError, match=r"found no \.nii"):
+    with pytest.raises(InputError, match="found no CT volume"):
         scan(tmp_path)
     with pytest.raises(InputError, match="not a folder"):
         scan(tmp_path / "none")

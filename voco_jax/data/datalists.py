@@ -6,21 +6,26 @@ the files exist is not asked here; a missing file is one failed volume of `prepa
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from voco_jax.data.dicom import SUFFIXES as DICOM_SUFFIXES
+from voco_jax.data.dicom import is_dicom, may_be_slice
+from voco_jax.data.itk_files import META_SUFFIXES, NRRD_SUFFIXES
+from voco_jax.data.nifti import PAIR_SUFFIXES
 from voco_jax.errors import InputError
 
 Section = Literal["training", "validation"]
 SECTIONS: tuple[Section, ...] = ("training", "validation")
-SUFFIXES = (".nii", ".nii.gz")
+SUFFIXES = (".nii", ".nii.gz", *PAIR_SUFFIXES, *NRRD_SUFFIXES, *META_SUFFIXES)
+_PROBES = 3  # files without a suffix that are looked into, in a folder that may be a DICOM series
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One CT file that a list or a folder names."""
+    """One CT file (or DICOM folder) that a list or a folder names."""
 
     id: str  # "<name of the root folder>/<path in the list>": the same on every machine
     path: Path  # absolute; need not exist
@@ -31,7 +36,8 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
     """Reads a Decathlon-style JSON list, as VoCo's are published.
 
     Entries of "training" and "validation" are objects with an "image" path (other keys, as
-    "label", are left aside) or plain path strings. Other sections, as "test", are left aside.
+    "label", are left aside) or plain path strings; a path may name a folder, a DICOM series. Other
+    sections, as "test", are left aside.
 
     Args:
         list_path: the JSON file.
@@ -55,6 +61,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
             '[{"image": "path.nii.gz"}, ...], "validation": [...]}'
         )
     root_path = os.path.realpath(root)
+    folders: dict[str, str] = {}
     volumes = []
     for section in SECTIONS:
         entries = content.get(section, [])
@@ -65,7 +72,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
             )
         for index, entry in enumerate(entries):
             where = f"{list_path}: {section}[{index}]"
-            volumes.append(_volume(_image(entry, where), root_path, section, where))
+            volumes.append(_volume(_image(entry, where), root_path, section, where, folders))
     if not volumes:
         raise InputError(
             f"{list_path}: found no volumes in training or validation, expected at least one; "
@@ -75,36 +82,44 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
 
 
 def scan(folder: str | Path) -> list[Volume]:
-    """Finds all *.nii and *.nii.gz files below a folder, as training volumes.
+    """Finds all volumes below a folder, as training volumes.
+
+    Files are found by suffix (SUFFIXES; of a NIfTI pair the .hdr counts, of .nhdr and .mhd the
+    header); a folder with DICOM files is one volume. Names that begin with a dot are left aside.
 
     Args:
-        folder: searched recursively; links to files are followed if they stay below the folder.
+        folder: searched recursively; links to files are followed if they stay below the folder,
+            links to folders are not.
 
     Returns:
         The volumes sorted by path.
 
     Raises:
-        InputError: not a folder, nothing found, or a link that leaves the folder.
+        InputError: not a folder, nothing found, a folder that cannot be read, or a link that leaves
+            the folder.
     """
     root = os.path.realpath(folder)
     if not os.path.isdir(root):
-        raise InputError(f"{folder}: not a folder, expected one with .nii or .nii.gz files")
-    names = []
-    for directory, _, files in os.walk(root):
-        names += [
-            os.path.relpath(os.path.join(directory, name), root)
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        raise InputError(f"{folder}: not a folder, expected one with CT volumes")
+    found: list[tuple[str, Path]] = []
+    for directory, files, links in _walk(root, folder):
+        inside = os.path.relpath(directory, root)
+        prefix = "" if inside == "." else f"{inside}/"
+        found += [
+            (prefix + name, Path(_inside(f"{directory}/{name}", root, prefix + name, folder)))
+            if name in links  # the folder itself is no link, nor is any on the way to it
+            else (prefix + name, Path(directory, name))
+            for name in _volume_files(files)
         ]
-    if not names:
+        if _is_series(directory, files):
+            found.append((inside, Path(directory)))
+    if not found:
         raise InputError(
-            f"{folder}: found no .nii or .nii.gz file in it or below it; name the folder that "
-            "holds the CT volumes as NIfTI"
+            f"{folder}: found no CT volume in it or below it, expected {', '.join(SUFFIXES)} files "
+            "or folders with DICOM files; name the folder that holds them"
         )
-    return [
-        _volume(PurePosixPath(name).as_posix(), root, "training", f"{folder}: {name}")
-        for name in sorted(names)
-    ]
+    name = os.path.basename(root)
+    return [Volume(f"{name}/{inside}", path, "training") for inside, path in sorted(found)]
 
 
 def combine(volumes: Iterable[Volume]) -> list[Volume]:
@@ -148,7 +163,7 @@ def collect(
     Args:
         lists: JSON lists; "": the root is scanned instead. None at all: every root is.
         roots: each list's root folder, in the same order, or one for all.
-        scans: folders of NIfTI files.
+        scans: folders with volumes.
 
     Returns:
         The volumes, as `combine` leaves them.
@@ -191,14 +206,76 @@ def _image(entry: Any, where: str) -> str:
     return image
 
 
-def _volume(image: str, root: str, section: Section, where: str) -> Volume:
+def _volume(image: str, root: str, section: Section, where: str, folders: dict[str, str]) -> Volume:
+    """A list's entry; `folders` remembers the real paths of folders."""
     relative = PurePosixPath(image)
+    parent = os.path.join(root, relative.parent)
+    if parent not in folders:
+        folders[parent] = os.path.realpath(parent)
     # Joining is safe only for relative paths; realpath then follows every symbolic link.
-    resolved = os.path.realpath(os.path.join(root, image))
-    inside = os.path.commonpath([root, resolved]) == root and resolved != root
+    resolved = os.path.join(folders[parent], relative.name)
+    if os.path.islink(resolved):
+        resolved = os.path.realpath(resolved)
+    inside = bool(relative.name) and os.path.commonpath([root, resolved]) == root != resolved
     if relative.is_absolute() or ".." in relative.parts or not inside:
         raise InputError(
             f"{where}: {image!r} leads out of the root folder {root}, expected a relative path of "
             "a file below it; move the file there or name another root"
         )
     return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", Path(resolved), section)
+
+
+def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[str]]]:
+    """Each folder below a real path, with its files and which of them are links; none is opened."""
+    waiting = [root]
+    while waiting:
+        directory = waiting.pop()
+        files, links = [], set()
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    elif not entry.is_symlink():
+                        files.append(entry.name)
+                    elif not entry.is_dir():
+                        files.append(entry.name)
+                        links.add(entry.name)
+        except OSError as error:
+            raise InputError(
+                f"{given}: cannot look into {directory}: {error.strerror or error}; make it "
+                "readable or scan the folders beside it"
+            ) from error
+        yield directory, files, links
+
+
+def _volume_files(names: list[str]) -> list[str]:
+    """Of the files of one folder, those that are volumes; one of each pair."""
+    found = [name for name in names if name.lower().endswith(SUFFIXES)]
+    headers = {_stem(name) for name in found if ".hdr" in name[-7:].lower()}
+    return [name for name in found if ".img" not in name[-7:].lower() or _stem(name) not in headers]
+
+
+def _stem(name: str) -> str:
+    name = name[:-3] if name.lower().endswith(".gz") else name
+    return name[:-4]
+
+
+def _is_series(directory: str, names: list[str]) -> bool:
+    """Whether some of a folder's files are DICOM; those named .dcm are taken at their word."""
+    if any(name.lower().endswith(DICOM_SUFFIXES) for name in names):
+        return True
+    unnamed = sorted(name for name in names if may_be_slice(name) and name != "DICOMDIR")
+    return any(is_dicom(f"{directory}/{name}") for name in unnamed[:_PROBES])
+
+
+def _inside(path: str, root: str, name: str, folder: str | Path) -> str:
+    resolved = os.path.realpath(path)
+    if os.path.commonpath([root, resolved]) != root:
+        raise InputError(
+            f"{folder}: {name}: this link leads out of the folder {root}; move the file there or "
+            "scan another folder"
+        )
+    return resolved

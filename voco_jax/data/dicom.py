@@ -105,7 +105,7 @@ def _images(folder: Path) -> list[str]:
     for name in listed:
         if not may_be_slice(name):
             continue
-        with open(file_inside(folder / name, name), "rb") as file:
+        with open(file_inside(folder, name, folder), "rb") as file:
             head = file.read(_HEAD)
         if head[MAGIC_AT : MAGIC_AT + 4] != MAGIC:
             if name.lower().endswith(SUFFIXES) or len(head) <= MAGIC_AT:

@@ -1,8 +1,10 @@
-"""NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd) files.
+"""NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd), the files of ITK and 3D Slicer.
 
-SimpleITK reads the headers. The voxels are read here: straight into one array, in the stored type,
-and with the checksums of compressed data looked at, which ITK's MetaImage reader does not do (one
-bit flipped in a compressed CT gave it other voxels in two fifths of the volume, and no error).
+SimpleITK reads the headers of NRRD (and all of DICOM, see dicom.py). ITK's MetaImage reader is not
+made for untrusted files: `NDims = 1e308` ends the process, and one bit flipped in a compressed CT
+changed two fifths of its voxels without an error. So MetaImage headers, some lines of text, are
+read here, and so are the voxels of both: straight into one array, in the stored type, with the
+checksums of compressed data looked at.
 """
 
 import gzip
@@ -31,6 +33,20 @@ from voco_jax.data.source import (
 NRRD_SUFFIXES = (".nrrd", ".nhdr")
 META_SUFFIXES = (".mha", ".mhd")
 MAX_HEADER = 2**20  # bytes; real ones have some thousands
+META_TYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's x is to the left, its y to the back
 _BLOCK = 2**18
 
@@ -52,7 +68,13 @@ def load_nrrd(path: Path) -> Source:
         VolumeError: see `readers.load`.
         Exception: see `readers.load`.
     """
-    return _read(path, "NrrdImageIO", _nrrd_data(path))
+    data, _ = _nrrd_data(path)
+    reader = itk_reader(path, "NrrdImageIO")
+    size = tuple(reader.GetSize())
+    dtype = pixel_dtype(path, reader)
+    directions = np.reshape(reader.GetDirection(), (len(size), len(size)))[:3, :3]
+    steps = directions * reader.GetSpacing()[:3]
+    return _read(path, data, checked_shape(path, size), dtype, reader.GetOrigin()[:3], steps)
 
 
 def load_meta(path: Path) -> Source:
@@ -62,7 +84,27 @@ def load_meta(path: Path) -> Source:
         VolumeError: see `readers.load`.
         Exception: see `readers.load`.
     """
-    return _read(path, "MetaImageIO", _meta_data(path))
+    data, fields = _meta_data(path)
+    count = _integer(path, fields, "NDims")
+    if not 1 <= count <= 10:  # as many as MetaImage may have
+        raise VolumeError(path, f"not 3-D: NDims is {count} in its header, expected 3")
+    shape = tuple(int(size) for size in _numbers(path, fields, ("DimSize",), [count]))
+    shape = checked_shape(path, shape)
+    spacing = _numbers(path, fields, ("ElementSpacing", "ElementSize"), [count])[:3]
+    if not (spacing > 0).all():
+        raise VolumeError(path, f"absurd spacing: {spacing} mm in its header, expected above 0")
+    # Row i of the matrix is the direction of axis i.
+    rows = _numbers(path, fields, ("TransformMatrix", "Rotation", "Orientation"), [count, count])
+    origin = _numbers(path, fields, ("Offset", "Position", "Origin"), [count])[:3]
+    kind, channels = fields.get("ElementType", ""), fields.get("ElementNumberOfChannels", "1")
+    if kind not in META_TYPES or channels != "1":
+        raise VolumeError(
+            path,
+            f"not a grey image: voxels are {kind[:50]!r}, {channels[:20]} numbers each, expected "
+            "HU, one number each",
+        )
+    steps = rows[:3, :3].T * spacing
+    return _read(path, data, shape, np.dtype(META_TYPES[kind]), tuple(origin), steps)
 
 
 def data_file(path: Path) -> Path | None:
@@ -75,7 +117,7 @@ def data_file(path: Path) -> Path | None:
         VolumeError: as `load_nrrd` and `load_meta`, for what concerns the data file.
         OSError: the header cannot be read.
     """
-    data = (_nrrd_data if path.name.lower().endswith(NRRD_SUFFIXES) else _meta_data)(path)
+    data, _ = (_nrrd_data if path.name.lower().endswith(NRRD_SUFFIXES) else _meta_data)(path)
     return None if data.file == path else data.file
 
 
@@ -119,10 +161,11 @@ def itk_reader(path: Path, image_io: str) -> Any:
 
 
 def itk_message(error: RuntimeError) -> str:
-    """What ITK says, in one line, without the places in its source."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not re.search(r"\.cxx:\d+:$|\.hxx:\d+:$", line)]
-    return (lines[-1] if lines else "ITK cannot read it")[:300]
+    """What ITK says, in one line: the innermost message, without places in its source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not re.search(r"xx:\d+|^Reason: ", line)]
+    message = re.sub(r"(itk::|ITK |sitk::)ERROR: (\w+\(0x\w+\): )?", "", (lines or ["?"])[-1])
+    return f"ITK found: {message[:300]}"
 
 
 def pixel_dtype(path: Path, reader: Any) -> np.dtype:
@@ -156,13 +199,16 @@ def pixel_dtype(path: Path, reader: Any) -> np.dtype:
     return np.dtype(kinds[pixel])
 
 
-def _read(path: Path, image_io: str, data: _Data) -> Source:
-    reader = itk_reader(path, image_io)
-    dtype = pixel_dtype(path, reader).newbyteorder(">" if data.big_endian else "<")
-    size = tuple(reader.GetSize())
-    shape = checked_shape(path, size)
-    directions = np.reshape(reader.GetDirection(), (len(size), len(size)))[:3, :3]
-    affine = affine_of(reader.GetOrigin()[:3], directions * reader.GetSpacing()[:3])
+def _read(
+    path: Path,
+    data: _Data,
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    origin: tuple[float, ...],
+    steps: np.ndarray,
+) -> Source:
+    dtype = dtype.newbyteorder(">" if data.big_endian else "<")
+    affine = affine_of(origin, steps)
     check_affine(path, affine)
     with opened(data.file) as file:
         found, offset = os.fstat(file.fileno()).st_size, data.offset
@@ -230,6 +276,26 @@ def _integer(path: Path, fields: dict[str, str], name: str) -> int:
     return int(text)
 
 
+def _numbers(
+    path: Path, fields: dict[str, str], names: tuple[str, ...], shape: list[int]
+) -> np.ndarray:
+    """The numbers of the first field that is there; none there: zeros, or the unit matrix."""
+    text = next((fields[name] for name in names if name in fields), None)
+    if text is None:
+        return np.eye(shape[0]) if len(shape) == 2 else np.zeros(shape)
+    try:
+        values = np.array([float(part) for part in text.split()])
+    except ValueError:
+        values = np.empty(0)
+    if values.size != np.prod(shape) or not np.isfinite(values).all() or abs(values).max() > 2**53:
+        raise VolumeError(
+            path,
+            f"unreadable: {names[0]} is {text[:100]!r} in its header, expected "
+            f"{np.prod(shape)} numbers",
+        )
+    return values.reshape(shape)
+
+
 def _need_numbers(path: Path, fields: dict[str, str], *names: str) -> None:
     """An image without voxel sizes, or with ones that are no numbers, for which ITK takes 1 mm."""
     given = [fields[name] for name in names if name in fields]
@@ -241,7 +307,7 @@ def _need_numbers(path: Path, fields: dict[str, str], *names: str) -> None:
         )
 
 
-def _nrrd_data(path: Path) -> _Data:
+def _nrrd_data(path: Path) -> tuple[_Data, dict[str, str]]:
     block = _header(path)
     if not block.startswith(b"NRRD000"):
         raise VolumeError(path, "not an NRRD: found another kind of file")
@@ -271,10 +337,10 @@ def _nrrd_data(path: Path) -> _Data:
         file, offset = path, blank.end() + skip if skip >= 0 else -1
     else:
         file, offset = _one_file(path, data_name), skip
-    return _Data(file, offset, packing, fields.get("endian", "").lower() == "big")
+    return _Data(file, offset, packing, fields.get("endian", "").lower() == "big"), fields
 
 
-def _meta_data(path: Path) -> _Data:
+def _meta_data(path: Path) -> tuple[_Data, dict[str, str]]:
     block = _header(path)
     fields: dict[str, str] = {}
     end = 0
@@ -309,7 +375,7 @@ def _meta_data(path: Path) -> _Data:
         file, offset = _one_file(path, data_name), skip
     if skip < -1 or (skip and (packing or file == path)):
         raise VolumeError(path, f"unsupported MetaImage: HeaderSize {skip}, expected none")
-    return _Data(file, offset, packing, big)
+    return _Data(file, offset, packing, big), fields
 
 
 def _true(fields: dict[str, str], name: str, default: str) -> bool:
@@ -321,4 +387,4 @@ def _one_file(path: Path, name: str) -> Path:
         raise VolumeError(
             path, f"several data files: found {name[:100]!r}, expected the name of one file"
         )
-    return file_inside(path, name)
+    return file_inside(path.parent, name, path)

@@ -81,7 +81,7 @@ def pair(path: Path) -> tuple[Path, Path]:
         f"{stem}{suffix}{end}" for end in (packed, "", ".gz") for suffix in (other, other.upper())
     ]
     present = [name for name in names if os.path.lexists(path.parent / name)]
-    partner = file_inside(path, present[0] if present else names[0])
+    partner = file_inside(path.parent, present[0] if present else names[0], path)
     return (path, partner) if own == ".hdr" else (partner, path)
 
 

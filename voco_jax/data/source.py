@@ -141,12 +141,13 @@ def check_affine(path: Path, affine: np.ndarray) -> None:
         )
 
 
-def file_inside(path: Path, name: str) -> Path:
+def file_inside(folder: Path, name: str, path: Path) -> Path:
     """A file that a header names, or one beside another.
 
     Args:
-        path: the header, or any file in the folder.
-        name: of the file, relative to the folder of `path`; links are followed.
+        folder: of the header.
+        name: of the file, relative to the folder; links are followed.
+        path: of the volume, named in errors.
 
     Returns:
         Its path, which is a file below the folder.
@@ -154,18 +155,18 @@ def file_inside(path: Path, name: str) -> Path:
     Raises:
         VolumeError: it is missing, leads out of the folder or is no regular file.
     """
-    folder = os.path.realpath(path.parent)
+    root = os.path.realpath(folder)
     if "\0" in name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
         raise VolumeError(
             path,
             f"outside its folder: the header names the data file {name[:200]!r}, "
             "expected the name of a file beside it",
         )
-    found = os.path.realpath(os.path.join(folder, name))
-    if os.path.commonpath([folder, found]) != folder:
+    found = os.path.realpath(os.path.join(root, name))
+    if os.path.commonpath([root, found]) != root:
         raise VolumeError(
             path,
-            f"outside its folder: {name[:200]!r} is a link out of {folder}; put the file there",
+            f"outside its folder: {name[:200]!r} is a link out of {root}; put the file there",
         )
     try:
         regular = stat.S_ISREG(os.stat(found).st_mode)

@@ -1,11 +1,20 @@
-"""Jobs on Dask's local cluster, one at a time on each process."""
+"""Jobs on Dask's local cluster, one at a time on each process.
+
+A job that asks for more memory than its process may have gets a MemoryError; one that takes longer
+than TIME_LIMIT ends its process, in whatever library it hangs.
+"""
 
 import logging
 import os
+import resource
 import signal
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
+
+# Seconds for one job. The largest file that is read, 4 GiB, takes some minutes on one slow core;
+# what takes longer hangs, and would hold a process for ever.
+TIME_LIMIT = 1800.0
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -16,10 +25,31 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def dask_setup(worker: object) -> None:
-    """Called by Dask in each new worker: Ctrl-C is for the main process, which ends them."""
-    del worker
+def dask_setup(worker: Any) -> None:
+    """Called by Dask in each new worker: Ctrl-C is for the main process, which ends them.
+
+    Dask looks at a worker's memory a few times a second and kills it when it is too late; the
+    kernel refuses what is too much before it is taken, and the job can say so.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if worker.memory_manager.memory_limit:
+        # Libraries in memory do not count here, but do for Dask, which kills at 95 %.
+        limit = int(0.85 * worker.memory_manager.memory_limit)
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
+def within_time(function: Callable[[Job], Result], job: Job) -> Result:
+    """Runs a function; after TIME_LIMIT seconds the kernel ends this process with SIGALRM.
+
+    A signal that no Python code handles: it also ends C code that never comes back.
+    """
+    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT)
+    try:
+        return function(job)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def in_processes(
@@ -33,7 +63,8 @@ def in_processes(
         workers: how many processes.
 
     Yields:
-        Each job as it ends, with its result; None: it killed its worker, twice.
+        Each job as it ends, with its result; None: it killed its worker, or took longer than
+            TIME_LIMIT, twice.
 
     Raises:
         Exception: whatever the function raised.
@@ -75,7 +106,7 @@ def in_processes(
             job = next(waiting, None)
             if job is None:
                 return None
-            future = client.submit(function, job, pure=False)
+            future = client.submit(within_time, function, job, pure=False)
             running[future.key] = job
             return future
 
