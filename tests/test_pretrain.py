@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny import tiny_config
 
 from voco_jax.config import parse
@@ -348,3 +349,38 @@ def test_read_network_errors(finished, tmp_path):
         read_network(tmp_path, "teacher")
     with pytest.raises(InputError, match=r"found no step 3, expected one of 2, 4"):
         read_network(finished, "teacher", 3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scope", "changes"),
+    [
+        ("paper", "none", {"model.conv_encoders": False}),
+        ("voco_v2", "projector", {"dropout.rate": 0.2, "batch_size": 2}),
+    ],
+)
+def test_other_recipes_train_resume_and_export(tmp_path, recipe, scope, changes):
+    config = tiny_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    config.recipe, config.teacher.scope = recipe, scope
+    config.total_steps, config.checkpoint.every_steps = 2, 1
+    config.validation.every_steps = 0
+    pretrain.run(config, tmp_path)
+    before, (student, info) = _losses(tmp_path), read_network(tmp_path)
+    assert info["network"] == "student"
+    with pytest.raises(InputError, match=rf"this run's teacher has no encoder .*{scope!r}"):
+        read_network(tmp_path, "teacher")
+    card = json.loads((tmp_path / "voco_encoder.safetensors.json").read_text())
+    assert (card["recipe"], card["network"]) == (recipe, "student")
+    exported = load_file(tmp_path / "voco_encoder.safetensors")
+    assert any(name.startswith("encoder1.") for name in exported) == (recipe != "paper")
+    kernel = student["swinViT"]["patch_embed"]["proj"]["kernel"]
+    np.testing.assert_array_equal(
+        exported["swinViT.patch_embed.proj.weight"], kernel.transpose(4, 3, 0, 1, 2)
+    )
+
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    pretrain.run(config, tmp_path)
+    assert _losses(tmp_path) == before
+    again, _ = read_network(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, student)
