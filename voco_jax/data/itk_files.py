@@ -156,7 +156,8 @@ def itk_reader(path: Path, image_io: str) -> Any:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise VolumeError(path, f"unreadable: {itk_message(error)}") from error
+        reason = f"unreadable: {itk_message(error)}; copy it again or convert it"
+        raise VolumeError(path, reason) from error
     return reader
 
 
