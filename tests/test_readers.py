@@ -14,6 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scans import body, save, save_series
 
+from voco_jax.config import Chain
+from voco_jax.data.cache import Cache
+from voco_jax.data.datalists import scan
+from voco_jax.data.prepare import prepare
 from voco_jax.data.readers import VolumeError, load, stamp
 from voco_jax.errors import InputError
 
@@ -384,6 +388,24 @@ def test_stamp(tmp_path):
         assert stamp(tmp_path / path)[0] == before[0] + 2
     with pytest.raises(OSError, match="No such file"):
         stamp(tmp_path / "none")
+
+
+def test_every_format_is_found_prepared_and_watched(tmp_path):
+    """Of one image, scan -> prepare gives one prepared volume; a changed part is done again."""
+    data = tmp_path / "data"
+    for format in ("nii.gz", "img", "nrrd", "nhdr", "mha", "mhd"):
+        (data / format).mkdir(parents=True)
+        write(data / format / f"a.{format}", image())
+    save_series(data / "series", image())
+    chain = Chain("RAS", (-175.0, 250.0), 0.3, (16, 16, 8), "uint8")
+    volumes = scan(data)
+    assert prepare(volumes, tmp_path / "cache", chain, workers=0, progress=False).done == 7
+    entries = Cache.open(tmp_path / "cache", chain).entries
+    assert len({(entry.checksum, entry.axes, entry.shape, entry.box) for entry in entries}) == 1
+    for part in ("img/a.img", "nhdr/a.raw", "mhd/a.raw", "series/0005.dcm"):
+        os.utime(data / part, (10**9, 2 * 10**9))
+    again = prepare(volumes, tmp_path / "cache", chain, workers=0, progress=False)
+    assert (again.done, again.skipped) == (4, 3)
 
 
 # ---- NIfTI files

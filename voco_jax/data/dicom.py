@@ -131,7 +131,7 @@ def _slice(folder: Path, name: str) -> _Slice:
         reader = itk_reader(folder / name, "GDCMImageIO")
         dtype = pixel_dtype(folder, reader)
     except VolumeError as error:
-        raise VolumeError(folder, f"{error.reason}, in {name}") from error
+        raise VolumeError(folder, f"{error.reason} ({name})") from error
     size = tuple(reader.GetSize())
     tags = {}
     for key in ("0020|000e", "0020|0032", "0020|0037", "0028|0030", "0028|0004"):

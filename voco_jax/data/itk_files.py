@@ -1,7 +1,7 @@
 """NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd), the files of ITK and 3D Slicer.
 
 SimpleITK reads the headers of NRRD (and all of DICOM, see dicom.py). ITK's MetaImage reader is not
-made for untrusted files: `NDims = 1e308` ends the process, and one bit flipped in a compressed CT
+made for untrusted files: `NDims = 1e308` ends the process, and one byte changed in a compressed CT
 changed two fifths of its voxels without an error. So MetaImage headers, some lines of text, are
 read here, and so are the voxels of both: straight into one array, in the stored type, with the
 checksums of compressed data looked at.
@@ -156,7 +156,8 @@ def itk_reader(path: Path, image_io: str) -> Any:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise VolumeError(path, f"unreadable: {itk_message(error)}") from error
+        reason = f"unreadable: {itk_message(error)}; copy it again or convert it"
+        raise VolumeError(path, reason) from error
     return reader
 
 
