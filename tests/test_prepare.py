@@ -17,7 +17,7 @@ from conftest import shared_file
 
 from configs import voco_10k
 from voco_jax.config import parse
-from voco_jax.data import prepare as prepare_module
+from voco_jax.data import jobs as jobs_module
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.datalists import Volume, read_list, scan
 from voco_jax.data.prepare import CHAIN_10K, PrepareError, main, prepare
@@ -172,7 +172,7 @@ def test_a_full_disk_ends_the_run_in_words(data, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "write_volume", full)
+    monkeypatch.setattr(jobs_module, "write_volume", full)
     with pytest.raises(InputError, match=r"cannot write this cache: No space left.*same command"):
         run(scan(data), tmp_path / "cache")
 
@@ -319,7 +319,7 @@ def test_interrupt_where_python_ignores_exceptions(tmp_path, monkeypatch, capsys
 
     reported: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", reported.append)
-    monkeypatch.setattr(prepare_module, "prepare_volume", interrupted)
+    monkeypatch.setattr(jobs_module, "prepare_volume", interrupted)
     folder = many(tmp_path / "data", 2)
     arguments = ["--scan", folder, "--cache", tmp_path / "cache", "--workers", 0, *FLAGS]
     assert main(list(map(str, arguments))) == 130
@@ -333,7 +333,8 @@ def test_dask_survives_a_killed_worker(data, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import os, signal, sys\n"
-        "import voco_jax.data.prepare as p\n"
+        "import voco_jax.data.jobs as p\n"
+        "from voco_jax.data.prepare import main\n"
         "good = p.prepare_volume\n"
         "def dying(path, chain):\n"
         "    if '3.nii' in str(path):\n"
@@ -341,7 +342,7 @@ def test_dask_survives_a_killed_worker(data, tmp_path):
         "    return good(path, chain)\n"
         "p.prepare_volume = dying\n"
         "if __name__ == '__main__':\n"
-        "    sys.exit(p.main(sys.argv[1:]))\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["--scan", data, "--cache", tmp_path / "cache", "--workers", "2", *FLAGS]
     done = subprocess.run(
@@ -392,4 +393,4 @@ def test_real_ct_through_the_cache_agrees_with_monai(tmp_path):
         assert entry.box == box
         stored = cache.read(entry).astype(np.float32) / 255
         assert np.abs(stored - expected).max() <= 1 / 510 + 1e-6
-        assert chunk_file(cache.path, entry.slot).stat().st_size < expected.nbytes
+        assert os.path.getsize(chunk_file(cache.path, entry.slot)) < expected.nbytes

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from voco_jax.data.storage import Folder, is_remote, split_url
 from voco_jax.errors import InputError
 
 Section = Literal["training", "validation"]
@@ -23,7 +24,7 @@ class Volume:
     """One CT file that a list or a folder names."""
 
     id: str  # "<name of the root folder>/<path in the list>": the same on every machine
-    path: Path  # absolute; need not exist
+    path: Path | str  # absolute, or a gs:// or s3:// URL; need not exist
     section: Section
 
 
@@ -43,7 +44,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
     Raises:
         InputError: unreadable, not JSON, not such a list, empty, or a path that leaves `root`.
     """
-    content = _read_json(Path(list_path))
+    content = _read_json(list_path)
     if not isinstance(content, dict) or "training" not in content:
         found = (
             f"an object with the keys {', '.join(map(repr, content)) or 'none'}"
@@ -54,7 +55,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
             f'{list_path}: found {found}, expected a Decathlon list: {{"training": '
             '[{"image": "path.nii.gz"}, ...], "validation": [...]}'
         )
-    root_path = os.path.realpath(root)
+    root_path = Folder.at(root).path if is_remote(root) else os.path.realpath(root)
     volumes = []
     for section in SECTIONS:
         entries = content.get(section, [])
@@ -86,6 +87,8 @@ def scan(folder: str | Path) -> list[Volume]:
     Raises:
         InputError: not a folder, nothing found, or a link that leaves the folder.
     """
+    if is_remote(folder):
+        return _scan_remote(Folder.at(folder))
     root = os.path.realpath(folder)
     if not os.path.isdir(root):
         raise InputError(f"{folder}: not a folder, expected one with .nii or .nii.gz files")
@@ -121,7 +124,7 @@ def combine(volumes: Iterable[Volume]) -> list[Volume]:
             would make held-out figures meaningless.
     """
     by_id: dict[str, Volume] = {}
-    by_path: dict[Path, Volume] = {}
+    by_path: dict[Path | str, Volume] = {}
     for volume in volumes:
         twin = by_id.get(volume.id)
         if twin is not None and twin.path != volume.path:
@@ -173,9 +176,16 @@ def collect(
     return combine(volumes)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: str | Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        if is_remote(path):
+            folder, name = split_url(str(path))
+            content = Folder(folder).read(name)
+            if content is None:
+                raise FileNotFoundError("there is no such object")
+        else:
+            content = Path(path).read_bytes()
+        return json.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot read this list: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -193,12 +203,43 @@ def _image(entry: Any, where: str) -> str:
 
 def _volume(image: str, root: str, section: Section, where: str) -> Volume:
     relative = PurePosixPath(image)
-    # Joining is safe only for relative paths; realpath then follows every symbolic link.
-    resolved = os.path.realpath(os.path.join(root, image))
-    inside = os.path.commonpath([root, resolved]) == root and resolved != root
+    path: Path | str
+    if is_remote(root):
+        path, inside = f"{root}/{relative}", bool(relative.parts)
+    else:
+        # Joining is safe only for relative paths; realpath then follows every symbolic link.
+        path = Path(os.path.realpath(os.path.join(root, image)))
+        inside = os.path.commonpath([root, path]) == root and str(path) != root
     if relative.is_absolute() or ".." in relative.parts or not inside:
         raise InputError(
             f"{where}: {image!r} leads out of the root folder {root}, expected a relative path of "
             "a file below it; move the file there or name another root"
         )
-    return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", Path(resolved), section)
+    return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", path, section)
+
+
+def _scan_remote(folder: Folder) -> list[Volume]:
+    """As `scan`, of an object store: by suffix; a folder with .dcm objects is one series."""
+    try:
+        keys = folder.keys()
+    except OSError as error:
+        raise InputError(f"{folder.path}: cannot list these objects: {error}") from error
+    names = set()
+    for key in keys:
+        parts = PurePosixPath(key)
+        if any(part.startswith(".") for part in parts.parts):
+            continue
+        if key.lower().endswith(".dcm"):
+            names.add(parts.parent.as_posix())
+        elif key.lower().endswith(SUFFIXES) and not key.lower().endswith((".img", ".img.gz")):
+            names.add(key)
+    if not names:
+        raise InputError(
+            f"{folder.path}: found no CT volume among {len(keys)} objects, expected "
+            f"{', '.join(SUFFIXES)} or folders with .dcm; name the prefix that holds them"
+        )
+    name = split_url(folder.path)[1]
+    return [
+        Volume(f"{name}/{key}", folder.path if key == "." else f"{folder.path}/{key}", "training")
+        for key in sorted(names)
+    ]
