@@ -1,5 +1,7 @@
 import dataclasses
+import itertools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -8,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_jax.data.array import write_volume
+from voco_jax.data.array import CHUNK, LARGEST, write_volume
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
+from voco_jax.data.crops import draw_corner
 from voco_jax.data.manifest import Entry
 from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.errors import InputError
@@ -29,6 +33,10 @@ def voxels(id, dtype="uint8"):
 def add(writer, slot, id, section="training"):
     volume = voxels(id, writer.chain.dtype)
     write_volume(writer.path, slot, volume)
+    return add_entry(writer, slot, id, volume, section)
+
+
+def add_entry(writer, slot, id, volume, section="training"):
     entry = Entry(
         id=id,
         slot=slot,
@@ -243,3 +251,79 @@ def test_a_disk_error_is_an_os_error(tmp_path):
     (tmp_path / "c/volumes").touch()
     with pytest.raises((OSError, InputError)):
         write_volume(str(tmp_path / "c"), 0, voxels("x"))
+
+
+# ---- volumes of their own size, for random crops
+
+LARGE = dataclasses.replace(CHAIN, fit="random_crop", volume_size=(40, 32, 24))
+
+
+def fill_large(path, dtype="uint8"):
+    """Two volumes of about 3 x 2 x 2 chunks."""
+    chain = dataclasses.replace(LARGE, dtype=dtype)
+    volumes = {}
+    with CacheWriter(path, chain) as writer:
+        for slot, shape in zip(writer.reserve(2), [(150, 70, 130), (40, 90, 65)], strict=True):
+            volume = np.random.default_rng(slot).random(shape)
+            volumes["ab"[slot]] = (volume * (255 if dtype == "uint8" else 1)).astype(dtype)
+            write_volume(writer.path, slot, volumes["ab"[slot]])
+            entry = add_entry(writer, slot, "ab"[slot], volumes["ab"[slot]])
+            assert entry.stored == shape
+    return Cache.open(path, chain), volumes
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+def test_a_part_is_a_slice_of_the_whole(tmp_path, dtype):
+    cache, volumes = fill_large(tmp_path / "c", dtype)
+    names = sorted(os.listdir(tmp_path / "c/volumes"))
+    assert names == ["c.0.0.0.0", "c.1.0.0.0", "zarr.json"]  # one file a volume
+    generator = np.random.default_rng(0)
+    for entry in cache.entries:
+        whole = volumes[entry.id]
+        np.testing.assert_array_equal(cache.read_whole(entry), whole)
+        assert checksum(cache.read_whole(entry)) == entry.checksum
+        for _ in range(5):
+            corner = draw_corner(generator, entry.stored, LARGE.volume_size)
+            part = cache.read(entry, corner)
+            assert part.shape == LARGE.volume_size
+            index = tuple(slice(c, c + s) for c, s in zip(corner, LARGE.volume_size, strict=True))
+            np.testing.assert_array_equal(part, whole[index])
+        other = zarr.open_array(tmp_path / "c/volumes", mode="r")
+        place = (entry.slot, *map(slice, whole.shape))
+        np.testing.assert_array_equal(other[place], whole)
+
+
+def test_a_part_reads_only_the_chunks_that_it_needs(tmp_path):
+    cache, volumes = fill_large(tmp_path / "c")
+    entry = cache.entries[0]
+    size = os.path.getsize(chunk_file(cache.path, entry.slot))
+
+    def bytes_read():
+        found = tensorstore.experimental_collect_matching_metrics(
+            "/tensorstore/kvstore/file/bytes_read"
+        )
+        return sum(value["value"] for metric in found for value in metric["values"])
+
+    cache.read(entry, (20, 10, 30))
+    before = bytes_read()
+    cache.read(entry, (20, 10, 30))  # in the first of 3 x 2 x 3 chunks, random: incompressible
+    index = 16 * math.prod(size // CHUNK for size in LARGEST) + 4
+    assert index + 64**3 <= bytes_read() - before < index + 64**3 + 2000
+    assert size > index + volumes["a"].size
+
+    # What is damaged elsewhere does not hurt, and is found as soon as it is asked for.
+    file = Path(chunk_file(cache.path, entry.slot))
+    content = bytearray(file.read_bytes())
+    spoilt = index + 64**3 + 5000
+    content[spoilt] ^= 1
+    file.write_bytes(content)
+    broken = 0
+    for corner in itertools.product((0, 64, 110), (0, 38), (0, 64, 106)):
+        part = tuple(slice(c, c + s) for c, s in zip(corner, LARGE.volume_size, strict=True))
+        try:
+            np.testing.assert_array_equal(cache.read(entry, corner), volumes["a"][part])
+        except InputError:
+            broken += 1
+    assert 0 < broken < 9
+    with pytest.raises(InputError, match=r"cannot read a .*Digest mismatch"):
+        cache.read_whole(entry)

@@ -221,7 +221,7 @@ def _volume(image: str, root: str, section: Section, where: str) -> Volume:
 def _scan_remote(folder: Folder) -> list[Volume]:
     """As `scan`, of an object store: by suffix; a folder with .dcm objects is one series."""
     try:
-        keys = folder.keys()
+        keys = folder.all_names()
     except OSError as error:
         raise InputError(f"{folder.path}: cannot list these objects: {error}") from error
     names = set()

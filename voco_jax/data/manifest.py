@@ -119,6 +119,7 @@ class LocalManifest:
             ) from error
         self.owner = _owner()
         lock.truncate(0)
+        stack.callback(lock.truncate, 0)  # a copy of this folder looks as free as it is
         lock.write(self.owner)
         lock.flush()
         path = Path(folder.path, MANIFEST)

@@ -64,7 +64,8 @@ class Folder:
             return {"driver": "file", "path": f"{self.path}/"}
         scheme, _, rest = self.path.partition("://")
         bucket, _, path = rest.partition("/")
-        spec = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{path}/" if path else ""}
+        spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket}
+        spec["path"] = f"{path}/" if path else ""
         if scheme == "s3":
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -72,6 +73,8 @@ class Folder:
                 spec["endpoint"], region = endpoint, region or "us-east-1"
             if region:
                 spec["aws_region"] = region
+            if "AWS_ACCESS_KEY_ID" in os.environ:  # otherwise it complains of files not there
+                spec["aws_credentials"] = {"type": "environment"}
         return spec
 
     def read(self, name: str) -> bytes | None:
@@ -102,15 +105,18 @@ class Folder:
                 return os.listdir(os.path.join(self.path, below))
             except FileNotFoundError:
                 return []
-        return sorted({key.split("/")[0] for key in self.keys(f"{below}/" if below else "")})
+        inside = self.all_names(f"{below}/" if below else "")
+        return sorted({name.split("/")[0] for name in inside})
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def all_names(self, prefix: str = "") -> list[str]:
         """The names of all files whose names begin so, without this beginning; also in folders."""
-        encoded = prefix.encode()
-        limits = tensorstore.KvStore.KeyRange(encoded, encoded[:-1] + bytes([encoded[-1] + 1]))
+        start = prefix.encode()
+        limits = None
+        if start:
+            limits = tensorstore.KvStore.KeyRange(start, start[:-1] + bytes([start[-1] + 1]))
         with _as_os_error():
-            found = self._store.list(limits if prefix else None, len(encoded)).result()
-        return sorted(key.decode(errors="surrogateescape") for key in found)
+            found = self._store.list(limits, len(start)).result()
+        return sorted(name.decode(errors="surrogateescape") for name in found)
 
     def generation(self, name: str) -> bytes | None:
         """What the store calls this version of a file; None: there is none. Reads no content."""
@@ -194,10 +200,10 @@ def _files(source: Folder, name: str) -> list[str]:
     suffix = next((end for end in _HEADERS if name.lower().endswith(end)), None)
     if suffix is not None:
         stem = name[: -len(suffix)]
-        return [f"{stem}.{rest}" for rest in source.keys(f"{stem}.") if "/" not in rest]
+        return [f"{stem}.{rest}" for rest in source.all_names(f"{stem}.") if "/" not in rest]
     if source.generation(name) is not None:
         return [name]
-    inside = [key for key in source.keys(f"{name}/") if key and "/" not in key]
+    inside = [key for key in source.all_names(f"{name}/") if key and "/" not in key]
     return [f"{name}/{key}" for key in inside] or [name]
 
 

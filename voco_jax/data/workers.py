@@ -15,6 +15,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 DEATHS = 3  # of workers that one job may cause; then it is given up
+CONNECT_SECONDS = 20.0
 _MINUTE = 60
 
 
@@ -33,7 +34,7 @@ def dask_setup(worker: object) -> None:
 def local_workers(count: int) -> Iterator[Any]:
     """Starts Dask processes on this machine, which end with this context.
 
-    Nothing listens on another address than 127.0.0.1, and there is no dashboard.
+    Nothing, the dashboard included, listens on another address than 127.0.0.1.
 
     Args:
         count: how many.
@@ -63,7 +64,7 @@ def local_workers(count: int) -> Iterator[Any]:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any port: several may run at a time
             local_directory=scratch,
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -91,7 +92,7 @@ def cluster_workers(address: str, check: Callable[[], str], say: Callable[[str],
     from dask.distributed import Client
 
     try:
-        client = Client(address, timeout=20)
+        client = Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(
             f"--scheduler: no Dask scheduler answers at {address!r} ({error}), expected the "
