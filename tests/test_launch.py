@@ -658,7 +658,14 @@ def test_the_image_has_all_that_main_needs(tmp_path):
 
 def test_prepare_slurm_fills_a_cache_with_real_jobs(stubs, tmp_path):
     """Stub sbatch starts the job script here; scancel ends it."""
-    stubs.add("sbatch", 'cp "$1" "$STUBS/job"; setsid bash "$STUBS/job" &>"$STUBS/log" </dev/null & echo "Submitted batch job $!"\n')
+    stubs.add(
+        "sbatch",
+        """
+cp "$1" "$STUBS/job"
+setsid bash "$STUBS/job" &>"$STUBS/log" </dev/null &
+echo "Submitted batch job $!"
+""",
+    )
     stubs.add("scancel", 'echo "$@" >>"$STUBS/cancelled"; kill -- -"$1"\n')
     folder = tmp_path / "ct"
     folder.mkdir()

@@ -1,6 +1,7 @@
 """What is done for one volume, in whatever process: tasks of `prepare`."""
 
 import dataclasses
+import itertools
 import os
 import socket
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from voco_jax.data.storage import Folder, is_remote, local_copy, remote_stamp
 from voco_jax.data.volumes import VolumeError, prepare_volume, quantise
 
 _LOOKS = 32  # at files, at the same time: network file systems and object stores answer slowly
+_PART = 64  # files that one thread looks at before it takes others
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
     A volume that only changed its section is moved at once.
     """
     known = [volume for volume in volumes if volume.id in cache.entries]
+    parts = [known[start : start + _PART] for start in range(0, len(known), _PART)]
     with ThreadPoolExecutor(_LOOKS) as threads:
-        looks = threads.map(_stamp_or_none, [volume.path for volume in known], chunksize=100)
+        looks = itertools.chain.from_iterable(threads.map(_stamps, parts))
         stamps = {volume.id: stamp for volume, stamp in zip(known, looks, strict=True)}
     missing = []
     for volume in volumes:
@@ -107,11 +110,14 @@ def stamp_of(path: Path | str) -> str:
     return f"{found.st_size} bytes, {found.st_mtime_ns} ns"
 
 
-def _stamp_or_none(path: Path | str) -> str | None:
-    try:
-        return stamp_of(path)
-    except OSError:
-        return None
+def _stamps(volumes: Sequence[Volume]) -> list[str | None]:
+    found: list[str | None] = []
+    for volume in volumes:
+        try:
+            found.append(stamp_of(volume.path))
+        except OSError:
+            found.append(None)
+    return found
 
 
 @dataclass(frozen=True)
