@@ -1,24 +1,24 @@
 import dataclasses
+import itertools
 import json
+import math
 import os
 import pickle
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voco_jax.data.cache import (
-    Cache,
-    CacheWriter,
-    Entry,
-    checksum,
-    chunk_file,
-    write_volume,
-)
+from voco_jax.data.array import CHUNK, LARGEST, write_volume
+from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
+from voco_jax.data.crops import draw_corner
+from voco_jax.data.manifest import Entry
 from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.errors import InputError
 
@@ -33,13 +33,16 @@ def voxels(id, dtype="uint8"):
 def add(writer, slot, id, section="training"):
     volume = voxels(id, writer.chain.dtype)
     write_volume(writer.path, slot, volume)
+    return add_entry(writer, slot, id, volume, section)
+
+
+def add_entry(writer, slot, id, volume, section="training"):
     entry = Entry(
         id=id,
         slot=slot,
         section=section,
         path=f"/ct/{id}",
-        size=10,
-        mtime_ns=20,
+        stamp="10 bytes, 20 ns",
         axes="LPS",
         shape=(5, 6, 7),
         spacing=(1.5, 1.5, 3.0),
@@ -133,7 +136,7 @@ def test_not_a_cache(tmp_path):
     with pytest.raises(InputError, match=r"cache\.json: damaged"):
         Cache.open(tmp_path / "c", CHAIN)
     (tmp_path / "c/cache.json").write_text('{"format": 99, "chain": {}}')
-    with pytest.raises(InputError, match="found cache format 99, expected 1"):
+    with pytest.raises(InputError, match="found cache format 99, expected 2"):
         Cache.open(tmp_path / "c", CHAIN)
 
 
@@ -169,13 +172,15 @@ def test_damage_is_noticed(tmp_path):
     fill(tmp_path / "c")
     cache = Cache.open(tmp_path / "c", CHAIN)
     first, second = cache.entries[:2]
-    file = chunk_file(cache.path, first.slot)
+    file = Path(chunk_file(cache.path, first.slot))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    chunk_file(cache.path, second.slot).unlink()
+    os.remove(chunk_file(cache.path, second.slot))
     for entry in (first, second):
-        with pytest.raises(InputError, match=f"cannot read {entry.id} .*run prepare again"):
+        with pytest.raises(
+            InputError, match=rf"cannot read {entry.id} .*--verify --cache .*prepare again"
+        ):
             cache.read(entry)
 
 
@@ -196,7 +201,7 @@ def test_a_changed_volume_moves_to_a_new_slot(tmp_path):
         new = add(writer, slot, "a", "validation")
     cache = Cache.open(tmp_path / "c", CHAIN)
     assert cache.entries[0] == new
-    assert not chunk_file(cache.path, 0).exists()
+    assert not os.path.exists(chunk_file(cache.path, 0))
 
 
 def test_chunks_without_a_line_are_not_there(tmp_path):
@@ -206,7 +211,7 @@ def test_chunks_without_a_line_are_not_there(tmp_path):
         write_volume(writer.path, slot, voxels("x"))  # then killed
     assert len(Cache.open(tmp_path / "c", CHAIN).entries) == 2
     with CacheWriter(tmp_path / "c", CHAIN) as writer:
-        assert not chunk_file(writer.path, slot).exists()
+        assert not os.path.exists(chunk_file(writer.path, slot))
         assert writer.reserve(1) == range(slot + 1, slot + 2)
 
 
@@ -245,4 +250,80 @@ def test_a_disk_error_is_an_os_error(tmp_path):
     shutil.rmtree(tmp_path / "c/volumes")
     (tmp_path / "c/volumes").touch()
     with pytest.raises((OSError, InputError)):
-        write_volume(tmp_path / "c", 0, voxels("x"))
+        write_volume(str(tmp_path / "c"), 0, voxels("x"))
+
+
+# ---- volumes of their own size, for random crops
+
+LARGE = dataclasses.replace(CHAIN, fit="random_crop", volume_size=(40, 32, 24))
+
+
+def fill_large(path, dtype="uint8"):
+    """Two volumes of about 3 x 2 x 2 chunks."""
+    chain = dataclasses.replace(LARGE, dtype=dtype)
+    volumes = {}
+    with CacheWriter(path, chain) as writer:
+        for slot, shape in zip(writer.reserve(2), [(150, 70, 130), (40, 90, 65)], strict=True):
+            volume = np.random.default_rng(slot).random(shape)
+            volumes["ab"[slot]] = (volume * (255 if dtype == "uint8" else 1)).astype(dtype)
+            write_volume(writer.path, slot, volumes["ab"[slot]])
+            entry = add_entry(writer, slot, "ab"[slot], volumes["ab"[slot]])
+            assert entry.stored == shape
+    return Cache.open(path, chain), volumes
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+def test_a_part_is_a_slice_of_the_whole(tmp_path, dtype):
+    cache, volumes = fill_large(tmp_path / "c", dtype)
+    names = sorted(os.listdir(tmp_path / "c/volumes"))
+    assert names == ["c.0.0.0.0", "c.1.0.0.0", "zarr.json"]  # one file a volume
+    generator = np.random.default_rng(0)
+    for entry in cache.entries:
+        whole = volumes[entry.id]
+        np.testing.assert_array_equal(cache.read_whole(entry), whole)
+        assert checksum(cache.read_whole(entry)) == entry.checksum
+        for _ in range(5):
+            corner = draw_corner(generator, entry.stored, LARGE.volume_size)
+            part = cache.read(entry, corner)
+            assert part.shape == LARGE.volume_size
+            index = tuple(slice(c, c + s) for c, s in zip(corner, LARGE.volume_size, strict=True))
+            np.testing.assert_array_equal(part, whole[index])
+        other = zarr.open_array(tmp_path / "c/volumes", mode="r")
+        place = (entry.slot, *map(slice, whole.shape))
+        np.testing.assert_array_equal(other[place], whole)
+
+
+def test_a_part_reads_only_the_chunks_that_it_needs(tmp_path):
+    cache, volumes = fill_large(tmp_path / "c")
+    entry = cache.entries[0]
+    size = os.path.getsize(chunk_file(cache.path, entry.slot))
+
+    def bytes_read():
+        found = tensorstore.experimental_collect_matching_metrics(
+            "/tensorstore/kvstore/file/bytes_read"
+        )
+        return sum(value["value"] for metric in found for value in metric["values"])
+
+    cache.read(entry, (20, 10, 30))
+    before = bytes_read()
+    cache.read(entry, (20, 10, 30))  # in the first of 3 x 2 x 3 chunks, random: incompressible
+    index = 16 * math.prod(size // CHUNK for size in LARGEST) + 4
+    assert index + 64**3 <= bytes_read() - before < index + 64**3 + 2000
+    assert size > index + volumes["a"].size
+
+    # What is damaged elsewhere does not hurt, and is found as soon as it is asked for.
+    file = Path(chunk_file(cache.path, entry.slot))
+    content = bytearray(file.read_bytes())
+    spoilt = index + 64**3 + 5000
+    content[spoilt] ^= 1
+    file.write_bytes(content)
+    broken = 0
+    for corner in itertools.product((0, 64, 110), (0, 38), (0, 64, 106)):
+        part = tuple(slice(c, c + s) for c, s in zip(corner, LARGE.volume_size, strict=True))
+        try:
+            np.testing.assert_array_equal(cache.read(entry, corner), volumes["a"][part])
+        except InputError:
+            broken += 1
+    assert 0 < broken < 9
+    with pytest.raises(InputError, match=r"cannot read a .*Digest mismatch"):
+        cache.read_whole(entry)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
+import nibabel
+import numpy as np
 import processes
 import pytest
 import yaml
@@ -638,3 +640,41 @@ def test_the_image_has_all_that_main_needs(tmp_path):
         )
         assert "Traceback" not in done.stderr, done.stderr
         assert "xample" in done.stdout or command[0] == "-c"
+
+
+# ---- prepare_slurm.py
+
+
+def test_prepare_slurm_fills_a_cache_with_real_jobs(stubs, tmp_path):
+    """Stub sbatch starts the job script here; scancel ends it."""
+    stubs.add(
+        "sbatch",
+        """
+cp "$1" "$STUBS/job"
+setsid bash "$STUBS/job" &>"$STUBS/log" </dev/null &
+echo "Submitted batch job $!"
+""",
+    )
+    stubs.add("scancel", 'echo "$@" >>"$STUBS/cancelled"; kill -- -"$1"\n')
+    folder = tmp_path / "ct"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(3):
+        hu = generator.integers(0, 200, (20, 18, 12)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(hu, np.diag([2, 2, 3, 1])), folder / f"{index}.nii")
+    flags = ["--scan", folder, "--cache", tmp_path / "cache", "--size", "8", "8", "8", "--strict"]
+    done = subprocess.run(
+        [sys.executable, LAUNCH / "prepare_slurm.py", *map(str, flags)],
+        cwd=tmp_path,
+        env=stubs.environment(JOBS=1, PROCESSES=1, MEMORY="1GB", INTERFACE="lo", PARTITION="cpu"),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 prepared now, 0 already there, 0 failed" in done.stdout
+    job = (tmp_path / "job").read_text()
+    assert "#SBATCH -p cpu" in job
+    assert "--nthreads 1" in job
+    assert len(stubs.lines("cancelled")) == 1
+    assert len((tmp_path / "cache/manifest.jsonl").read_text().splitlines()) == 3

@@ -1,10 +1,193 @@
-"""What a job may not do to the process that runs it."""
+"""Dask: what listens where, an existing cluster, and workers that die."""
 
+import dataclasses
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
-from voco_jax.data.workers import within_time
+import nibabel
+import numpy as np
+import psutil
+import pytest
+
+import voco_jax
+from voco_jax.data import workers as workers_module
+from voco_jax.data.cache import Cache, CacheWriter, chunk_file
+from voco_jax.data.datalists import scan
+from voco_jax.data.jobs import SeesCache
+from voco_jax.data.manifest import token_of
+from voco_jax.data.prepare import CHAIN_10K, main, prepare
+from voco_jax.data.workers import cluster_workers, local_workers, run_jobs, within_time
+from voco_jax.errors import InputError
+
+CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(24, 24, 16))
+
+
+@pytest.fixture(scope="module")
+def client():
+    """Two local workers; a cluster that runs already, for those who connect to its scheduler."""
+    with local_workers(2) as client:
+        yield client
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Forty links to one volume that takes some 20 ms."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    hu = np.full((96, 96, 60), -1000, np.int16)
+    hu[9:-9, 9:-9, 5:-5] = np.random.default_rng(0).integers(0, 200, (78, 78, 50))
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([2, 2, 3, 1])), folder / "00.nii.gz")
+    for index in range(1, 40):
+        os.link(folder / "00.nii.gz", folder / f"{index:02d}.nii.gz")
+    return folder
+
+
+def address(client):
+    return client.scheduler.address
+
+
+def pids(client):
+    return sorted(client.run(os.getpid).values())
+
+
+def test_everything_listens_on_loopback(client):
+    """Scheduler with its dashboard (in this process), nannies and workers."""
+    found = set()
+    for process in [psutil.Process(), *map(psutil.Process, pids(client))]:
+        found |= {
+            connection.laddr.ip
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+    assert found == {"127.0.0.1"}
+
+
+def test_a_worker_killed_in_the_middle_of_a_cluster(client, data, tmp_path, capsys):
+    """The cache is complete and verified; a flipped bit is found, and repaired by a rerun."""
+    cache = tmp_path / "cache"
+
+    def kill():
+        manifest = cache / "manifest.jsonl"
+        while not manifest.exists() or manifest.read_bytes().count(b"\n") < 5:
+            time.sleep(0.002)
+        os.kill(victim, signal.SIGKILL)
+
+    victim = pids(client)[0]
+    killer = threading.Thread(target=kill)
+    killer.start()
+    flags = ["--scheduler", address(client), "--cache", str(cache)]
+    arguments = [*flags, "--scan", str(data), "--size", "24", "24", "16", "--strict"]
+    assert main(arguments) == 0
+    killer.join()
+    assert not psutil.pid_exists(victim)
+    assert "40 prepared now, 0 already there, 0 failed" in capsys.readouterr().out
+    assert main([*flags, "--verify"]) == 0
+    assert "40 volumes whole, 0 not" in capsys.readouterr().out
+
+    entry = Cache.open(cache, CHAIN).entries[7]
+    with open(chunk_file(str(cache), entry.slot), "r+b") as file:
+        file.seek(1000)
+        (byte,) = file.read(1)
+        file.seek(1000)
+        file.write(bytes([byte ^ 4]))
+    assert main([*flags, "--verify"]) == 1
+    assert f"{entry.id}: " in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "1 prepared now, 39 already there, 0 failed" in capsys.readouterr().out
+    assert main([*flags, "--verify"]) == 0
+
+
+def die_of_two(job):
+    number, folder = job
+    if number == 2:
+        (folder / f"{time.monotonic_ns()}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * 10
+
+
+def allowed(dask_scheduler):
+    return dask_scheduler.allowed_failures
+
+
+def nothing_wrong():
+    return ""
+
+
+def test_three_deaths_on_a_cluster_are_a_failure(client, tmp_path):
+    client.run_on_scheduler(allow, number=7)
+    with cluster_workers(address(client), nothing_wrong, print) as connected:
+        jobs = [(number, tmp_path) for number in range(5)]
+        found = {job[0]: result for job, result in run_jobs(connected, die_of_two, jobs)}
+    assert found == {0: 0, 1: 10, 2: None, 3: 30, 4: 40}
+    assert len(list(tmp_path.iterdir())) == 3
+    assert client.run_on_scheduler(allowed) == 7  # as it was
+
+
+def allow(number, dask_scheduler):
+    dask_scheduler.allowed_failures = number
+
+
+def test_workers_that_cannot_be_used(client, tmp_path, monkeypatch):
+    client.wait_for_workers(2, timeout=30)
+    with CacheWriter(tmp_path / "cache", CHAIN) as writer:
+        right = SeesCache(writer.path, token_of(writer.owner))
+        with cluster_workers(address(client), right, print):
+            pass
+        assert sorted(os.listdir(writer.path)) == [
+            "cache.json",
+            "manifest.jsonl",
+            "prepare.lock",
+            "volumes",
+        ]
+        wrong = dataclasses.replace(right, cache=str(tmp_path / "elsewhere"))
+        for check in (wrong, dataclasses.replace(right, token="another")):
+            with (
+                pytest.raises(
+                    InputError, match=r"2 of 2 workers cannot be used; tcp.*does not see"
+                ),
+                cluster_workers(address(client), check, print),
+            ):
+                pass
+        monkeypatch.setattr(voco_jax, "__version__", "0.0.0")
+        with (
+            pytest.raises(InputError, match=r"it has voco_jax .*, expected voco_jax 0\.0\.0"),
+            cluster_workers(address(client), right, print),
+        ):
+            pass
+
+
+def test_a_worker_without_this_project(client, tmp_path):
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    worker = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "distributed.cli.dask_worker", address(client)),
+            *("--no-nanny", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1"),
+        ],
+        cwd=tmp_path,
+        env=bare,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        client.wait_for_workers(3, timeout=60)
+        with (
+            pytest.raises(InputError, match=r"1 of 3 .* cannot import this project .*install it"),
+            cluster_workers(address(client), nothing_wrong, print),
+        ):
+            pass
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_no_scheduler(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(workers_module, "CONNECT_SECONDS", 0.2)
+    with pytest.raises(InputError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
+        prepare(scan(data), tmp_path / "c", CHAIN, scheduler="tcp://127.0.0.1:1", progress=False)
 
 
 def test_a_job_that_hangs_in_c_code_ends_its_process():

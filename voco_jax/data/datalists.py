@@ -15,6 +15,7 @@ from voco_jax.data.dicom import SUFFIXES as DICOM_SUFFIXES
 from voco_jax.data.dicom import is_dicom, may_be_slice
 from voco_jax.data.itk_files import META_SUFFIXES, NRRD_SUFFIXES
 from voco_jax.data.nifti import PAIR_SUFFIXES
+from voco_jax.data.storage import Folder, is_remote, split_url
 from voco_jax.errors import InputError
 
 Section = Literal["training", "validation"]
@@ -28,7 +29,7 @@ class Volume:
     """One CT file (or DICOM folder) that a list or a folder names."""
 
     id: str  # "<name of the root folder>/<path in the list>": the same on every machine
-    path: Path  # absolute; need not exist
+    path: Path | str  # absolute, or a gs:// or s3:// URL; need not exist
     section: Section
 
 
@@ -49,7 +50,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
     Raises:
         InputError: unreadable, not JSON, not such a list, empty, or a path that leaves `root`.
     """
-    content = _read_json(Path(list_path))
+    content = _read_json(list_path)
     if not isinstance(content, dict) or "training" not in content:
         found = (
             f"an object with the keys {', '.join(map(repr, content)) or 'none'}"
@@ -60,7 +61,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
             f'{list_path}: found {found}, expected a Decathlon list: {{"training": '
             '[{"image": "path.nii.gz"}, ...], "validation": [...]}'
         )
-    root_path = os.path.realpath(root)
+    root_path = Folder.at(root).path if is_remote(root) else os.path.realpath(root)
     folders: dict[str, str] = {}
     volumes = []
     for section in SECTIONS:
@@ -98,6 +99,8 @@ def scan(folder: str | Path) -> list[Volume]:
         InputError: not a folder, nothing found, a folder that cannot be read, or a link that leaves
             the folder.
     """
+    if is_remote(folder):
+        return _scan_remote(Folder.at(folder))
     root = os.path.realpath(folder)
     if not os.path.isdir(root):
         raise InputError(f"{folder}: not a folder, expected one with CT volumes")
@@ -136,7 +139,7 @@ def combine(volumes: Iterable[Volume]) -> list[Volume]:
             would make held-out figures meaningless.
     """
     by_id: dict[str, Volume] = {}
-    by_path: dict[Path, Volume] = {}
+    by_path: dict[Path | str, Volume] = {}
     for volume in volumes:
         twin = by_id.get(volume.id)
         if twin is not None and twin.path != volume.path:
@@ -188,9 +191,16 @@ def collect(
     return combine(volumes)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: str | Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        if is_remote(path):
+            folder, name = split_url(str(path))
+            content = Folder(folder).read(name)
+            if content is None:
+                raise FileNotFoundError("there is no such object")
+        else:
+            content = Path(path).read_bytes()
+        return json.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot read this list: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -209,20 +219,24 @@ def _image(entry: Any, where: str) -> str:
 def _volume(image: str, root: str, section: Section, where: str, folders: dict[str, str]) -> Volume:
     """A list's entry; `folders` remembers the real paths of folders."""
     relative = PurePosixPath(image)
-    parent = os.path.join(root, relative.parent)
-    if parent not in folders:
-        folders[parent] = os.path.realpath(parent)
-    # Joining is safe only for relative paths; realpath then follows every symbolic link.
-    resolved = os.path.join(folders[parent], relative.name)
-    if os.path.islink(resolved):
-        resolved = os.path.realpath(resolved)
-    inside = bool(relative.name) and os.path.commonpath([root, resolved]) == root != resolved
+    if is_remote(root):
+        resolved, inside = f"{root}/{relative}", bool(relative.parts)
+    else:
+        parent = os.path.join(root, relative.parent)
+        if parent not in folders:
+            folders[parent] = os.path.realpath(parent)
+        # Joining is safe only for relative paths; realpath then follows every symbolic link.
+        resolved = os.path.join(folders[parent], relative.name)
+        if os.path.islink(resolved):
+            resolved = os.path.realpath(resolved)
+        inside = bool(relative.name) and os.path.commonpath([root, resolved]) == root != resolved
     if relative.is_absolute() or ".." in relative.parts or not inside:
         raise InputError(
             f"{where}: {image!r} leads out of the root folder {root}, expected a relative path of "
             "a file below it; move the file there or name another root"
         )
-    return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", Path(resolved), section)
+    path = resolved if is_remote(root) else Path(resolved)
+    return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", path, section)
 
 
 def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[str]]]:
@@ -279,3 +293,30 @@ def _inside(path: str, root: str, name: str, folder: str | Path) -> str:
             "scan another folder"
         )
     return resolved
+
+
+def _scan_remote(folder: Folder) -> list[Volume]:
+    """As `scan`, of an object store: by suffix; a folder with .dcm objects is one series."""
+    try:
+        keys = folder.all_names()
+    except OSError as error:
+        raise InputError(f"{folder.path}: cannot list these objects: {error}") from error
+    names = set()
+    for key in keys:
+        parts = PurePosixPath(key)
+        if any(part.startswith(".") for part in parts.parts):
+            continue
+        if key.lower().endswith(".dcm"):
+            names.add(parts.parent.as_posix())
+        elif key.lower().endswith(SUFFIXES) and not key.lower().endswith((".img", ".img.gz")):
+            names.add(key)
+    if not names:
+        raise InputError(
+            f"{folder.path}: found no CT volume among {len(keys)} objects, expected "
+            f"{', '.join(SUFFIXES)} or folders with .dcm; name the prefix that holds them"
+        )
+    name = split_url(folder.path)[1]
+    return [
+        Volume(f"{name}/{key}", folder.path if key == "." else f"{folder.path}/{key}", "training")
+        for key in sorted(names)
+    ]

@@ -13,28 +13,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import pydantic
-from tqdm import tqdm
 
-from voco_jax.config import Chain, load, parse
-from voco_jax.data.cache import (
-    FAILURES,
-    CacheWriter,
-    Entry,
-    checksum,
-    chunk_file,
-    write_volume,
-    write_whole,
-)
+from voco_jax.config import Chain, Source, load, parse
+from voco_jax.data.cache import ARRAY, FAILURES, CacheWriter
 from voco_jax.data.datalists import Volume, collect, combine
-from voco_jax.data.readers import VolumeError, stamp
-from voco_jax.data.volumes import prepare_volume, quantise
-from voco_jax.data.workers import available_cores, in_processes
+from voco_jax.data.jobs import Job, SeesCache, missing_from, prepare_one
+from voco_jax.data.manifest import Entry, token_of
+from voco_jax.data.progress import bar, say
+from voco_jax.data.verify import verify
+from voco_jax.data.workers import available_cores, cluster_workers, local_workers, run_jobs
 from voco_jax.errors import InputError
 
 CHAIN_10K = Chain(
@@ -49,7 +42,7 @@ CHAIN_10K = Chain(
     dtype="uint8",
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_KILLED = "worker killed: as a rule out of memory; use fewer workers"
+_KILLED = "worker killed three times: as a rule out of memory; use fewer workers"
 
 
 class PrepareError(InputError):
@@ -69,7 +62,7 @@ class Failure:
 class Summary:
     """What a run did."""
 
-    cache: Path
+    cache: str
     total: int  # volumes asked for
     done: int  # prepared by this run
     skipped: int  # already there
@@ -78,14 +71,14 @@ class Summary:
     training: int  # volumes in the cache now
     validation: int
     unlisted: int  # of these, not asked for
-    size: int  # of the cache's volumes, bytes
+    size: int | None  # of the cache's volumes, bytes; None: in an object store
     seconds: float
 
     def __str__(self) -> str:
         """The lines that the command prints."""
         lines = [
             f"cache {self.cache}: {self.training} training and {self.validation} validation "
-            f"volumes, {self.size / 1e9:.2f} GB",
+            "volumes" + (f", {self.size / 1e9:.2f} GB" if self.size is not None else ""),
             f"asked for {self.total}: {self.done} prepared now, {self.skipped} already there, "
             f"{self.failed} failed; {self.seconds:.1f} s"
             + (f", {self.done / self.seconds:.2f} volumes/s" if self.done else ""),
@@ -98,7 +91,7 @@ class Summary:
         reasons = collections.Counter(failure.reason.split(":")[0] for failure in self.failures)
         lines += [f"failed, {reason}: {count}" for reason, count in reasons.most_common()]
         if self.failures:
-            lines.append(f"each failed volume with its reason: {self.cache / FAILURES}")
+            lines.append(f"each failed volume with its reason: {self.cache}/{FAILURES}")
         return "\n".join(lines)
 
 
@@ -110,6 +103,7 @@ def prepare(
     strict: bool = False,
     progress: bool = True,
     stop: threading.Event | None = None,
+    scheduler: str | None = None,
 ) -> Summary:
     """Fills a cache with what it lacks of some volumes.
 
@@ -121,12 +115,14 @@ def prepare(
         strict: whether a failed volume is an error, raised after all others are done.
         progress: whether to show a bar (on a terminal) or a line now and then.
         stop: ends the run with KeyboardInterrupt after the next volume, once set.
+        scheduler: address of a Dask cluster that does the work, instead of processes here.
 
     Returns:
         The summary; its str() is for people.
 
     Raises:
-        InputError: no volumes, contradictory volumes, or a cache that cannot be written.
+        InputError: no volumes, contradictory volumes, a cache that cannot be written, or a cluster
+            that cannot be used.
         PrepareError: nothing at all is in the cache at the end; or, if strict, any failure.
     """
     start = time.monotonic()
@@ -135,12 +131,13 @@ def prepare(
         raise InputError("prepare: found no volumes to prepare, expected at least one")
     count = workers if workers is not None else available_cores()
     with CacheWriter(cache_path, chain) as cache:
-        todo = [volume for volume in volumes if not _is_there(volume, cache)]
+        todo = missing_from(cache, volumes)
         jobs = [
-            _Job(volume, cache.path, slot, chain)
+            Job(volume, cache.path, slot, chain)
             for volume, slot in zip(todo, cache.reserve(len(todo)), strict=True)
         ]
-        failures = _run(jobs, cache, count, progress, stop or threading.Event())
+        outcomes = _outcomes(jobs, cache, count, scheduler)
+        failures = _collect_outcomes(jobs, outcomes, cache, progress, stop or threading.Event())
         listed = {volume.id for volume in volumes}
         entries = cache.entries.values()
         summary = Summary(
@@ -153,10 +150,12 @@ def prepare(
             training=sum(entry.section == "training" for entry in entries),
             validation=sum(entry.section == "validation" for entry in entries),
             unlisted=len(cache.entries.keys() - listed),
-            size=sum(chunk_file(cache.path, entry.slot).stat().st_size for entry in entries),
+            size=cache.folder.size(ARRAY),
             seconds=time.monotonic() - start,
         )
-        write_whole(cache.path / FAILURES, "".join(map(_line, summary.failures)))
+        cache.folder.write(
+            FAILURES, "".join(f"{_line(failure)}\n" for failure in summary.failures).encode()
+        )
     if not entries:
         raise PrepareError(f"{summary.cache}: no volume could be prepared\n{summary}")
     if strict and failures:
@@ -164,89 +163,43 @@ def prepare(
     return summary
 
 
-@dataclass(frozen=True)
-class _Job:
-    volume: Volume
-    cache: Path
-    slot: int
-    chain: Chain
+def _outcomes(
+    jobs: Sequence[Job], cache: CacheWriter, workers: int, scheduler: str | None
+) -> Generator[tuple[Job, Entry | str | None], None, None]:
+    """Does the jobs: on a cluster, in processes here, or in this one."""
+    if not jobs:
+        return
+    if scheduler is not None:
+        check = SeesCache(cache.path, token_of(cache.owner))
+        with cluster_workers(scheduler, check, say) as client:
+            yield from run_jobs(client, prepare_one, jobs)
+    elif workers:
+        with local_workers(min(workers, len(jobs))) as client:
+            yield from run_jobs(client, prepare_one, jobs)
+    else:
+        yield from ((job, prepare_one(job)) for job in jobs)
 
 
-def _do(job: _Job) -> Entry | str:
-    """Prepares one volume, in whatever process.
-
-    Returns:
-        Its line of the manifest, its chunk written; or the reason why it failed.
-
-    Raises:
-        OSError: the cache cannot be written, which ends the run.
-    """
-    volume, chain = job.volume, job.chain
-    try:
-        # Before reading: a file changed meanwhile is done again.
-        size, mtime_ns = stamp(volume.path)
-    except OSError:
-        size = mtime_ns = 0  # prepare_volume says what is wrong
-    try:
-        prepared = prepare_volume(volume.path, chain)
-    except VolumeError as error:
-        return error.reason
-    voxels = quantise(prepared.voxels, chain.dtype)
-    write_volume(job.cache, job.slot, voxels)
-    return Entry(
-        id=volume.id,
-        slot=job.slot,
-        section=volume.section,
-        path=str(volume.path),
-        size=size,
-        mtime_ns=mtime_ns,
-        axes=prepared.axes,
-        shape=prepared.shape,
-        spacing=prepared.spacing,
-        window=chain.window,
-        box=prepared.box,
-        stored=voxels.shape,
-        mean=prepared.mean,
-        checksum=checksum(voxels),
-    )
-
-
-def _is_there(volume: Volume, cache: CacheWriter) -> bool:
-    """Whether nothing is to be done; a volume that only changed its section is moved."""
-    entry = cache.entries.get(volume.id)
-    if entry is None:
-        return False
-    try:
-        if stamp(volume.path) != (entry.size, entry.mtime_ns):
-            return False
-    except OSError:
-        pass  # the file is gone, as on a machine that has only the cache: what we have counts
-    if entry.section != volume.section:
-        cache.add(dataclasses.replace(entry, section=volume.section))
-    return True
-
-
-def _run(
-    jobs: list[_Job], cache: CacheWriter, workers: int, progress: bool, stop: threading.Event
+def _collect_outcomes(
+    jobs: Sequence[Job],
+    outcomes: Generator[tuple[Job, Entry | str | None], None, None],
+    cache: CacheWriter,
+    progress: bool,
+    stop: threading.Event,
 ) -> list[Failure]:
+    """Adds what is done to the cache, and says what failed."""
     failures: list[Failure] = []
-    here = ((job, _do(job)) for job in jobs)
-    outcomes = in_processes(_do, jobs, workers) if workers and jobs else here
     try:
-        with (
-            open(cache.path / FAILURES, "w", encoding="utf-8") as file,
-            _progress(len(jobs), progress and bool(jobs)) as bar,
-        ):
+        with cache.folder.log(FAILURES) as log, bar("prepare", len(jobs), progress) as shown:
             for job, outcome in outcomes:
                 if isinstance(outcome, Entry):
                     cache.add(outcome)
                 else:
                     failure = Failure(job.volume.id, str(job.volume.path), outcome or _KILLED)
                     failures.append(failure)
-                    file.write(_line(failure))
-                    file.flush()
-                bar.set_postfix(failed=len(failures), refresh=False)
-                bar.update()
+                    log(_line(failure))
+                shown.set_postfix(failed=len(failures), refresh=False)
+                shown.update()
                 if stop.is_set():
                     raise KeyboardInterrupt
     except OSError as error:
@@ -259,24 +212,8 @@ def _run(
     return failures
 
 
-def _progress(total: int, show: bool) -> tqdm:
-    """A bar on a terminal, else a line now and then; both with the time left."""
-    terminal = sys.stderr.isatty()
-    line = "{desc}: {n_fmt}/{total_fmt} volumes{postfix}, {rate_fmt}, {remaining} left\n"
-    return tqdm(
-        total=total,
-        desc="prepare",
-        unit=" volumes",
-        disable=not show,
-        miniters=1,
-        mininterval=0.1 if terminal else 15,
-        maxinterval=30,
-        bar_format=None if terminal else line,
-    )
-
-
 def _line(failure: Failure) -> str:
-    return json.dumps(dataclasses.asdict(failure)) + "\n"
+    return json.dumps(dataclasses.asdict(failure))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -286,8 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None: this process's.
 
     Returns:
-        Exit status: 0 done (failed volumes or not), 1 nothing prepared or a failure with
-        --strict, 2 bad input, 130 interrupted.
+        Exit status: 0 done (failed volumes or not), 1 nothing prepared, a failure with --strict,
+        or damage found by --verify, 2 bad input, 130 interrupted.
     """
     options = _parser().parse_args(arguments)
     stop = threading.Event()
@@ -303,8 +240,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     sys.unraisablehook, hook = ignored, sys.unraisablehook
     try:
+        if options.verify:
+            return _verify_all(options, stop)
         for volumes, cache, chain in _wanted(options):
-            print(prepare(volumes, cache, chain, options.workers, options.strict, stop=stop))
+            summary = prepare(
+                volumes,
+                cache,
+                chain,
+                options.workers,
+                options.strict,
+                stop=stop,
+                scheduler=options.scheduler,
+            )
+            print(summary)
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -333,12 +281,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="""examples:
   python -m voco_jax.data.prepare --datalist lists/btcv.json --root data/BTCV --cache cache/voco
   python -m voco_jax.data.prepare --scan /data/my_ct --cache cache/mine --size 192 192 64
-  python -m voco_jax.data.prepare --config configs/voco_10k.py""",
+  python -m voco_jax.data.prepare --config configs/voco_10k.py --scheduler tcp://HOST:8786
+  python -m voco_jax.data.prepare --verify --cache cache/voco""",
     )
     add = parser.add_argument
     add("--datalist", action="append", default=[], metavar="JSON", help="Decathlon list; repeat")
     add("--root", action="append", default=[], metavar="DIR", help="of all lists, or of each")
-    add("--scan", action="append", default=[], metavar="DIR", help="folder of NIfTI files; repeat")
+    add("--scan", action="append", default=[], metavar="DIR", help="folder of CT volumes; repeat")
     add("--config", metavar="PY", help="take lists, roots, cache and chain from a config file")
     add("--source", action="append", metavar="NAME", help="only this source of --config; repeat")
     add("--cache", metavar="DIR", help="folder to fill; with --config: instead of the config's")
@@ -347,8 +296,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="voxels; default 384 384 96")
     add("--dtype", choices=("uint8", "float16"), help="of the cache; default uint8")
     add("--workers", type=int, help="processes; default: the cores; 0: only this process")
+    add("--scheduler", metavar="ADDRESS", help="Dask cluster that does the work: tcp://HOST:PORT")
+    add("--verify", action="store_true", help="re-read the cache; take out what is damaged")
     add("--strict", action="store_true", help="exit with status 1 if any volume fails")
     return parser
+
+
+def _verify_all(options: argparse.Namespace, stop: threading.Event) -> int:
+    """Verifies the cache named, or those of the config's sources; returns the exit status."""
+    if options.datalist or options.root or options.scan:
+        raise InputError(
+            "--verify: found lists or folders beside it, expected only --cache, or --config; what "
+            "is damaged is done anew by the next run without --verify"
+        )
+    if not (options.cache or options.config):
+        raise InputError("--verify: name the cache with --cache, or --config")
+    paths = [cache for _, cache, _ in _sources(options)] if options.config else [options.cache]
+    status = 0
+    for path in paths:
+        found = verify(path, options.workers, stop=stop, scheduler=options.scheduler)
+        print(found)
+        status = max(status, 1 if found.bad else 0)
+    return status
 
 
 def _wanted(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]]:
@@ -386,6 +355,19 @@ def _wanted(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]
 
 def _of_config(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]]:
     """Of each source of the config, or of one."""
+    found = []
+    for name, cache, source in _sources(options):
+        if not source.roots:
+            raise InputError(
+                f"{options.config}: data.sources.{name}.roots is empty, expected folders with CT "
+                "files"
+            )
+        found.append((collect(source.lists, source.roots), cache, source.chain))
+    return found
+
+
+def _sources(options: argparse.Namespace) -> list[tuple[str, str, Source]]:
+    """Name, cache and settings of each source of the config that is asked for."""
     sources = parse(load(options.config)).data.sources
     wanted = options.source or list(sources)
     unknown = [name for name in wanted if name not in sources]
@@ -401,14 +383,12 @@ def _of_config(options: argparse.Namespace) -> list[tuple[list[Volume], str, Cha
         )
     found = []
     for name in wanted:
-        source = sources[name]
-        cache = options.cache or source.cache
-        field = f"{options.config}: data.sources.{name}"
+        cache = options.cache or sources[name].cache
         if "{workdir}" in cache:
-            raise InputError(f"{field}.cache is {cache!r}: name it with --cache")
-        if not source.roots:
-            raise InputError(f"{field}.roots is empty, expected folders with CT files")
-        found.append((collect(source.lists, source.roots), cache, source.chain))
+            raise InputError(
+                f"{options.config}: data.sources.{name}.cache is {cache!r}: name it with --cache"
+            )
+        found.append((name, cache, sources[name]))
     return found
 
 

@@ -1,16 +1,20 @@
-"""Jobs on Dask's local cluster, one at a time on each process.
+"""Jobs on Dask, one at a time on each process (or thread): here, or on an existing cluster.
 
 A job that asks for more memory than its process may have gets a MemoryError; one that takes longer
 than TIME_LIMIT ends its process, in whatever library it hangs.
 """
 
+import asyncio
+import contextlib
 import logging
 import os
 import resource
 import signal
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
+
+from voco_jax.errors import InputError
 
 # Seconds for one job. The largest file that is read, 4 GiB, takes some minutes on one slow core;
 # what takes longer hangs, and would hold a process for ever.
@@ -18,6 +22,10 @@ TIME_LIMIT = 1800.0
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+DEATHS = 3  # of workers that one job may cause; then it is given up
+CONNECT_SECONDS = 20.0
+_MINUTE = 60
 
 
 def available_cores() -> int:
@@ -52,30 +60,23 @@ def within_time(function: Callable[[Job], Result], job: Job) -> Result:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def in_processes(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
-) -> Generator[tuple[Job, Result | None], None, None]:
-    """Runs a function on every job, in processes that end with this generator.
+@contextlib.contextmanager
+def local_workers(count: int) -> Iterator[Any]:
+    """Starts Dask processes on this machine, which end with this context.
+
+    Nothing, the dashboard included, listens on another address than 127.0.0.1.
 
     Args:
-        function: importable by name.
-        jobs: at least one; may be pickled.
-        workers: how many processes.
+        count: how many.
 
     Yields:
-        Each job as it ends, with its result; None: it killed its worker, or took longer than
-            TIME_LIMIT, twice.
-
-    Raises:
-        Exception: whatever the function raised.
+        Dask's client.
     """
     import dask
-    from dask.distributed import Client, LocalCluster, as_completed
-    from distributed.scheduler import KilledWorker
+    from dask.distributed import Client, LocalCluster
 
-    workers = min(workers, len(jobs))
     settings = {
-        "distributed.scheduler.allowed-failures": 1,  # one more try after a worker died
+        "distributed.scheduler.allowed-failures": DEATHS - 1,
         # Nothing is kept between tasks, so there is nothing to move to disk or to pause for.
         "distributed.worker.memory.target": False,
         "distributed.worker.memory.spill": False,
@@ -89,30 +90,99 @@ def in_processes(
         tempfile.TemporaryDirectory(prefix="voco_prepare_") as scratch,
         dask.config.set(settings),
         LocalCluster(
-            n_workers=workers,
+            n_workers=count,
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any port: several may run at a time
             local_directory=scratch,
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):
-        waiting = iter(jobs)
-        running = {}
+        yield client
 
-        def submit() -> Any:
+
+@contextlib.contextmanager
+def cluster_workers(address: str, check: Callable[[], str], say: Callable[[str], None]) -> Any:
+    """Connects to a Dask cluster that runs already, and leaves it running.
+
+    Args:
+        address: of its scheduler, as tcp://HOST:PORT.
+        check: importable by name; runs on each worker, returns "" or what is wrong there.
+        say: gets a line if there is no worker yet.
+
+    Yields:
+        Dask's client.
+
+    Raises:
+        InputError: no such scheduler, workers without this project or with other versions, or
+            what `check` found.
+    """
+    from dask.distributed import Client
+
+    try:
+        client = Client(address, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise InputError(
+            f"--scheduler: no Dask scheduler answers at {address!r} ({error}), expected the "
+            "address that it printed at its start, as tcp://HOST:8786; or its Python, Dask or "
+            "distributed is another version than here"
+        ) from error
+    with client:
+        if not client.nthreads():
+            say(f"waiting for a worker at {address} ...")
+            while not client.nthreads():
+                with contextlib.suppress(TimeoutError):
+                    client.wait_for_workers(1, timeout=_MINUTE)
+        _check_workers(client, address, check)
+        old = client.run_on_scheduler(_allow_failures, count=DEATHS - 1)
+        try:
+            yield client
+        finally:
+            with contextlib.suppress(Exception):  # the scheduler may be gone
+                client.run_on_scheduler(_allow_failures, count=old)
+
+
+def run_jobs(
+    client: Any, function: Callable[[Job], Result], jobs: Sequence[Job]
+) -> Generator[tuple[Job, Result | None], None, None]:
+    """Runs a function on every job; a job whose worker dies is given to another one.
+
+    Args:
+        client: Dask's. Workers may come and go.
+        function: importable by name.
+        jobs: at least one; may be pickled.
+
+    Yields:
+        Each job as it ends, with its result; None: it killed its worker or took longer than
+            TIME_LIMIT, `DEATHS` times.
+
+    Raises:
+        InputError: the cluster is gone.
+        Exception: whatever the function raised.
+    """
+    from dask.distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    waiting = iter(jobs)
+    running: dict[str, Job] = {}
+    finished = as_completed()
+
+    def fill() -> None:
+        """Gives every thread of the workers one job, so that few die with a worker."""
+        while len(running) < max(1, sum(client.nthreads().values())):
             job = next(waiting, None)
             if job is None:
-                return None
+                return
             future = client.submit(within_time, function, job, pure=False)
             running[future.key] = job
-            return future
+            finished.add(future)
 
-        finished = as_completed([submit() for _ in range(workers)])
-        for future in finished:
-            job = running.pop(future.key)
+    fill()
+    for future in finished:
+        job = running.pop(future.key)
+        try:
             error = future.exception() if future.status == "error" else None
             if isinstance(error, KilledWorker):
                 yield job, None
@@ -120,6 +190,64 @@ def in_processes(
                 raise error
             else:
                 yield job, future.result()
-            following = submit()
-            if following is not None:
-                finished.add(following)
+            fill()
+        except (asyncio.CancelledError, ConnectionError) as gone:
+            raise InputError(
+                "the Dask scheduler is gone; what is prepared is kept: start it and its workers "
+                "again and run the same command"
+            ) from gone
+
+
+def versions() -> tuple[str, ...]:
+    """What has to be the same on the workers as here."""
+    import platform
+
+    import dask
+    import numpy
+
+    import voco_jax
+
+    python = ".".join(platform.python_version_tuple()[:2])
+    return (
+        f"voco_jax {voco_jax.__version__}",
+        f"Python {python}",
+        f"dask {dask.__version__}",
+        f"numpy {numpy.__version__.partition('.')[0]}",
+    )
+
+
+def _check_workers(client: Any, address: str, check: Callable[[], str]) -> None:
+    try:
+        found = client.run(versions, on_error="return")
+        bad = {
+            worker: f"it has {', '.join(there)}, expected {', '.join(versions())}"
+            for worker, there in found.items()
+            if not isinstance(there, Exception) and there != versions()
+        }
+        bad |= {
+            worker: f"it cannot import this project ({there}); install it there, or start the "
+            "worker in the project's folder, in the same environment"
+            for worker, there in found.items()
+            if isinstance(there, Exception)
+        }
+        if not bad:
+            seen = client.run(check, on_error="return")
+            bad = {worker: str(there) for worker, there in seen.items() if there}
+    except Exception as error:  # unpickling on the scheduler or a worker fails in many ways
+        raise InputError(
+            f"--scheduler {address}: its workers cannot run this project's code ({error!r}); start "
+            "scheduler and workers in the same environment as this command"
+        ) from error
+    if bad:
+        worker, reason = min(bad.items())
+        raise InputError(
+            f"--scheduler {address}: {len(bad)} of {len(found)} workers cannot be used; "
+            f"{worker}: {reason}"
+        )
+
+
+def _allow_failures(count: int, dask_scheduler: Any = None) -> int:
+    """Sets how many deaths of workers the scheduler forgives a task; returns how many it did."""
+    old = dask_scheduler.allowed_failures
+    dask_scheduler.allowed_failures = count
+    return old

@@ -1,0 +1,135 @@
+"""The voxels of a cache: one Zarr v3 array (volume, x, y, z), one file or object a volume.
+
+Volumes of one size are one chunk each. Of a source whose volumes keep their own size
+(`fit="random_crop"`) each is one shard with room for the largest; inside it lie chunks of 64x64x64
+behind an index, so that a part is read without the rest, and empty room takes no space.
+"""
+
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from voco_jax.config import Chain
+from voco_jax.data.storage import Folder
+from voco_jax.errors import InputError
+
+ARRAY = "volumes"
+CHUNK = 64  # voxels along each axis, inside a shard
+LARGEST = (1024, 1024, 2048)  # voxels of a volume that keeps its own size
+
+
+def largest(chain: Chain) -> tuple[int, int, int]:
+    """The largest volume that a cache of these settings takes, voxels x y z."""
+    return LARGEST if chain.fit == "random_crop" else chain.volume_size
+
+
+def chunk_name(slot: int) -> str:
+    """The name of one volume's file below `ARRAY`."""
+    return f"c.{slot}.0.0.0"
+
+
+def open_array(folder: Folder, create: Chain | None = None) -> Any:
+    """Opens the array of a cache.
+
+    Args:
+        folder: of the cache.
+        create: make it with these settings, if it is missing.
+
+    Returns:
+        The TensorStore.
+
+    Raises:
+        InputError: not such an array.
+    """
+    below = Folder(f"{folder.path}/{ARRAY}")
+    spec: dict[str, Any] = {
+        "driver": "zarr3",
+        "kvstore": below.spec(),
+        # A slot without its file is an error, not a volume of zeros.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+        # No cache in memory: every volume is read once an epoch. One thread: callers have theirs.
+        "context": {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}},
+    }
+    if create is not None:
+        spec["metadata"] = _metadata(create)
+        if below.read("zarr.json") is None:
+            spec["metadata"]["shape"] = [0, *largest(create)]
+    try:
+        return tensorstore.open(spec, open=True, create=create is not None).result()
+    except ValueError as error:
+        raise InputError(f"{below.path}: not the array of a cache ({error})") from error
+
+
+def reserve(array: Any, unused: int, count: int) -> tuple[range, Any]:
+    """Extends an array by slots that were never used.
+
+    Args:
+        array: of a cache.
+        unused: no smaller slot is free.
+        count: how many.
+
+    Returns:
+        The slots, and the array to go on with.
+    """
+    start = max(int(array.shape[0]), unused)
+    if count:
+        array = array.resize(exclusive_max=[start + count, *array.shape[1:]]).result()
+    return range(start, start + count), array
+
+
+def write_volume(path: str, slot: int, voxels: np.ndarray) -> None:
+    """Writes one volume's file, whole or not at all.
+
+    Args:
+        path: of the cache: absolute, or a URL.
+        slot: one of `reserve`.
+        voxels: x y z, in the cache's dtype; at most of the size `largest`.
+
+    Raises:
+        OSError: disk full, no permission, store out of reach.
+    """
+    part = tuple(slice(0, size) for size in voxels.shape)
+    try:
+        open_array(Folder(path))[slot][part].write(voxels).result()
+    except ValueError as error:  # TensorStore's only kind
+        raise OSError(str(error)) from error
+
+
+def _metadata(chain: Chain) -> dict[str, Any]:
+    wide = chain.dtype == "float16"
+    # LZ4 takes a sixth more disk than Zstandard and half its time to read.
+    lz4 = {
+        "cname": "lz4",
+        "clevel": 5,
+        "shuffle": "shuffle" if wide else "noshuffle",
+        "typesize": 2 if wide else 1,
+        "blocksize": 0,
+    }
+    codecs: list[Any] = [
+        {"name": "bytes", "configuration": {"endian": "little"}} if wide else "bytes",
+        {"name": "blosc", "configuration": lz4},
+        {"name": "crc32c"},
+    ]
+    if chain.fit == "random_crop":
+        shard = {
+            "chunk_shape": [1, CHUNK, CHUNK, CHUNK],
+            "codecs": codecs,
+            "index_codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+            "index_location": "start",  # no store is asked for a file's last bytes
+        }
+        codecs = [{"name": "sharding_indexed", "configuration": shard}]
+    return {
+        "data_type": chain.dtype,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [1, *largest(chain)]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "dimension_names": ["volume", "x", "y", "z"],
+        "codecs": codecs,
+    }

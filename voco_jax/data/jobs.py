@@ -1,0 +1,153 @@
+"""What is done for one volume, in whatever process: tasks of `prepare`."""
+
+import dataclasses
+import itertools
+import os
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from voco_jax.config import Chain
+from voco_jax.data.array import largest, write_volume
+from voco_jax.data.cache import CacheWriter, checksum
+from voco_jax.data.datalists import Volume
+from voco_jax.data.manifest import Entry, holds
+from voco_jax.data.readers import VolumeError, stamp
+from voco_jax.data.storage import Folder, is_remote, local_copy, remote_stamp
+from voco_jax.data.volumes import prepare_volume, quantise
+
+_LOOKS = 32  # at files, at the same time: network file systems and object stores answer slowly
+_PART = 64  # files that one thread looks at before it takes others
+
+
+@dataclass(frozen=True)
+class Job:
+    """One volume to prepare."""
+
+    volume: Volume
+    cache: str
+    slot: int
+    chain: Chain
+
+
+def prepare_one(job: Job) -> Entry | str:
+    """Prepares one volume.
+
+    Returns:
+        Its line of the manifest, its file in the cache written; or the reason why it failed.
+
+    Raises:
+        OSError: the cache cannot be written, which ends the run.
+    """
+    volume, chain = job.volume, job.chain
+    try:
+        found = stamp_of(volume.path)  # before reading: a file changed meanwhile is done again
+    except OSError:
+        found = ""  # prepare_volume says what is wrong
+    try:
+        with local_copy(volume.path) as path:
+            prepared = prepare_volume(path, chain)
+    except VolumeError as error:
+        return error.reason
+    except OSError as error:
+        return f"cannot fetch: {error}"
+    voxels = quantise(prepared.voxels, chain.dtype)
+    room = largest(chain)
+    if any(size > most for size, most in zip(voxels.shape, room, strict=True)):
+        return (
+            f"too large: {_times(voxels.shape)} voxels to store, expected at most {_times(room)}; "
+            "set a larger spacing in the chain"
+        )
+    write_volume(job.cache, job.slot, voxels)
+    return Entry(
+        id=volume.id,
+        slot=job.slot,
+        section=volume.section,
+        path=str(volume.path),
+        stamp=found,
+        axes=prepared.axes,
+        shape=prepared.shape,
+        spacing=prepared.spacing,
+        window=chain.window,
+        box=prepared.box,
+        stored=voxels.shape,
+        mean=prepared.mean,
+        checksum=checksum(voxels),
+    )
+
+
+def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
+    """Those volumes that a cache lacks, or whose file has changed since.
+
+    A volume that only changed its section is moved at once.
+    """
+    known = [volume for volume in volumes if volume.id in cache.entries]
+    parts = [known[start : start + _PART] for start in range(0, len(known), _PART)]
+    with ThreadPoolExecutor(_LOOKS) as threads:
+        looks = itertools.chain.from_iterable(threads.map(_stamps, parts))
+        stamps = {volume.id: stamp for volume, stamp in zip(known, looks, strict=True)}
+    missing = []
+    for volume in volumes:
+        entry = cache.entries.get(volume.id)
+        # None: the file is gone, as on a machine that has only the cache: what we have counts.
+        if entry is None or stamps[volume.id] not in (None, entry.stamp):
+            missing.append(volume)
+        elif entry.section != volume.section:
+            cache.add(dataclasses.replace(entry, section=volume.section))
+    return missing
+
+
+def stamp_of(path: Path | str) -> str:
+    """Another text once a volume's file has changed.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    if is_remote(path):
+        return remote_stamp(str(path))
+    size, changed = stamp(path)
+    return f"{size} bytes, {changed} ns"
+
+
+def _stamps(volumes: Sequence[Volume]) -> list[str | None]:
+    found: list[str | None] = []
+    for volume in volumes:
+        try:
+            found.append(stamp_of(volume.path))
+        except OSError:
+            found.append(None)
+    return found
+
+
+@dataclass(frozen=True)
+class SeesCache:
+    """Checks, on a worker of a cluster, that it can fill a cache.
+
+    Args:
+        cache: its path or URL.
+        token: of the run that fills it.
+    """
+
+    cache: str
+    token: str
+
+    def __call__(self) -> str:
+        """Returns "", or what is wrong."""
+        where = f"the cache {self.cache} on {socket.gethostname()}"
+        shared = "name a folder that all machines see under one path, or a gs:// or s3:// URL"
+        try:
+            if not holds(self.cache, self.token):
+                return f"it does not see {where}; {shared}"
+            probe = f"probe-{socket.gethostname()}-{os.getpid()}"
+            folder = Folder(self.cache)
+            folder.write(probe, b"")
+            folder.delete(probe)
+        except OSError as error:
+            return f"it cannot write {where}: {error}; {shared}"
+        return ""
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

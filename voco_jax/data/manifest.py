@@ -1,0 +1,257 @@
+"""The manifest of a cache: which volumes it holds, as lines that are only ever added.
+
+Here it is one file, manifest.jsonl, and every line is on the disk before the next volume. Object
+stores cannot append: there it is a series of objects, manifest/000001.jsonl, ..., each written
+whole, every 30 seconds or 500 lines; a run that is killed there loses at most the lines since.
+Reading takes both, so that a cache may be copied from one kind of place to the other.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pydantic
+
+from voco_jax.data.datalists import Section
+from voco_jax.data.storage import Folder
+from voco_jax.data.volumes import Box
+from voco_jax.errors import InputError
+
+MANIFEST, SERIES, LOCK = "manifest.jsonl", "manifest", "prepare.lock"
+FLUSH_SECONDS, FLUSH_LINES = 30.0, 500  # of the series
+STALE_SECONDS = 600.0  # a lock object that was not renewed for so long counts no more
+_FORGET = b'{"forget": '
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One prepared volume: a line of the manifest. All of x y z is in RAS order."""
+
+    id: str
+    slot: int  # place on the array's first axis
+    section: Section
+    path: str  # of the CT file when it was prepared
+    stamp: str  # of that file or its parts; another one: it has changed
+    axes: str  # of that file, as "LPS"
+    shape: tuple[int, int, int]  # of that file, voxels
+    spacing: tuple[float, float, float]  # of that file, mm
+    window: tuple[float, float]  # HU that became 0 and 1
+    box: Box  # what was kept of that file: first and last + 1 voxel
+    stored: tuple[int, int, int]  # voxels of the prepared volume
+    mean: float  # of the prepared voxels, 0..1
+    checksum: str  # of the stored voxels
+
+
+def read_manifest(folder: Folder) -> dict[str, Entry]:
+    """The volumes of a cache by id, in the order in which they came.
+
+    Raises:
+        InputError: it cannot be read, or a line of it is damaged.
+    """
+    names = [MANIFEST, *(f"{SERIES}/{name}" for name in sorted(folder.names(SERIES)))]
+    try:
+        with ThreadPoolExecutor(16) as threads:
+            contents = list(threads.map(folder.read, names))
+    except OSError as error:
+        raise InputError(f"{folder.path}/{MANIFEST}: cannot read: {error}") from error
+    entry_type = pydantic.TypeAdapter(Entry)
+    entries: dict[str, Entry] = {}
+    for name, content in zip(names, contents, strict=True):
+        lines = (content or b"").split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):  # after the last newline: cut off by a kill
+            try:
+                if line.startswith(_FORGET):
+                    entries.pop(json.loads(line)["forget"], None)
+                    continue
+                entry = entry_type.validate_json(line)
+            except (ValueError, TypeError) as error:  # pydantic's too
+                raise InputError(
+                    f"{folder.path}/{name}: line {number} is damaged ({line[:80]!r}); delete this "
+                    "line and run prepare again"
+                ) from error
+            entries[entry.id] = entry
+    return entries
+
+
+def line_of(entry: Entry) -> str:
+    """A volume that is there."""
+    return json.dumps(dataclasses.asdict(entry)) + "\n"
+
+
+def forget(id: str) -> str:
+    """A volume that is there no more."""
+    return json.dumps({"forget": id}) + "\n"
+
+
+class LocalManifest:
+    """Adds lines to the manifest of a cache on this machine, for one process at a time.
+
+    Args:
+        folder: of the cache; must exist.
+        stack: closes it and lets other processes in.
+
+    Raises:
+        InputError: another process fills this cache.
+        OSError: no permission.
+    """
+
+    def __init__(self, folder: Folder, stack: contextlib.ExitStack) -> None:
+        path = Path(folder.path, LOCK)
+        lock = stack.enter_context(path.open("a"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise InputError(
+                f"{folder.path}: another prepare is filling this cache; wait for it or stop it"
+            ) from error
+        self.owner = _owner()
+        lock.truncate(0)
+        stack.callback(lock.truncate, 0)  # a copy of this folder looks as free as it is
+        lock.write(self.owner)
+        lock.flush()
+        path = Path(folder.path, MANIFEST)
+        _cut_torn_line(path)
+        self._file: IO[str] = stack.enter_context(path.open("a", encoding="utf-8"))
+
+    def add(self, *lines: str) -> bool:
+        """Adds lines; returns whether they are safe on the disk by now: they are."""
+        self._file.writelines(lines)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return True
+
+
+class RemoteManifest:
+    """Adds lines to the manifest of a cache in an object store.
+
+    Its lock is an object that is renewed every 30 seconds: enough against a second run started by
+    mistake, not against two that start in the same moment (on S3), or a run that was cut off from
+    the store for ten minutes and comes back.
+
+    Args:
+        folder: of the cache.
+        stack: writes what is left and lets other processes in.
+
+    Raises:
+        InputError: another process fills this cache.
+        OSError: the store cannot be written.
+    """
+
+    def __init__(self, folder: Folder, stack: contextlib.ExitStack) -> None:
+        self._folder = folder
+        self.owner = _owner()
+        self._lock()
+        stack.callback(self._unlock)
+        numbers = [int(name.partition(".")[0]) for name in folder.names(SERIES)]
+        self._next = max(numbers, default=0) + 1
+        self._lines: list[str] = []
+        self._guard = threading.Lock()
+        self._failed: Exception | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._now_and_then, daemon=True)
+        self._thread.start()
+        stack.callback(self._end)
+
+    def add(self, *lines: str) -> bool:
+        """Adds lines; returns whether they are safe in the store by now."""
+        if self._failed is not None:
+            raise self._failed
+        with self._guard:
+            self._lines += lines
+            full = len(self._lines) >= FLUSH_LINES
+        if full:
+            self._flush()
+        return full
+
+    def _flush(self) -> None:
+        with self._guard:
+            if self._lines:
+                content = "".join(self._lines).encode()
+                self._folder.write(f"{SERIES}/{self._next:06d}.jsonl", content)
+                self._next += 1
+                self._lines = []
+
+    def _lock(self) -> None:
+        if self._folder.write_new(LOCK, self.owner.encode()):
+            return
+        found = (self._folder.read(LOCK) or b"").decode(errors="replace")
+        try:
+            age = time.time() - json.loads(found)["time"]
+        except (ValueError, KeyError, TypeError):
+            age = STALE_SECONDS + 1  # not ours; nothing says that it lives
+        if age < STALE_SECONDS:
+            raise InputError(
+                f"{self._folder.path}: another prepare is filling this cache ({found}); wait for "
+                f"it or stop it. If it was killed: its lock ends {STALE_SECONDS / 60:.0f} minutes "
+                f"after its last sign of life, {age:.0f} seconds ago, or delete {LOCK} there"
+            )
+        self._folder.write(LOCK, self.owner.encode())
+
+    def _now_and_then(self) -> None:
+        while not self._ended.wait(FLUSH_SECONDS):
+            try:
+                if self._folder.read(LOCK) != self.owner.encode():
+                    raise OSError("another prepare has taken this cache over")
+                self._flush()
+                self.owner = json.dumps(json.loads(self.owner) | {"time": time.time()})
+                self._folder.write(LOCK, self.owner.encode())
+            except OSError as error:
+                self._failed = error
+                return
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._failed is None:
+            self._flush()
+
+    def _unlock(self) -> None:
+        if self._folder.read(LOCK) == self.owner.encode():
+            self._folder.delete(LOCK)
+
+
+def open_manifest(folder: Folder, stack: contextlib.ExitStack) -> "LocalManifest | RemoteManifest":
+    """The manifest of a cache, for adding lines."""
+    return RemoteManifest(folder, stack) if folder.remote else LocalManifest(folder, stack)
+
+
+def holds(path: str, token: str) -> bool:
+    """Whether the cache that is seen here under a path is the one that a run is filling.
+
+    Args:
+        path: of the cache.
+        token: `token_of` the run's `owner`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return token in (Folder(path).read(LOCK) or b"").decode(errors="replace")
+
+
+def token_of(owner: str) -> str:
+    """What of an owner never changes."""
+    return json.loads(owner)["token"]
+
+
+def _owner() -> str:
+    who = {"host": socket.gethostname(), "process": os.getpid()}
+    return json.dumps(who | {"token": uuid.uuid4().hex, "time": time.time()})
+
+
+def _cut_torn_line(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)

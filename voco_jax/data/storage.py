@@ -1,0 +1,220 @@
+"""Folders on this machine, in Google Cloud Storage (gs://) and in S3 (s3://), all used alike.
+
+TensorStore's key-value stores do the work. Credentials are found as by the vendors' own tools:
+for gs:// what `gcloud auth application-default login` left, or the machine's service account; for
+s3:// the usual AWS_* variables and files. AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) and AWS_REGION
+(or AWS_DEFAULT_REGION) name another S3 server.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorstore
+
+_DRIVERS = {"gs": "gcs", "s3": "s3"}
+# Other objects of the same name belong to these: pairs, and headers beside their data.
+_HEADERS = (".hdr", ".img", ".hdr.gz", ".img.gz", ".mhd", ".nhdr")
+ABSENT = b"\x02"  # TensorStore's "generation" of an object that is not there
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is a gs:// or s3:// URL."""
+    return str(path).partition("://")[0] in _DRIVERS and "://" in str(path)
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """The folder and the last name of a URL without a slash at its end."""
+    folder, _, name = url.rpartition("/")
+    return folder, name
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder; on object stores a prefix of names. Picklable.
+
+    All methods raise OSError, with the store's own words, if the store cannot be used.
+
+    Args:
+        path: of this machine, or gs://BUCKET/PATH or s3://BUCKET/PATH.
+    """
+
+    path: str
+
+    @classmethod
+    def at(cls, path: str | Path) -> "Folder":
+        """The folder of an absolute or relative path or of a URL."""
+        return cls(str(path).rstrip("/") if is_remote(path) else str(Path(path).resolve()))
+
+    @property
+    def remote(self) -> bool:
+        """Whether it is in an object store."""
+        return is_remote(self.path)
+
+    def spec(self) -> dict[str, Any]:
+        """TensorStore's description of it."""
+        if not self.remote:
+            return {"driver": "file", "path": f"{self.path}/"}
+        scheme, _, rest = self.path.partition("://")
+        bucket, _, path = rest.partition("/")
+        spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket}
+        spec["path"] = f"{path}/" if path else ""
+        if scheme == "s3":
+            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            if endpoint:
+                spec["endpoint"], region = endpoint, region or "us-east-1"
+            if region:
+                spec["aws_region"] = region
+            if "AWS_ACCESS_KEY_ID" in os.environ:  # otherwise it complains of files not there
+                spec["aws_credentials"] = {"type": "environment"}
+        return spec
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None: there is none."""
+        with _as_os_error():
+            found = self._store.read(name).result()
+        return found.value if found.state == "value" else None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file, so that it is there whole or not at all."""
+        with _as_os_error():
+            self._store.write(name, content).result()
+
+    def write_new(self, name: str, content: bytes) -> bool:
+        """Writes a file if there is none of this name; whether it did (S3: best effort)."""
+        with _as_os_error():
+            return bool(self._store.write(name, content, if_equal=ABSENT).result().generation)
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if there is one."""
+        with _as_os_error():
+            self._store.write(name, None).result()
+
+    def names(self, below: str = "") -> list[str]:
+        """The names of the files and folders in it, or in a folder below."""
+        if not self.remote:
+            try:
+                return os.listdir(os.path.join(self.path, below))
+            except FileNotFoundError:
+                return []
+        inside = self.all_names(f"{below}/" if below else "")
+        return sorted({name.split("/")[0] for name in inside})
+
+    def all_names(self, prefix: str = "") -> list[str]:
+        """The names of all files whose names begin so, without this beginning; also in folders."""
+        start = prefix.encode()
+        limits = None
+        if start:
+            limits = tensorstore.KvStore.KeyRange(start, start[:-1] + bytes([start[-1] + 1]))
+        with _as_os_error():
+            found = self._store.list(limits, len(start)).result()
+        return sorted(name.decode(errors="surrogateescape") for name in found)
+
+    def generation(self, name: str) -> bytes | None:
+        """What the store calls this version of a file; None: there is none. Reads no content."""
+        with _as_os_error():
+            found = self._store.read(name, byte_range=slice(0, 0)).result()
+        return found.stamp.generation if found.state == "value" else None
+
+    def size(self, below: str) -> int | None:
+        """Bytes of all files in a folder below; None: the store cannot say in one go."""
+        if self.remote:
+            return None
+        with os.scandir(os.path.join(self.path, below)) as files:
+            return sum(file.stat().st_size for file in files)
+
+    @contextmanager
+    def log(self, name: str) -> Iterator[Callable[[str], None]]:
+        """For adding lines to a new text file; in an object store it is there at the end only."""
+        if not self.remote:
+            with open(os.path.join(self.path, name), "w", encoding="utf-8", buffering=1) as file:
+                yield lambda line: print(line, file=file)
+            return
+        lines: list[str] = []
+        try:
+            yield lines.append
+        finally:
+            self.write(name, "".join(f"{line}\n" for line in lines).encode())
+
+    @property
+    def _store(self) -> Any:
+        return _open(json.dumps(self.spec()))
+
+
+@contextmanager
+def local_copy(path: str | Path) -> Iterator[Path]:
+    """A volume's files on this machine: themselves, or copies that are deleted afterwards.
+
+    Args:
+        path: of a file, or of a folder with one DICOM series; local or a URL.
+
+    Yields:
+        The local path. It does not exist if the URL's object does not.
+
+    Raises:
+        OSError: the store cannot be read, or no space for the copy.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    folder_url, name = split_url(str(path))
+    source = Folder(folder_url)
+    with tempfile.TemporaryDirectory(prefix="voco_fetch_") as folder:
+        for file in _files(source, name):
+            content = source.read(file)
+            if content is not None:
+                target = Path(folder, file)
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(content)
+                del content
+        yield Path(folder, name)
+
+
+def remote_stamp(url: str) -> str:
+    """Another text once any of a volume's objects has changed. No content is read.
+
+    Raises:
+        OSError: there is no such object, or the store cannot be read.
+    """
+    folder_url, name = split_url(url)
+    source = Folder(folder_url)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in _files(source, name):
+        generation = source.generation(file)
+        if generation is None:
+            raise FileNotFoundError(f"{url}: no such object")
+        digest.update(file.encode(errors="surrogateescape") + b"\0" + generation + b"\0")
+    return digest.hexdigest()
+
+
+def _files(source: Folder, name: str) -> list[str]:
+    """The files of one volume: one, a few of one name, or all in a folder."""
+    suffix = next((end for end in _HEADERS if name.lower().endswith(end)), None)
+    if suffix is not None:
+        stem = name[: -len(suffix)]
+        return [f"{stem}.{rest}" for rest in source.all_names(f"{stem}.") if "/" not in rest]
+    if source.generation(name) is not None:
+        return [name]
+    inside = [key for key in source.all_names(f"{name}/") if key and "/" not in key]
+    return [f"{name}/{key}" for key in inside] or [name]
+
+
+@functools.lru_cache(maxsize=64)
+def _open(spec: str) -> Any:
+    return tensorstore.KvStore.open(json.loads(spec)).result()
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # TensorStore's only kind
+        raise OSError(str(error)) from error

@@ -1,0 +1,330 @@
+"""Pages of pictures of a cache's volumes, the odd ones first, so that a person can look them over.
+
+    python -m voco_jax.report.contact_sheet --cache CACHE --output DIR
+
+Each volume is three slices through its middle (axial, coronal, sagittal, in true proportions, the
+patient's right on the left) with its name and numbers. A volume is odd if a number of it lies far
+from those of the others: more than 3.5 robust standard deviations from the median (Iglewicz and
+Hoaglin's modified z-score, by the median absolute deviation). DIR/index.csv lists all of them.
+"""
+
+import argparse
+import csv
+import functools
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from voco_jax.config import Chain
+from voco_jax.data.cache import Cache, read_settings
+from voco_jax.data.manifest import Entry
+from voco_jax.data.progress import bar
+from voco_jax.data.volumes import dequantise
+from voco_jax.data.workers import available_cores
+from voco_jax.errors import InputError
+
+COLUMNS, ROWS = 5, 8  # volumes on a page
+LIMIT = 3.5  # robust standard deviations
+_PANEL, _GAP, _LINE, _HEAD = 118, 6, 15, 44  # pixels
+_TILE = (3 * _PANEL + 4 * _GAP, _PANEL + 5 * _LINE + 4 * _GAP)
+_PAPER, _INK, _PALE, _RED = (24, 24, 27), (235, 235, 235), (150, 150, 155), (255, 99, 88)
+_FRAME = (58, 58, 64)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One volume of the sheet."""
+
+    entry: Entry
+    extent: tuple[float, float, float]  # of what is stored, mm
+    kept: float  # share of the file's voxels in the foreground box
+    score: float  # largest of its z-scores, without sign
+    reasons: tuple[str, ...]  # why it is odd; (): it is not
+
+
+def survey(cache: Cache) -> list[Look]:
+    """Compares the numbers of all volumes.
+
+    Args:
+        cache: opened.
+
+    Returns:
+        The odd ones, oddest first, then the others in order of id.
+    """
+    entries = cache.entries
+    kept = [_share(entry) for entry in entries]
+    flat = [float(np.sqrt(entry.spacing[0] * entry.spacing[1])) for entry in entries]
+    # Name, numbers, smallest deviation that counts as one (of sets that are nearly uniform),
+    # whether on a logarithmic scale, how it is written.
+    quantities: list[tuple[str, list[float], float, bool, str]] = [
+        ("x-y spacing", flat, 0.1, True, "{:.3g} mm"),
+        ("z spacing", [entry.spacing[2] for entry in entries], 0.1, True, "{:.3g} mm"),
+        ("foreground", [100 * share for share in kept], 0.1, True, "{:.3g}% of the file"),
+        ("mean", [entry.mean for entry in entries], 0.02, False, "{:.3f}"),
+    ]
+    scores = np.zeros(len(entries))
+    reasons: list[list[str]] = [[] for _ in entries]
+    for name, numbers, least, logarithmic, form in quantities:
+        found = robust_scores(np.log(numbers) if logarithmic else np.asarray(numbers), least)
+        scores = np.maximum(scores, np.abs(found))
+        middle = form.format(float(np.median(numbers)))
+        for index in np.flatnonzero(np.abs(found) > LIMIT):
+            way, value = "high" if found[index] > 0 else "low", form.format(numbers[index])
+            reasons[index].append(f"{way} {name}: {value} (median {middle.partition(' of')[0]})")
+    looks = [
+        Look(entry, _extent(entry, cache.chain), share, float(score), tuple(why))
+        for entry, share, score, why in zip(entries, kept, scores, reasons, strict=True)
+    ]
+    return sorted(looks, key=lambda look: (-look.score if look.reasons else 0.0, look.entry.id))
+
+
+def robust_scores(numbers: np.ndarray, least: float) -> np.ndarray:
+    """How many robust standard deviations each number is from the median.
+
+    Args:
+        numbers: any.
+        least: the standard deviation is taken to be at least this.
+
+    Returns:
+        0.6745 (x - median) / MAD, or less.
+    """
+    away = numbers - np.median(numbers)
+    return away / max(float(np.median(np.abs(away))) / 0.6745, least)
+
+
+def draw(
+    cache: Cache, output: Path, pages: int | None = None, progress: bool = True
+) -> tuple[list[Look], list[Path]]:
+    """Writes the pages and DIR/index.csv; older pages there are deleted.
+
+    Args:
+        cache: opened.
+        output: the folder; made if missing.
+        pages: at most so many; the index has all volumes. None: all.
+        progress: whether to show a bar or lines now and then.
+
+    Returns:
+        What was found, and the files of the pages.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    looks = survey(cache)
+    on_page = COLUMNS * ROWS
+    total = -(-len(looks) // on_page)
+    shown = looks[: on_page * (total if pages is None else pages)]
+    files = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for old in output.iterdir():
+            if re.fullmatch(r"page_\d{4,}\.png", old.name):
+                old.unlink()
+        _write_index(output / "index.csv", looks)
+        with bar("contact sheet", len(shown), progress) as done:
+            for number, tiles in enumerate(_tiles(cache, shown), 1):
+                odd = sum(bool(look.reasons) for look in looks)
+                title = (
+                    f"{cache.path}     page {number} of {total}     {len(looks)} volumes, "
+                    f"{odd} odd ones first (red)"
+                )
+                files.append(output / f"page_{number:04d}.png")
+                _page(tiles, title).save(files[-1], compress_level=1)
+                done.update(len(tiles))
+    except OSError as error:
+        raise InputError(f"{output}: cannot write here: {error.strerror or error}") from error
+    return looks, files
+
+
+def _tiles(cache: Cache, looks: Sequence[Look]) -> Iterator[list[Image.Image]]:
+    """The tiles of each page, drawn by all cores, a page ahead at most."""
+    on_page = COLUMNS * ROWS
+    with ThreadPoolExecutor(available_cores()) as threads:
+        ahead: list[Any] = []
+        for start in range(0, len(looks), on_page):
+            page = looks[start : start + on_page]
+            ahead.append([threads.submit(_tile, cache, look) for look in page])
+            if len(ahead) > 1:
+                yield [tile.result() for tile in ahead.pop(0)]
+        for rest in ahead:
+            yield [tile.result() for tile in rest]
+
+
+def _tile(cache: Cache, look: Look) -> Image.Image:
+    """One volume: three slices, its name, its numbers."""
+    entry = look.entry
+    tile = Image.new("RGB", _TILE, _PAPER)
+    ink = ImageDraw.Draw(tile)
+    reasons = list(look.reasons)
+    try:
+        panels = _slices(cache, look)
+    except InputError:
+        panels, reasons = [], ["cannot be read: run prepare --verify", *reasons]
+    for number, panel in enumerate(panels):
+        left = _GAP + number * (_PANEL + _GAP) + (_PANEL - panel.width) // 2
+        tile.paste(panel, (left, _GAP + (_PANEL - panel.height) // 2))
+    shape, spacing = "x".join(map(str, entry.shape)), "x".join(f"{s:.3g}" for s in entry.spacing)
+    extent = "x".join(f"{length:.0f}" for length in look.extent)
+    lines = [
+        (entry.id, _INK),
+        (f"{shape}   {spacing} mm   {entry.section}", _PALE),
+        (
+            f"mean {entry.mean:.3f}   foreground {100 * look.kept:.3g}%   {extent} mm",
+            _PALE,
+        ),
+    ]
+    if len(reasons) > 2:
+        reasons[1:] = [f"{reasons[1]} (and {len(reasons) - 2} more)"]
+    lines += [(reason, _RED) for reason in reasons]
+    for number, (text, colour) in enumerate(lines):
+        place = (_GAP, _PANEL + 2 * _GAP + number * _LINE)
+        ink.text(place, _fitting(text, _TILE[0] - 2 * _GAP), colour, _font(12))
+    width, height = _TILE
+    ink.rectangle((0, 0, width - 2, height - 2), outline=_RED if reasons else _FRAME, width=2)
+    return tile
+
+
+def _slices(cache: Cache, look: Look) -> list[Image.Image]:
+    """Axial, coronal and sagittal, on one scale of millimetres."""
+    entry, size = look.entry, look.entry.stored
+    middle = [length // 2 for length in size]
+    planes = []
+    whole = None if cache.chain.fit == "random_crop" else cache.read_whole(entry)
+    for axis in (2, 1, 0):
+        if whole is not None:
+            plane = whole.take(middle[axis], axis)
+        else:  # only the chunks of this plane
+            corner = tuple(middle[i] if i == axis else 0 for i in range(3))
+            part = tuple(1 if i == axis else size[i] for i in range(3))
+            plane = cache.read(entry, corner, part).squeeze(axis)  # type: ignore[arg-type]
+        planes.append(np.rint(dequantise(plane) * 255).astype(np.uint8))
+    x, y, z = (length * _PANEL / max(look.extent) for length in look.extent)
+    sizes = ((x, y), (x, z), (y, z))
+    return [
+        # RAS: indices grow to the patient's right, front and head. Right (or front) is shown on the
+        # left, front (or head) at the top.
+        Image.fromarray(np.ascontiguousarray(plane.T[::-1, ::-1]))
+        .resize((max(1, round(width)), max(1, round(height))), Image.Resampling.BOX)
+        .convert("RGB")
+        for plane, (width, height) in zip(planes, sizes, strict=True)
+    ]
+
+
+def _page(tiles: Sequence[Image.Image], title: str) -> Image.Image:
+    rows = -(-len(tiles) // COLUMNS)
+    width, height = _TILE
+    page = Image.new("RGB", (COLUMNS * width + 2 * _GAP, _HEAD + rows * height + _GAP), _PAPER)
+    place = (2 * _GAP, 12)
+    ImageDraw.Draw(page).text(place, _fitting(title, page.width - 4 * _GAP, 17), _INK, _font(17))
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, COLUMNS)
+        page.paste(tile, (_GAP + column * width, _HEAD + row * height))
+    return page
+
+
+def _write_index(path: Path, looks: Sequence[Look]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(
+            [
+                *("page", "row", "column", "id", "reasons", "score", "section", "path"),
+                *(f"shape_{axis}" for axis in "xyz"),
+                *(f"spacing_{axis}_mm" for axis in "xyz"),
+                *(f"extent_{axis}_mm" for axis in "xyz"),
+                *("foreground_share", "mean"),
+            ]
+        )
+        for number, look in enumerate(looks):
+            page, place = divmod(number, COLUMNS * ROWS)
+            row, column = divmod(place, COLUMNS)
+            entry = look.entry
+            table.writerow(
+                [
+                    *(page + 1, row + 1, column + 1, entry.id, "; ".join(look.reasons)),
+                    *(f"{look.score:.2f}", entry.section, entry.path, *entry.shape),
+                    *(f"{length:.6g}" for length in entry.spacing),
+                    *(f"{length:.1f}" for length in look.extent),
+                    *(f"{look.kept:.6f}", f"{entry.mean:.6f}"),
+                ]
+            )
+
+
+def _share(entry: Entry) -> float:
+    """Of the file's voxels in its foreground box."""
+    first, last = np.asarray(entry.box)
+    return float(np.prod((last - first) / entry.shape))
+
+
+def _extent(entry: Entry, chain: Chain) -> tuple[float, float, float]:
+    """Of what is stored, mm."""
+    if chain.fit == "resize":  # the box was stretched to fit
+        lengths = np.subtract(entry.box[1], entry.box[0]) * entry.spacing
+    else:
+        lengths = np.multiply(entry.stored, chain.spacing or entry.spacing)
+    x, y, z = lengths.tolist()
+    return x, y, z
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), size)
+
+
+def _fitting(text: str, width: int, size: int = 12) -> str:
+    """A text cut in its middle until it fits."""
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    low, high = 0, len(text)  # so many characters fit
+    while low < high - 1:
+        count = (low + high) // 2
+        low, high = (count, high) if font.getlength(_cut(text, count)) <= width else (low, count)
+    return _cut(text, low)
+
+
+def _cut(text: str, count: int) -> str:
+    head = count // 2
+    return f"{text[:head]}…{text[len(text) - (count - head) :]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; see --help. Returns the exit status: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m voco_jax.report.contact_sheet",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m voco_jax.report.contact_sheet --cache cache/voco "
+        "--output looks --pages 10",
+    )
+    parser.add_argument("--cache", required=True, help="folder, gs:// or s3:// URL of the cache")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pages")
+    parser.add_argument("--pages", type=int, help="only the first so many; default: all")
+    options = parser.parse_args(arguments)
+    try:
+        if options.pages is not None and options.pages < 1:
+            raise InputError(f"--pages: found {options.pages}, expected 1 or more")
+        cache = Cache.open(options.cache, Chain(**read_settings(options.cache)))
+        looks, files = draw(cache, Path(options.output), options.pages)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    odd = [look for look in looks if look.reasons]
+    for look in odd[:20]:
+        print(f"{look.entry.id}: {'; '.join(look.reasons)}")
+    if len(odd) > 20:
+        print(f"and {len(odd) - 20} more odd ones")
+    print(f"{len(looks)} volumes, {len(odd)} odd")
+    print(f"{options.output}: index.csv and {len(files)} pages")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
