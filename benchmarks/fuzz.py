@@ -10,6 +10,7 @@ outside the data root (canaries) must not be read. Ends with status 1 if anythin
 
 import argparse
 import collections
+import dataclasses
 import gzip
 import importlib.metadata
 import json
@@ -35,13 +36,12 @@ import SimpleITK
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from voco_jax.config import Chain  # noqa: E402
 from voco_jax.data.cache import Cache, checksum  # noqa: E402
 from voco_jax.data.datalists import Volume, read_list, scan  # noqa: E402
-from voco_jax.data.prepare import prepare  # noqa: E402
+from voco_jax.data.prepare import CHAIN_10K, prepare  # noqa: E402
 from voco_jax.data.volumes import dequantise  # noqa: E402
 
-CHAIN = Chain("RAS", (-175.0, 250.0), 0.3, (64, 32, 64), "uint8")
+CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(64, 32, 64))
 BOMB_BLOCKS = 233  # of 16 MiB: 3.9 GB
 CANARY = 1717  # HU of the canaries, which no source has
 Random = np.random.Generator

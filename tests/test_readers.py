@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import os
 import pickle
@@ -14,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scans import body, save, save_series
 
-from voco_jax.config import Chain
 from voco_jax.data.cache import Cache
 from voco_jax.data.datalists import scan
-from voco_jax.data.prepare import prepare
+from voco_jax.data.prepare import CHAIN_10K, prepare
 from voco_jax.data.readers import VolumeError, load, stamp
 from voco_jax.errors import InputError
 
@@ -397,7 +397,7 @@ def test_every_format_is_found_prepared_and_watched(tmp_path):
         (data / format).mkdir(parents=True)
         write(data / format / f"a.{format}", image())
     save_series(data / "series", image())
-    chain = Chain("RAS", (-175.0, 250.0), 0.3, (16, 16, 8), "uint8")
+    chain = dataclasses.replace(CHAIN_10K, volume_size=(16, 16, 8))
     volumes = scan(data)
     assert prepare(volumes, tmp_path / "cache", chain, workers=0, progress=False).done == 7
     entries = Cache.open(tmp_path / "cache", chain).entries

@@ -7,7 +7,6 @@ read here, and so are the voxels of both: straight into one array, in the stored
 checksums of compressed data looked at.
 """
 
-import gzip
 import io
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from isal import igzip
 
 from voco_jax.data.source import (
     Source,
@@ -235,7 +235,7 @@ def _read(
 
 def _unpacked(file: IO[bytes], packing: str) -> Any:
     if packing == "gzip":
-        return gzip.GzipFile(fileobj=file)
+        return igzip.IGzipFile(fileobj=file)
     return _Inflated(file) if packing == "zlib" else file
 
 

@@ -1,6 +1,5 @@
 """NIfTI files: one (.nii) or header and voxels apart (.hdr, .img), each also compressed."""
 
-import gzip
 import logging
 import os
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import IO, Any
 
 import nibabel
 import numpy as np
+from isal import igzip
 from nibabel.nifti1 import Nifti1PairHeader
 from nibabel.nifti2 import Nifti2PairHeader
 
@@ -89,7 +89,7 @@ def _unpacked(file: IO[bytes]) -> tuple[Any, bool]:
     """The stream of what a file holds, and whether it is compressed."""
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    return (gzip.GzipFile(fileobj=file) if packed else file), packed
+    return (igzip.IGzipFile(fileobj=file) if packed else file), packed
 
 
 def _read_header(

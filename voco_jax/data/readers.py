@@ -7,6 +7,8 @@ import stat
 import zlib
 from pathlib import Path
 
+from isal import igzip_lib
+
 from voco_jax.data.dicom import load_series
 from voco_jax.data.itk_files import META_SUFFIXES, NRRD_SUFFIXES, data_file, load_meta, load_nrrd
 from voco_jax.data.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair
@@ -45,7 +47,7 @@ def load(path: str | Path) -> Source:
         raise VolumeError(path, "missing file: there is no such file") from error
     except EOFError as error:
         raise VolumeError(path, "truncated gzip: the file ends early; copy it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (gzip.BadGzipFile, igzip_lib.IsalError, zlib.error) as error:
         raise VolumeError(path, f"damaged gzip: {error}; copy it again") from error
     except OSError as error:
         raise VolumeError(path, f"unreadable: {error.strerror or error}") from error
