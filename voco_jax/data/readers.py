@@ -14,6 +14,13 @@ from voco_jax.data.itk_files import META_SUFFIXES, NRRD_SUFFIXES, data_file, loa
 from voco_jax.data.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair
 from voco_jax.data.source import Source, VolumeError
 
+# isal's stubs call its exception an instance.
+_DAMAGED: tuple[type[Exception], ...] = (
+    gzip.BadGzipFile,
+    igzip_lib.IsalError,  # type: ignore[assignment]
+    zlib.error,
+)
+
 
 def load(path: str | Path) -> Source:
     """Reads one volume, with all checks that need no look at the numbers.
@@ -47,7 +54,7 @@ def load(path: str | Path) -> Source:
         raise VolumeError(path, "missing file: there is no such file") from error
     except EOFError as error:
         raise VolumeError(path, "truncated gzip: the file ends early; copy it again") from error
-    except (gzip.BadGzipFile, igzip_lib.IsalError, zlib.error) as error:
+    except _DAMAGED as error:
         raise VolumeError(path, f"damaged gzip: {error}; copy it again") from error
     except OSError as error:
         raise VolumeError(path, f"unreadable: {error.strerror or error}") from error
