@@ -230,7 +230,7 @@ def _check(x: jax.Array, bases: jax.Array, labels: jax.Array) -> None:
 
 
 def _mismatch(y: jax.Array, p: jax.Array) -> jax.Array:
-    return -jnp.log(1 - jnp.abs(y - p) + _LOG_EPS)
+    return -_log(1 - jnp.abs(y - p))
 
 
 def _weighted_mismatch(y: jax.Array, p: jax.Array) -> jax.Array:
@@ -240,7 +240,13 @@ def _weighted_mismatch(y: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def _log_negative(y: jax.Array, p: jax.Array) -> jax.Array:
-    return _masked_mean(-jnp.log(1 - p + _LOG_EPS), y == 0)
+    return _masked_mean(-_log(1 - p), y == 0)
+
+
+def _log(rest: jax.Array) -> jax.Array:
+    # Without the maximum XLA makes (1 + eps) - ... of it, whose eps float32 rounds by 5%; and a
+    # cosine may be rounded to more than 1.
+    return jnp.log(jnp.maximum(rest, 0) + _LOG_EPS)
 
 
 def _masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
