@@ -215,6 +215,17 @@ def test_chunks_without_a_line_are_not_there(tmp_path):
         assert writer.reserve(1) == range(slot + 1, slot + 2)
 
 
+def test_unfinished_files_of_a_kill_are_cleared_away(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/cache.json.__lock").touch()
+    fill(tmp_path / "c", "ab")
+    (tmp_path / "c/volumes/c.7.0.0.0.__lock").touch()
+    with CacheWriter(tmp_path / "c", CHAIN) as writer:
+        assert sorted(writer.entries) == ["a", "b"]
+    names = sorted(os.listdir(tmp_path / "c/volumes"))
+    assert names == ["c.0.0.0.0", "c.1.0.0.0", "zarr.json"]
+
+
 def test_a_damaged_line_is_an_error(tmp_path):
     fill(tmp_path / "c", "ab")
     manifest = tmp_path / "c/manifest.jsonl"

@@ -72,10 +72,16 @@ def reserve(array: Any, unused: int, count: int) -> tuple[range, Any]:
 
     Returns:
         The slots, and the array to go on with.
+
+    Raises:
+        OSError: the array cannot be written.
     """
     start = max(int(array.shape[0]), unused)
     if count:
-        array = array.resize(exclusive_max=[start + count, *array.shape[1:]]).result()
+        try:
+            array = array.resize(exclusive_max=[start + count, *array.shape[1:]]).result()
+        except ValueError as error:
+            raise OSError(str(error)) from error
     return range(start, start + count), array
 
 

@@ -35,7 +35,7 @@ from voco_jax.data.manifest import (
     open_manifest,
     read_manifest,
 )
-from voco_jax.data.storage import Folder
+from voco_jax.data.storage import UNFINISHED, Folder
 from voco_jax.errors import InputError
 
 FORMAT = 2
@@ -190,7 +190,7 @@ class CacheWriter:
             os.makedirs(self.path, exist_ok=True)
         begun = self.folder.read(SETTINGS) is not None
         if not begun:
-            present = set(self.folder.names()) - {LOCK}
+            present = set(self.folder.names()) - {LOCK, SETTINGS + UNFINISHED}
             if present and MANIFEST not in present:
                 some = ", ".join(sorted(present)[:3])
                 raise InputError(

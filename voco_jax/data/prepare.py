@@ -26,6 +26,7 @@ from voco_jax.data.datalists import Volume, collect, combine
 from voco_jax.data.jobs import Job, SeesCache, missing_from, prepare_one
 from voco_jax.data.manifest import Entry, token_of
 from voco_jax.data.progress import bar, say
+from voco_jax.data.storage import Folder
 from voco_jax.data.verify import verify
 from voco_jax.data.workers import available_cores, cluster_workers, local_workers, run_jobs
 from voco_jax.errors import InputError
@@ -130,32 +131,38 @@ def prepare(
     if not volumes:
         raise InputError("prepare: found no volumes to prepare, expected at least one")
     count = workers if workers is not None else available_cores()
-    with CacheWriter(cache_path, chain) as cache:
-        todo = missing_from(cache, volumes)
-        jobs = [
-            Job(volume, cache.path, slot, chain)
-            for volume, slot in zip(todo, cache.reserve(len(todo)), strict=True)
-        ]
-        outcomes = _outcomes(jobs, cache, count, scheduler)
-        failures = _collect_outcomes(jobs, outcomes, cache, progress, stop or threading.Event())
-        listed = {volume.id for volume in volumes}
-        entries = cache.entries.values()
-        summary = Summary(
-            cache=cache.path,
-            total=len(volumes),
-            done=len(jobs) - len(failures),
-            skipped=len(volumes) - len(jobs),
-            failed=len(failures),
-            failures=tuple(sorted(failures, key=lambda failure: failure.id)),
-            training=sum(entry.section == "training" for entry in entries),
-            validation=sum(entry.section == "validation" for entry in entries),
-            unlisted=len(cache.entries.keys() - listed),
-            size=cache.folder.size(ARRAY),
-            seconds=time.monotonic() - start,
-        )
-        cache.folder.write(
-            FAILURES, "".join(f"{_line(failure)}\n" for failure in summary.failures).encode()
-        )
+    try:
+        with CacheWriter(cache_path, chain) as cache:
+            todo = missing_from(cache, volumes)
+            jobs = [
+                Job(volume, cache.path, slot, chain)
+                for volume, slot in zip(todo, cache.reserve(len(todo)), strict=True)
+            ]
+            outcomes = _outcomes(jobs, cache, count, scheduler)
+            failures = _collect_outcomes(jobs, outcomes, cache, progress, stop or threading.Event())
+            listed = {volume.id for volume in volumes}
+            entries = cache.entries.values()
+            summary = Summary(
+                cache=cache.path,
+                total=len(volumes),
+                done=len(jobs) - len(failures),
+                skipped=len(volumes) - len(jobs),
+                failed=len(failures),
+                failures=tuple(sorted(failures, key=lambda failure: failure.id)),
+                training=sum(entry.section == "training" for entry in entries),
+                validation=sum(entry.section == "validation" for entry in entries),
+                unlisted=len(cache.entries.keys() - listed),
+                size=cache.folder.size(ARRAY),
+                seconds=time.monotonic() - start,
+            )
+            cache.folder.write(
+                FAILURES, "".join(f"{_line(failure)}\n" for failure in summary.failures).encode()
+            )
+    except OSError as error:
+        raise InputError(
+            f"{Folder.at(cache_path).path}: cannot write this cache: {error.strerror or error}; "
+            "what is prepared is kept: run the same command again"
+        ) from error
     if not entries:
         raise PrepareError(f"{summary.cache}: no volume could be prepared\n{summary}")
     if strict and failures:
@@ -202,11 +209,6 @@ def _collect_outcomes(
                 shown.update()
                 if stop.is_set():
                     raise KeyboardInterrupt
-    except OSError as error:
-        raise InputError(
-            f"{cache.path}: cannot write this cache: {error.strerror or error}; "
-            "what is prepared is kept: run the same command again"
-        ) from error
     finally:
         outcomes.close()  # ends Dask's processes now
     return failures
@@ -290,7 +292,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--scan", action="append", default=[], metavar="DIR", help="folder of CT volumes; repeat")
     add("--config", metavar="PY", help="take lists, roots, cache and chain from a config file")
     add("--source", action="append", metavar="NAME", help="only this source of --config; repeat")
-    add("--cache", metavar="DIR", help="folder to fill; with --config: instead of the config's")
+    add(
+        "--cache",
+        metavar="DIR",
+        help="folder, gs:// or s3:// URL; with --config: instead of the config's",
+    )
     add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="HU; default -175 250")
     add("--threshold", type=float, help="foreground, 0..1 of the window; default 0.3")
     add("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="voxels; default 384 384 96")

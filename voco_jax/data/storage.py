@@ -22,6 +22,7 @@ import tensorstore
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 # Other objects of the same name belong to these: pairs, and headers beside their data.
 _HEADERS = (".hdr", ".img", ".hdr.gz", ".img.gz", ".mhd", ".nhdr")
+UNFINISHED = ".__lock"  # ends the name of a file that TensorStore is writing
 ABSENT = b"\x02"  # TensorStore's "generation" of an object that is not there
 
 
@@ -95,6 +96,9 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Deletes a file, if there is one."""
+        if not self.remote:  # TensorStore does not touch the unfinished files that a kill leaves
+            Path(self.path, name).unlink(missing_ok=True)
+            return
         with _as_os_error():
             self._store.write(name, None).result()
 

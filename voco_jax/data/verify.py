@@ -61,30 +61,40 @@ def verify(
         InputError: not a cache, in use, or a cluster that cannot be used.
     """
     chain = Chain(**read_settings(path))
-    with CacheWriter(path, chain) as writer:
-        cache = Cache(writer.path, chain, ())
-        bad = {
-            entry.id: f"{chunk_file(writer.path, entry.slot)} is missing" for entry in writer.lost
-        }
-        jobs = [_Check(cache, entry) for entry in writer.entries.values()]
+    try:
+        with CacheWriter(path, chain) as writer:
+            return _verify(writer, workers, progress, stop or threading.Event(), scheduler)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write this cache: {error.strerror or error}") from error
+
+
+def _verify(
+    writer: CacheWriter,
+    workers: int | None,
+    progress: bool,
+    stop: threading.Event,
+    scheduler: str | None,
+) -> Verified:
+    cache = Cache(writer.path, writer.chain, ())
+    bad = {entry.id: f"{chunk_file(writer.path, entry.slot)} is missing" for entry in writer.lost}
+    jobs = [_Check(cache, entry) for entry in writer.entries.values()]
+    if scheduler is not None:
+        found = _on_cluster(jobs, writer, scheduler)
+    else:
         found = _in_threads(jobs, max(1, available_cores() if workers is None else workers))
-        if scheduler is not None:
-            found = _on_cluster(jobs, writer, scheduler)
-        try:
-            with bar("verify", len(jobs), progress) as shown:
-                for job, reason in found:
-                    if reason:
-                        bad[job.entry.id] = f"{chunk_file(writer.path, job.entry.slot)} {reason}"
-                        writer.forget([job.entry])
-                    shown.set_postfix(bad=len(bad), refresh=False)
-                    shown.update()
-                    if stop is not None and stop.is_set():
-                        raise KeyboardInterrupt
-        except OSError as error:
-            raise InputError(f"{writer.path}: cannot write this cache: {error}") from error
-        finally:
-            found.close()
-        return Verified(writer.path, len(writer.entries), bad)
+    try:
+        with bar("verify", len(jobs), progress) as shown:
+            for job, reason in found:
+                if reason:
+                    bad[job.entry.id] = f"{chunk_file(writer.path, job.entry.slot)} {reason}"
+                    writer.forget([job.entry])
+                shown.set_postfix(bad=len(bad), refresh=False)
+                shown.update()
+                if stop.is_set():
+                    raise KeyboardInterrupt
+    finally:
+        found.close()
+    return Verified(writer.path, len(writer.entries), bad)
 
 
 @dataclass(frozen=True)
