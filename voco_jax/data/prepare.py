@@ -43,7 +43,10 @@ CHAIN_10K = Chain(
     dtype="uint8",
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_KILLED = "worker killed three times: as a rule out of memory (use fewer workers), or no end in half an hour"
+_KILLED = (
+    "worker killed three times: as a rule out of memory (use fewer workers), "
+    "else no end in half an hour"
+)
 
 
 class PrepareError(InputError):
