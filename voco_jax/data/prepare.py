@@ -6,15 +6,12 @@ a volume whose file is gone, or that no list names any more, stays in the cache 
 """
 
 import argparse
-import collections
 import dataclasses
-import json
 import signal
 import sys
 import threading
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +24,7 @@ from voco_jax.data.jobs import Job, SeesCache, missing_from, prepare_one
 from voco_jax.data.manifest import Entry, token_of
 from voco_jax.data.progress import bar, say
 from voco_jax.data.storage import Folder
+from voco_jax.data.summary import Failure, Summary
 from voco_jax.data.verify import verify
 from voco_jax.data.workers import available_cores, cluster_workers, local_workers, run_jobs
 from voco_jax.errors import InputError
@@ -51,52 +49,6 @@ _KILLED = (
 
 class PrepareError(InputError):
     """The run came to its end, but not to what was asked: nothing prepared, or strict."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A volume that is not in the cache, and why: a line of failures.jsonl."""
-
-    id: str
-    path: str
-    reason: str  # a few fixed words, a colon, details
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run did."""
-
-    cache: str
-    total: int  # volumes asked for
-    done: int  # prepared by this run
-    skipped: int  # already there
-    failed: int
-    failures: tuple[Failure, ...]  # sorted by id
-    training: int  # volumes in the cache now
-    validation: int
-    unlisted: int  # of these, not asked for
-    size: int | None  # of the cache's volumes, bytes; None: in an object store
-    seconds: float
-
-    def __str__(self) -> str:
-        """The lines that the command prints."""
-        lines = [
-            f"cache {self.cache}: {self.training} training and {self.validation} validation "
-            "volumes" + (f", {self.size / 1e9:.2f} GB" if self.size is not None else ""),
-            f"asked for {self.total}: {self.done} prepared now, {self.skipped} already there, "
-            f"{self.failed} failed; {self.seconds:.1f} s"
-            + (f", {self.done / self.seconds:.2f} volumes/s" if self.done else ""),
-        ]
-        if self.unlisted:
-            lines.append(
-                f"{self.unlisted} volumes of the cache are in none of the lists given; training "
-                "uses them too: to leave them out, prepare into another folder"
-            )
-        reasons = collections.Counter(failure.reason.split(":")[0] for failure in self.failures)
-        lines += [f"failed, {reason}: {count}" for reason, count in reasons.most_common()]
-        if self.failures:
-            lines.append(f"each failed volume with its reason: {self.cache}/{FAILURES}")
-        return "\n".join(lines)
 
 
 def prepare(
@@ -159,7 +111,7 @@ def prepare(
                 seconds=time.monotonic() - start,
             )
             cache.folder.write(
-                FAILURES, "".join(f"{_line(failure)}\n" for failure in summary.failures).encode()
+                FAILURES, "".join(f"{failure.line()}\n" for failure in summary.failures).encode()
             )
     except OSError as error:
         raise InputError(
@@ -207,7 +159,7 @@ def _collect_outcomes(
                 else:
                     failure = Failure(job.volume.id, str(job.volume.path), outcome or _KILLED)
                     failures.append(failure)
-                    log(_line(failure))
+                    log(failure.line())
                 shown.set_postfix(failed=len(failures), refresh=False)
                 shown.update()
                 if stop.is_set():
@@ -215,10 +167,6 @@ def _collect_outcomes(
     finally:
         outcomes.close()  # ends Dask's processes now
     return failures
-
-
-def _line(failure: Failure) -> str:
-    return json.dumps(dataclasses.asdict(failure))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
