@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from voco_jax.data.crops import overlap_labels
 from voco_jax.evaluation.position import collapse_warning, measure
 from voco_jax.report.positions import draw_positions
 
@@ -53,3 +54,26 @@ def test_picture_shows_box_and_maps(generator, grid):
     red = np.abs(left.astype(int) - [0xFF, 0x5A, 0x5F]).max(axis=1) < 24
     assert red.any()  # the first sub-volume's box
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20  # the maps' colours
+
+
+def test_picture_of_layers_and_oblong_crops(generator):
+    """A row for each sub-volume wherever it is, with the maps of the layer that it is in."""
+    grid, crop = (2, 3, 2), (16, 10, 12)
+    volume = generator.random(np.multiply(grid, crop))
+
+    def draw(origins, similarities):
+        labels = overlap_labels(origins, grid, crop)
+        return draw_positions(
+            volume, origins, labels, similarities, grid=grid, crop_size=crop, title="t"
+        )
+
+    origins = np.array([[0, 0, 0], [15, 19, 11], [3, 7, 6]])
+    assert draw(origins, generator.random((3, 12))).shape == (round(100 * (0.6 + 3.3 * 3)), 1100, 3)
+
+    upper = origins[1:2]  # of 12 slices all but one are in the second layer
+    plain = draw(upper, np.full((1, 12), 0.2))
+    for layer, shown in ((0, False), (1, True)):
+        similarities = np.full((1, 2, 3, 2), 0.2)
+        similarities[..., layer] = 0.1
+        changed = draw(upper, similarities.reshape(1, 12))
+        assert (changed != plain).any() == shown

@@ -6,7 +6,6 @@ PyTorch's gradients. voco_10k's step is compared with a whole PyTorch model in t
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +43,14 @@ def _batch():
     chain = parse(config).data.sources["ct"].chain
     batch = {"subs": [], "bases": [], "labels": []}
     for name, origin in CTS.items():
-        volume = quantise(prepare_volume(_ct(name), chain).voxels, chain.dtype)
+        volume = quantise(
+            prepare_volume(shared_file("ct", "images", f"{name}.nii.gz"), chain).voxels, chain.dtype
+        )
         origins = np.array([origin])
         batch["subs"].append(cut(volume, origins, CROP))
         batch["bases"].append(cut(volume, base_origins(GRID, CROP), CROP))
         batch["labels"].append(overlap_labels(origins, GRID, CROP).astype(np.float32))
     return {key: np.stack(values) for key, values in batch.items()}
-
-
-def _ct(name) -> Path:
-    folder = shared_file("ct", "images")
-    return next(path for path in sorted(folder.iterdir()) if path.name.startswith(name))
 
 
 SCOPES = {"paper": "none", "voco_v2": "projector"}
@@ -66,8 +62,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 def _network():
     """In float64; parameters by the golden files' rule, and others for a teacher.
 
-    The smallest: Swin without v2 blocks and without the convolution encoders, which compiles in a
-    third of the time. To a step they make no difference, and test_step.py has them.
+    The smallest: Swin without v2 blocks and without the convolution encoders, which compiles in
+    half the time. To a step they make no difference, and test_step.py has them.
     """
     network = VoCoNetwork(
         feature_size=12,
