@@ -87,7 +87,10 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     except InputError as error:
         sys.exit(_fail(error, 2))
     except (flags.Error, LookupError, OSError, TypeError, ValueError) as error:
-        sys.exit(_fail(f"flags: {error} (see --help)", 2))
+        message = str(error)
+        if "Error whilst parsing config file" in message:  # and its whole traceback
+            message = message.strip().splitlines()[-1].removeprefix("voco_jax.errors.InputError: ")
+        sys.exit(_fail(f"flags: {message} (see --help)", 2))
 
 
 def _fail(error: object, status: int) -> int:

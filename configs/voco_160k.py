@@ -11,6 +11,7 @@ data/head_neck, the lists in data/lists (see configs/regions.py and docs/data.md
 import ml_collections
 
 from configs import regions, voco_10k
+from voco_jax.errors import InputError
 
 FEATURE_SIZES = {"b": 48, "l": 96, "h": 192}
 
@@ -22,11 +23,12 @@ def get_config(size: str = "b") -> ml_collections.ConfigDict:
         size: what stands after the colon of --config.
 
     Raises:
-        ValueError: there is no such size.
+        InputError: there is no such size.
     """
     if size not in FEATURE_SIZES:
-        raise ValueError(
-            f"--config: found size {size!r}, expected one of {', '.join(FEATURE_SIZES)}"
+        raise InputError(
+            f"--config: found size {size!r}, expected one of {', '.join(FEATURE_SIZES)}, as in "
+            "configs/voco_160k.py:b"
         )
     config = voco_10k.get_config()
     config.recipe = "voco_v2"
@@ -39,7 +41,7 @@ def get_config(size: str = "b") -> ml_collections.ConfigDict:
     config.augment.shift_probability = 0.5
     config.model.feature_size = FEATURE_SIZES[size]
     config.model.projector_size = 1024
-    config.model.crops_per_pass = 0  # a v2 step at batch 2 has 22 crops
+    config.model.crops_per_pass = 11 if size == "b" else 2  # of 22 for two volumes
     config.teacher.scope = "projector"
     config.dropout.rate = 0.2
     return config

@@ -127,6 +127,11 @@ def causes(file: Architecture, model: Architecture) -> list[str]:
         found.append(
             "the file has no convolution encoders: to start them at random allow missing 'encoder*'"
         )
+    if file.conv_encoders and not model.conv_encoders:
+        found.append(
+            "the file has convolution encoders, the model has not: set model.conv_encoders=True or "
+            "allow unexpected 'encoder*'"
+        )
     if model.projector_size != file.projector_size:
         if file.projector_size is None:
             found.append(

@@ -124,6 +124,8 @@ def monai_usage(file_name: str, model: dict[str, Any], *, with_projector: bool) 
         versions = "none by itself" if legacy else ">=1.5"
     elif versions != ">=1.5":
         note += " Up to MONAI 1.4 pass img_size=(64, 64, 64) and no window_size."
+    if not model["conv_encoders"]:
+        note += " SwinUNETR's convolution encoders were not trained and start at random."
     options = {
         "in_channels": model["in_channels"],
         "out_channels": 2,

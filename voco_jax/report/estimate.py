@@ -79,6 +79,7 @@ class Estimate:
     feature_size: int
     crops_per_pass: int
     remat: bool
+    teacher: str  # its scope
     parameters: int  # numbers of one network
     total_steps: int
     compile_seconds: float
@@ -141,6 +142,7 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
         feature_size=config.model.feature_size,
         crops_per_pass=config.model.crops_per_pass,
         remat=config.model.remat,
+        teacher=config.teacher.scope,
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.student)),
         total_steps=config.total_steps,
         compile_seconds=seconds,
@@ -222,6 +224,7 @@ def table(found: Estimate) -> str:
         ("devices", f"{found.devices} x {found.device}, {found.hosts} hosts"),
         ("batch", f"{found.batch_size} volumes, {found.batch_size // found.devices} a device"),
         ("model", f"feature size {found.feature_size}, {found.parameters / 1e6:.1f} M parameters"),
+        ("teacher", found.teacher),
         ("state", f"split over {found.fsdp}"),
         ("passes", f"{found.crops_per_pass or 'all'} crops at a time, remat {found.remat}"),
         ("compiled in", f"{found.compile_seconds:.0f} s"),
