@@ -65,7 +65,7 @@ class Chain:
 
 @dataclass(frozen=True, config=_STRICT)
 class Source:
-    """One set of CT files with its own chain and cache."""
+    """One set of CT files with its own chain and cache; each path may be a gs:// or s3:// URL."""
 
     cache: str  # folder of the prepared cache; "{workdir}" stands for --workdir
     roots: tuple[str, ...]  # folders with CT files

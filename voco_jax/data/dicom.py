@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from voco_jax.data.itk_files import affine_of, itk_message, itk_reader, pixel_dtype
-from voco_jax.data.source import (
-    Source,
+from voco_jax.data.stored import (
+    StoredVolume,
     VolumeError,
     axes_of,
     check_affine,
@@ -51,7 +51,7 @@ class _Slice:
     dtype: np.dtype  # of the rescaled voxels, as ITK reads them
 
 
-def load_series(folder: Path) -> Source:
+def load_series(folder: Path) -> StoredVolume:
     """Reads the one series in a folder.
 
     Args:
@@ -70,7 +70,7 @@ def load_series(folder: Path) -> Source:
     slices, affine = _grid(folder, slices)
     shape = checked_shape(folder, (*slices[0].shape, len(slices)))
     check_affine(folder, affine)
-    return Source(
+    return StoredVolume(
         path=folder,
         voxels=_voxels(folder, slices, shape),
         slope=1.0,

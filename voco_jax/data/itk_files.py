@@ -18,8 +18,8 @@ from typing import IO, Any
 import numpy as np
 from isal import igzip
 
-from voco_jax.data.source import (
-    Source,
+from voco_jax.data.stored import (
+    StoredVolume,
     VolumeError,
     axes_of,
     check_affine,
@@ -61,7 +61,7 @@ class _Data:
     big_endian: bool
 
 
-def load_nrrd(path: Path) -> Source:
+def load_nrrd(path: Path) -> StoredVolume:
     """Reads an NRRD file, raw or gzip, its data inside it or in one file beside it.
 
     Raises:
@@ -77,7 +77,7 @@ def load_nrrd(path: Path) -> Source:
     return _read(path, data, checked_shape(path, size), dtype, reader.GetOrigin()[:3], steps)
 
 
-def load_meta(path: Path) -> Source:
+def load_meta(path: Path) -> StoredVolume:
     """Reads a MetaImage, raw or compressed, its data inside it or in one file beside it.
 
     Raises:
@@ -207,7 +207,7 @@ def _read(
     dtype: np.dtype,
     origin: tuple[float, ...],
     steps: np.ndarray,
-) -> Source:
+) -> StoredVolume:
     dtype = dtype.newbyteorder(">" if data.big_endian else "<")
     affine = affine_of(origin, steps)
     check_affine(path, affine)
@@ -223,7 +223,7 @@ def _read(
         file.seek(offset)
         voxels = np.empty(count, dtype)
         fill(_unpacked(file, data.packing), voxels)
-    return Source(
+    return StoredVolume(
         path=path,
         voxels=voxels.reshape(shape, order="F"),
         slope=1.0,

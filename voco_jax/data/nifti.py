@@ -11,8 +11,8 @@ from isal import igzip
 from nibabel.nifti1 import Nifti1PairHeader
 from nibabel.nifti2 import Nifti2PairHeader
 
-from voco_jax.data.source import (
-    Source,
+from voco_jax.data.stored import (
+    StoredVolume,
     VolumeError,
     axes_of,
     check_affine,
@@ -26,7 +26,7 @@ from voco_jax.data.source import (
 PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 
 
-def load_nifti(path: Path) -> Source:
+def load_nifti(path: Path) -> StoredVolume:
     """Reads a NIfTI-1 or NIfTI-2 single file; compression is recognised by content.
 
     Args:
@@ -47,7 +47,7 @@ def load_nifti(path: Path) -> Source:
         return _read(path, header, stream, os.fstat(file.fileno()).st_size, packed)
 
 
-def load_pair(path: Path) -> Source:
+def load_pair(path: Path) -> StoredVolume:
     """Reads a NIfTI whose header and voxels are two files; see `load_nifti`.
 
     Args:
@@ -113,7 +113,7 @@ def _read_header(
     return header
 
 
-def _read(path: Path, header: Any, stream: Any, file_size: int, packed: bool) -> Source:
+def _read(path: Path, header: Any, stream: Any, file_size: int, packed: bool) -> StoredVolume:
     shape = checked_shape(path, tuple(int(size) for size in header.get_data_shape()))
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
@@ -125,7 +125,7 @@ def _read(path: Path, header: Any, stream: Any, file_size: int, packed: bool) ->
     stream.seek(offset)
     voxels = np.empty(int(np.prod(shape, dtype=object)), dtype)
     fill(stream, voxels)
-    return Source(
+    return StoredVolume(
         path=path,
         voxels=voxels.reshape(shape, order="F"),
         slope=1.0 if slope is None else float(slope),

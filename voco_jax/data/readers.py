@@ -1,4 +1,4 @@
-"""One CT, in any of the formats that are read, as a `Source`."""
+"""One CT, in any of the formats that are read, as a `StoredVolume`."""
 
 import contextlib
 import gzip
@@ -12,7 +12,7 @@ from isal import igzip_lib
 from voco_jax.data.dicom import load_series
 from voco_jax.data.itk_files import META_SUFFIXES, NRRD_SUFFIXES, data_file, load_meta, load_nrrd
 from voco_jax.data.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair
-from voco_jax.data.source import Source, VolumeError
+from voco_jax.data.stored import StoredVolume, VolumeError
 
 # isal's stubs call its exception an instance.
 _DAMAGED: tuple[type[Exception], ...] = (
@@ -22,7 +22,7 @@ _DAMAGED: tuple[type[Exception], ...] = (
 )
 
 
-def load(path: str | Path) -> Source:
+def load(path: str | Path) -> StoredVolume:
     """Reads one volume, with all checks that need no look at the numbers.
 
     Args:

@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 
 from voco_jax.config import Chain
-from voco_jax.data.readers import Source, VolumeError, load
+from voco_jax.data.readers import StoredVolume, VolumeError, load
 from voco_jax.data.resample import center_crop, pad, resample, resize
 
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]  # first and last + 1 voxel, x y z
@@ -32,7 +32,7 @@ class PreparedVolume:
     mean: float  # of the prepared voxels
 
 
-def orient_ras(source: Source) -> Source:
+def orient_ras(source: StoredVolume) -> StoredVolume:
     """Turns the axes to right, anterior, superior; a view, nothing is resampled.
 
     Args:
@@ -63,7 +63,7 @@ def window(hu: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip(hu, 0, 1, out=hu)
 
 
-def foreground_box(source: Source, limits: tuple[float, float], threshold: float) -> Box:
+def foreground_box(source: StoredVolume, limits: tuple[float, float], threshold: float) -> Box:
     """The smallest box that holds all voxels above a threshold of the window.
 
     Args:
@@ -157,7 +157,7 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
         raise VolumeError(path, f"unexpected: {type(error).__name__}: {error}") from error
 
 
-def _to_spacing(source: Source, chain: Chain) -> Source:
+def _to_spacing(source: StoredVolume, chain: Chain) -> StoredVolume:
     """The whole volume on a grid of `chain.spacing`, in float32 HU."""
 
     def convert(stored: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def _to_spacing(source: Source, chain: Chain) -> Source:
     )
 
 
-def _limits(source: Source, chain: Chain) -> tuple[float, float]:
+def _limits(source: StoredVolume, chain: Chain) -> tuple[float, float]:
     """The values that become 0 and 1."""
     if chain.window_unit == "HU":
         return chain.window
@@ -211,7 +211,7 @@ def dequantise(volume: np.ndarray) -> np.ndarray:
 
 
 def _foreground(
-    source: Source, limits: tuple[float, float], threshold: float
+    source: StoredVolume, limits: tuple[float, float], threshold: float
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Stored numbers -> which are above the threshold of the window.
 

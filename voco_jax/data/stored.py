@@ -38,7 +38,7 @@ class VolumeError(InputError):
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredVolume:
     """A CT as stored: the numbers of the file and what turns them into HU in space."""
 
     path: Path
