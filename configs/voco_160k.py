@@ -3,7 +3,7 @@
     python -m voco_jax.data.prepare --config configs/voco_160k.py
     python main.py --config configs/voco_160k.py:b --workdir runs/voco_160k_b
 
-`:l` and `:h` after the file's name are the larger encoders: feature size 96 and 192 (206M and 818M
+`:l` and `:h` after the file's name are the larger encoders: feature size 96 and 192 (212M and 847M
 parameters); they need `--config.mesh.fsdp`. CT files are in data/abdomen, data/chest and
 data/head_neck, the lists in data/lists (see configs/regions.py and docs/data.md).
 """

@@ -186,3 +186,32 @@ def test_a_random_part_lies_in_the_volume(size, more, seed):
     assert (drawn + size <= stored).all()
     if max(more) <= 1:  # every place is drawn
         assert len(np.unique(drawn, axis=0)) == np.prod(np.add(more, 1))
+
+
+def test_random_parts_of_volumes_of_their_own_size(cache, tmp_path):
+    """The abdomen preset's way: resampled, cached whole, and another part at every reading."""
+    chain = dataclasses.replace(
+        cache.chain, spacing=(4.0, 4.0, 5.0), crop_foreground=False, fit="random_crop"
+    )
+    phantoms = Path(cache.path).parent / "ct"
+    prepare(collect([], [str(phantoms)]), tmp_path / "whole", chain, 0, progress=False)
+    whole = Cache.open(tmp_path / "whole", chain)
+    entry = whole.entries[0]
+    assert all(a > b for a, b in zip(entry.stored[:2], chain.volume_size[:2], strict=True))
+    volume = whole.read_whole(entry)
+    assert volume.shape == entry.stored
+    corners = set()
+    for seed in range(4):
+        found = held_out_sample(whole, entry, CROPS, sub_volumes=2, seed=seed)
+        x, y, z = found["corner"]
+        corners.add(found["corner"])
+        part = volume[x : x + 64, y : y + 32, z : z + 64]
+        np.testing.assert_array_equal(np.concatenate(found["bases"]), part)
+        np.testing.assert_array_equal(
+            held_out_sample(whole, entry, CROPS, sub_volumes=2, seed=seed)["subs"], found["subs"]
+        )
+        for sub, (a, b, c) in zip(found["subs"], found["origins"], strict=True):
+            np.testing.assert_array_equal(sub, part[a : a + 32, b : b + 32, c : c + 64])
+    assert len(corners) > 1
+    stream = batches([Part("ct", whole, whole.entries, 1.0)], CROPS, seed=0, batch_size=2)
+    assert next(stream)["bases"].shape == (2, 2, 32, 32, 64)
