@@ -38,6 +38,7 @@ def config(*, window_size=4, use_v2=True, patch_merging="merging", depths=(2, 2,
             "window_size": [window_size] * 3,
             "patch_merging": patch_merging,
             "use_v2": use_v2,
+            "conv_encoders": True,
             "projector_size": 16,
         },
     }
@@ -147,6 +148,31 @@ def test_it_comes_back_bit_for_bit(tmp_path, suffix, with_projector):
     assert to_torch(back).keys() == ours.keys()
 
 
+def test_an_encoder_without_convolutions_says_so(tmp_path, monkeypatch):
+    """As the paper's recipe trains it: the card's snippet leaves MONAI's convolutions at random."""
+    params = parameters(use_v2=False)
+    swin = {"swinViT": params["swinViT"]}
+    settings = config(use_v2=False)
+    with pytest.raises(InputError, match="not of the config's model: conv_encoders differ"):
+        export(swin, tmp_path / "voco.pt", card(settings))
+    settings["model"]["conv_encoders"] = False
+    exported = export(swin, tmp_path / "voco.pt", card(settings))
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    exec(exported.usage, seen)
+    assert {name.split(".")[0].rstrip("0123456789") for name in seen["missing"]} == {
+        "encoder",
+        "decoder",
+        "out",
+    }
+    assert "start at random" in read_card(exported.weights)["monai_note"]
+    with pytest.raises(InputError, match=r"has no convolution encoders: .* missing 'encoder\*'"):
+        load_into(parameters(use_v2=False), exported.weights, ["proj_head.*"])
+    whole = export(params, tmp_path / "whole.pt", card(config(use_v2=False)))
+    with pytest.raises(InputError, match=r"set model\.conv_encoders=True or allow unexpected"):
+        load_into(swin, whole.weights)
+
+
 def test_card(tmp_path):
     path = tmp_path / "voco.pt"
     exported = export(parameters(), path, card(config()))
@@ -246,7 +272,8 @@ def checkpoint(monkeypatch):
         calls.append((workdir, network, step))
         if step == 7:
             raise InputError(f"{workdir}: no step 7")
-        return parameters(), {"config": config(), "step": 40, "data_fingerprint": "f1e2"}
+        info = {"config": config(), "step": 40, "data_fingerprint": "f1e2"}
+        return parameters(), {**info, "network": network or "teacher"}
 
     module = types.ModuleType("voco_jax.training.checkpoint")
     module.read_network = read_network
@@ -266,7 +293,7 @@ def test_command(tmp_path, capsys, checkpoint):
     assert main(["--checkpoint", "runs/demo", "--output", str(output), *options]) == 0
     assert read_card(output)["network"] == "student"
     assert 'startswith("proj_head.")' in capsys.readouterr().out
-    assert checkpoint == [("runs/demo", "teacher", None), ("runs/demo", "student", 40)]
+    assert checkpoint == [("runs/demo", None, None), ("runs/demo", "student", 40)]
 
 
 def test_command_errors(tmp_path, capsys, checkpoint):
