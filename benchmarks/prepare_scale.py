@@ -73,6 +73,7 @@ def make_files(root: Path, cache: Path, names: list[str]) -> None:
                 spacing=(0.7421875, 0.7421875, 1.25),
                 window=CHAIN_10K.window,
                 box=((31, 62, 0), (480, 430, 300)),
+                foreground=0.6321432150012345,
                 stored=CHAIN_10K.volume_size,
                 mean=0.3215432150012345,
                 checksum=f"{slot:032x}",

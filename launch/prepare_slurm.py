@@ -37,6 +37,7 @@ if __name__ == "__main__":
         walltime=TIME,
         interface=INTERFACE,
         log_directory=LOGS,
+        worker_extra_args=["--preload", "voco_jax.data.workers"],  # too much memory is an error
         job_script_prologue=[
             f"cd {REPOSITORY}",
             "export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1",

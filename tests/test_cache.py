@@ -48,6 +48,7 @@ def add_entry(writer, slot, id, volume, section="training"):
         spacing=(1.5, 1.5, 3.0),
         window=writer.chain.window,
         box=((0, 1, 2), (4, 5, 6)),
+        foreground=0.5,
         stored=volume.shape,
         mean=0.25,
         checksum=checksum(volume),

@@ -115,6 +115,13 @@ def test_a_local_cache_may_be_copied_there_and_back(bucket, files, tmp_path):
     for entry in cache.entries:
         assert checksum(cache.read(entry)) == entry.checksum
     assert counts(run(volumes, tmp_path / "back")) == (0, 3, 0)
+    # What changes here after the copy counts, not the store's older lines.
+    entry = cache.entries[0]
+    os.utime(entry.path)
+    assert counts(run(volumes, tmp_path / "back")) == (1, 2, 0)
+    again = Cache.open(tmp_path / "back", CHAIN)
+    assert again.entries[0].slot != entry.slot
+    assert checksum(again.read(again.entries[0])) == entry.checksum
 
 
 def test_what_is_not_written_by_the_end_is_done_again(bucket, files, monkeypatch):

@@ -158,3 +158,13 @@ def test_equal_percentiles_are_a_constant_volume(tmp_path):
     chain = dataclasses.replace(CHAIN_10K, window=(1.0, 99.0), window_unit="percentile")
     with pytest.raises(VolumeError, match=r"constant: percentiles 1 and 99 are both 0"):
         prepare_volume(tmp_path / "a.nii.gz", chain)
+
+
+def test_a_spacing_that_cannot_be_right_takes_no_memory(tmp_path):
+    import nibabel
+
+    voxels = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    affine = np.diag([25.0, 25.0, 25.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(np.tile(voxels, (60, 60, 60)), affine), tmp_path / "a.nii")
+    with pytest.raises(VolumeError, match=r"too large: 1984x1984x1984 voxels .* 25x25x25 mm right"):
+        prepare_volume(tmp_path / "a.nii", REGIONS["abdomen"])

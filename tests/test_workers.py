@@ -217,3 +217,19 @@ def test_memory_past_a_workers_limit_is_refused_not_taken():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.stdout == "refused\n"
+
+
+def test_a_scheduler_that_is_gone_is_one_line(client):
+    """Dask cancels what it waits for when it loses its scheduler."""
+
+    def cancelled(*arguments, **options):
+        future = client.submit(time.sleep, 60, pure=False)
+        future.cancel()
+        return future
+
+    class Lost:
+        nthreads = staticmethod(lambda: {"worker": 1})
+        submit = staticmethod(cancelled)
+
+    with pytest.raises(InputError, match=r"the Dask scheduler is gone; what is prepared is kept"):
+        list(run_jobs(Lost(), len, ["abc"]))

@@ -46,8 +46,9 @@ class Entry:
     axes: str  # of that file, as "LPS"
     shape: tuple[int, int, int]  # of that file, voxels
     spacing: tuple[float, float, float]  # of that file, mm
-    window: tuple[float, float]  # HU that became 0 and 1
-    box: Box  # what was kept of that file: first and last + 1 voxel
+    window: tuple[float, float]  # HU (of an MRI: values) that became 0 and 1
+    box: Box  # what was kept of that file, or of its grid of `chain.spacing`: first and last + 1
+    foreground: float  # share of it in the box of the foreground
     stored: tuple[int, int, int]  # voxels of the prepared volume
     mean: float  # of the prepared voxels, 0..1
     checksum: str  # of the stored voxels
@@ -122,6 +123,7 @@ class LocalManifest:
         stack.callback(lock.truncate, 0)  # a copy of this folder looks as free as it is
         lock.write(self.owner)
         lock.flush()
+        _fold(folder)
         path = Path(folder.path, MANIFEST)
         _cut_torn_line(path)
         self._file: IO[str] = stack.enter_context(path.open("a", encoding="utf-8"))
@@ -132,6 +134,19 @@ class LocalManifest:
         self._file.flush()
         os.fsync(self._file.fileno())
         return True
+
+
+def _fold(folder: Folder) -> None:
+    """Makes one file of a manifest that was copied here from an object store.
+
+    Its lines are older than those that are added here, but a reader takes them last.
+    """
+    series = sorted(f"{SERIES}/{name}" for name in folder.names(SERIES))
+    if series:
+        parts = [folder.read(name) or b"" for name in (MANIFEST, *series)]
+        folder.write(MANIFEST, b"".join(part[: part.rfind(b"\n") + 1] for part in parts))
+        for name in series:
+            folder.delete(name)
 
 
 class RemoteManifest:

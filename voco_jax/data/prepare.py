@@ -195,20 +195,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verify:
             return _verify_all(options, stop)
+        status = 0
         for volumes, cache, chain in _wanted(options):
-            summary = prepare(
-                volumes,
-                cache,
-                chain,
-                options.workers,
-                options.strict,
-                stop=stop,
-                scheduler=options.scheduler,
-            )
-            print(summary)
-    except PrepareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            try:
+                summary = prepare(
+                    volumes,
+                    cache,
+                    chain,
+                    options.workers,
+                    options.strict,
+                    stop=stop,
+                    scheduler=options.scheduler,
+                )
+                print(summary)
+            except PrepareError as error:  # the other sources are done all the same
+                print(f"error: {error}", file=sys.stderr)
+                status = 1
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -223,7 +226,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -295,6 +297,8 @@ def _wanted(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]
                 "--source, --cache, --workers and --strict with it"
             )
         return _of_config(options)
+    if options.source:
+        raise InputError("--source: names a source of a config file; give --config with it")
     if not (options.datalist or options.scan):
         raise InputError("give --datalist LIST.json --root DATA, --scan DIR or --config FILE")
     if bool(options.datalist) != bool(options.root):

@@ -50,11 +50,25 @@ def resample(
         x y z, float32; round((old size - 1) * spacing / new_spacing + 1) voxels along each axis.
     """
     positions = []
-    for size, old, new in zip(volume.shape, spacing, new_spacing, strict=True):
-        ratio = 1.0 if abs(old - new) <= SAME_SPACING_MM else new / old
-        count = max(round((size - 1) / ratio + 1), 1)
+    counts = resampled_size(volume.shape, spacing, new_spacing)
+    for size, count, old, new in zip(volume.shape, counts, spacing, new_spacing, strict=True):
+        ratio = _ratio(old, new)
         positions.append(np.minimum(ratio * np.arange(count), size - 1).astype(np.float32))
     return _interpolate(volume, positions, convert)
+
+
+def resampled_size(
+    size: tuple[int, ...], spacing: tuple[float, ...], new_spacing: tuple[float, ...]
+) -> tuple[int, ...]:
+    """The voxels that `resample` makes of so many along each axis."""
+    return tuple(
+        max(round((count - 1) / _ratio(old, new) + 1), 1)
+        for count, old, new in zip(size, spacing, new_spacing, strict=True)
+    )
+
+
+def _ratio(old: float, new: float) -> float:
+    return 1.0 if abs(old - new) <= SAME_SPACING_MM else new / old
 
 
 def pad(volume: np.ndarray, size: Size) -> np.ndarray:

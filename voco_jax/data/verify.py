@@ -15,6 +15,8 @@ from voco_jax.data.progress import bar, say
 from voco_jax.data.workers import available_cores, cluster_workers, run_jobs
 from voco_jax.errors import InputError
 
+# How TensorStore's errors of a file that is gone, cut or changed begin.
+_DAMAGE = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _AHEAD = 4  # volumes waiting for each thread
 
 
@@ -108,7 +110,13 @@ def _check(job: _Check) -> str:
     try:
         found = checksum(job.cache.read_whole(job.entry))
     except InputError as error:
-        return f"cannot be read: {error.__cause__}"
+        cause = str(error.__cause__)
+        if not cause.startswith(_DAMAGE):  # a disk or network that fails now says nothing of it
+            raise InputError(
+                f"{chunk_file(job.cache.path, job.entry.slot)}: cannot be read now ({cause}); "
+                "nothing is taken out of the cache for that: verify again when it can"
+            ) from error
+        return f"cannot be read: {cause}"
     if found != job.entry.checksum:
         return f"has the checksum {found}, expected {job.entry.checksum}"
     return ""

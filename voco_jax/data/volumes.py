@@ -4,6 +4,7 @@ Without a new spacing it works on the stored numbers (int16 as a rule) through v
 the volume's size becomes float32 but what is kept.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 
 from voco_jax.config import Chain
 from voco_jax.data.readers import StoredVolume, VolumeError, load
-from voco_jax.data.resample import center_crop, pad, resample, resize
+from voco_jax.data.resample import center_crop, pad, resample, resampled_size, resize
+from voco_jax.data.stored import MAX_BYTES
 
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]  # first and last + 1 voxel, x y z
 
@@ -29,6 +31,8 @@ class PreparedVolume:
     shape: tuple[int, int, int]  # of the file
     spacing: tuple[float, float, float]  # of the file, mm
     box: Box  # what was kept, in voxels of the file or, with `chain.spacing`, of that grid
+    foreground: float  # share of the volume in the box of its foreground, cropped to it or not
+    window: tuple[float, float]  # what became 0 and 1
     mean: float  # of the prepared voxels
 
 
@@ -135,6 +139,7 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
             source = _to_spacing(source, chain)
         limits = _limits(source, chain)
         box = foreground_box(source, limits, chain.foreground_threshold)
+        foreground = float(np.prod(np.subtract(box[1], box[0]) / source.voxels.shape))
         if not chain.crop_foreground:
             x, y, z = source.voxels.shape
             box = ((0, 0, 0), (x, y, z))
@@ -148,7 +153,7 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
         if chain.fit == "center_crop":
             voxels = center_crop(voxels, chain.volume_size)
         mean = float(voxels.mean(dtype=np.float64))
-        return PreparedVolume(voxels, stored.axes, shape, spacing, box, mean)
+        return PreparedVolume(voxels, stored.axes, shape, spacing, box, foreground, limits, mean)
     except VolumeError:
         raise
     except MemoryError as error:
@@ -159,6 +164,13 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
 
 def _to_spacing(source: StoredVolume, chain: Chain) -> StoredVolume:
     """The whole volume on a grid of `chain.spacing`, in float32 HU."""
+    size = resampled_size(source.voxels.shape, source.spacing, chain.spacing)
+    if 4 * math.prod(size) > MAX_BYTES:
+        raise VolumeError(
+            source.path,
+            f"too large: {'x'.join(map(str, size))} voxels at {chain.spacing} mm; is the header's "
+            f"spacing of {'x'.join(f'{length:g}' for length in source.spacing)} mm right?",
+        )
 
     def convert(stored: np.ndarray) -> np.ndarray:
         hu = source.hounsfield(stored)

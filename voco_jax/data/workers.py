@@ -162,6 +162,8 @@ def run_jobs(
         InputError: the cluster is gone.
         Exception: whatever the function raised.
     """
+    from concurrent.futures import CancelledError  # of which Dask's own is a kind
+
     from dask.distributed import as_completed
     from distributed.scheduler import KilledWorker
 
@@ -191,7 +193,7 @@ def run_jobs(
             else:
                 yield job, future.result()
             fill()
-        except (asyncio.CancelledError, ConnectionError) as gone:
+        except (CancelledError, asyncio.CancelledError, ConnectionError) as gone:
             raise InputError(
                 "the Dask scheduler is gone; what is prepared is kept: start it and its workers "
                 "again and run the same command"

@@ -120,7 +120,7 @@ def export(
     """
     path = check_output(output)
     kept = {key: tree for key, tree in params.items() if with_projector or key != PROJECTOR}
-    tensors = {name: array.astype(np.float32) for name, array in to_torch(kept).items()}
+    tensors = {name: array.astype(np.float32, copy=False) for name, array in to_torch(kept).items()}
     broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
     if broken:
         raise InputError(

@@ -45,7 +45,6 @@ class Look:
 
     entry: Entry
     extent: tuple[float, float, float]  # of what is stored, mm
-    kept: float  # share of the file's voxels in the foreground box
     score: float  # largest of its z-scores, without sign
     reasons: tuple[str, ...]  # why it is odd; (): it is not
 
@@ -60,14 +59,14 @@ def survey(cache: Cache) -> list[Look]:
         The odd ones, oddest first, then the others in order of id.
     """
     entries = cache.entries
-    kept = [_share(entry) for entry in entries]
+    share = [100 * entry.foreground for entry in entries]
     flat = [float(np.sqrt(entry.spacing[0] * entry.spacing[1])) for entry in entries]
     # Name, numbers, smallest deviation that counts as one (of sets that are nearly uniform),
     # whether on a logarithmic scale, how it is written.
     quantities: list[tuple[str, list[float], float, bool, str]] = [
         ("x-y spacing", flat, 0.1, True, "{:.3g} mm"),
         ("z spacing", [entry.spacing[2] for entry in entries], 0.1, True, "{:.3g} mm"),
-        ("foreground", [100 * share for share in kept], 0.1, True, "{:.3g}% of the file"),
+        ("foreground", share, 0.1, True, "{:.3g}% of the file"),
         ("mean", [entry.mean for entry in entries], 0.02, False, "{:.3f}"),
     ]
     scores = np.zeros(len(entries))
@@ -80,8 +79,8 @@ def survey(cache: Cache) -> list[Look]:
             way, value = "high" if found[index] > 0 else "low", form.format(numbers[index])
             reasons[index].append(f"{way} {name}: {value} (median {middle.partition(' of')[0]})")
     looks = [
-        Look(entry, _extent(entry, cache.chain), share, float(score), tuple(why))
-        for entry, share, score, why in zip(entries, kept, scores, reasons, strict=True)
+        Look(entry, _extent(entry, cache.chain), float(score), tuple(why))
+        for entry, score, why in zip(entries, scores, reasons, strict=True)
     ]
     return sorted(looks, key=lambda look: (-look.score if look.reasons else 0.0, look.entry.id))
 
@@ -176,7 +175,7 @@ def _tile(cache: Cache, look: Look) -> Image.Image:
         (entry.id, _INK),
         (f"{shape}   {spacing} mm   {entry.section}", _PALE),
         (
-            f"mean {entry.mean:.3f}   foreground {100 * look.kept:.3g}%   {extent} mm",
+            f"mean {entry.mean:.3f}   foreground {100 * entry.foreground:.3g}%   {extent} mm",
             _PALE,
         ),
     ]
@@ -251,21 +250,15 @@ def _write_index(path: Path, looks: Sequence[Look]) -> None:
                     *(f"{look.score:.2f}", entry.section, entry.path, *entry.shape),
                     *(f"{length:.6g}" for length in entry.spacing),
                     *(f"{length:.1f}" for length in look.extent),
-                    *(f"{look.kept:.6f}", f"{entry.mean:.6f}"),
+                    *(f"{entry.foreground:.6f}", f"{entry.mean:.6f}"),
                 ]
             )
-
-
-def _share(entry: Entry) -> float:
-    """Of the file's voxels in its foreground box."""
-    first, last = np.asarray(entry.box)
-    return float(np.prod((last - first) / entry.shape))
 
 
 def _extent(entry: Entry, chain: Chain) -> tuple[float, float, float]:
     """Of what is stored, mm."""
     if chain.fit == "resize":  # the box was stretched to fit
-        lengths = np.subtract(entry.box[1], entry.box[0]) * entry.spacing
+        lengths = np.subtract(entry.box[1], entry.box[0]) * (chain.spacing or entry.spacing)
     else:
         lengths = np.multiply(entry.stored, chain.spacing or entry.spacing)
     x, y, z = lengths.tolist()

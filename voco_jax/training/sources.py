@@ -77,13 +77,20 @@ def write_volumes(caches: Mapping[str, Cache], config: Config, workdir: Path) ->
     """
     content = {}
     for source, cache in caches.items():
-        chosen = split(cache.entries, config.data.held_out, config.seed)
+        try:
+            chosen = split(cache.entries, config.data.held_out, config.seed)
+        except InputError as error:
+            raise InputError(f"data.sources.{source}: {error}") from error
         content[source] = {
             name: {entry.id: entry.checksum for entry in entries}
             for name, entries in zip(_PARTS, chosen, strict=True)
         }
-    for (one, a), (other, b) in itertools.permutations(content.items(), 2):
-        both = a["held_out"].keys() & b["training"].keys()
+    for one, other in itertools.permutations(content, 2):
+        files = [
+            {entry.path for entry in caches[name].entries if entry.id in content[name][part]}
+            for name, part in ((one, "held_out"), (other, "training"))
+        ]
+        both = files[0] & files[1]
         if both:
             raise InputError(
                 f"data.sources: {len(both)} volumes are held out of {one} and trained on in "
