@@ -48,7 +48,7 @@ def round_trip(size: str, suffix: str, folder: Path) -> bool:
         for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(params), strict=True)
     )
     print(
-        f"{size.upper()} {suffix}: {written.parameters:,} parameters, {len(report.matched)} arrays, "
+        f"{size.upper()} {suffix}: {written.parameters:,} numbers, {len(report.matched)} arrays, "
         f"{path.stat().st_size / 1e9:.2f} GB; export {middle - begin:.0f} s, import "
         f"{end - middle:.0f} s; {'every bit equal' if same else 'DIFFERENT'}",
         flush=True,
