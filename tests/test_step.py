@@ -221,7 +221,11 @@ def test_golden_step(file, patch_merging, embeddings):
     template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
     student, teacher = [reference.load(template, v) for v in _weights(_shapes(template))]
 
-    embed = jax.jit(lambda params: voco_step.embed(network, params, crops, labels))
+    @jax.jit
+    def embed(params):
+        pooled = voco_step.encode(network, params, crops)
+        return voco_step.project(network, params, pooled, labels)
+
     s, old = embed(student), embed(teacher)
     t = embed(voco_step.ema(teacher, student, 0.9))
     terms = losses.voco_10k(

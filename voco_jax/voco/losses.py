@@ -35,13 +35,11 @@ class Recipe:
     Attributes:
         loss: as `voco_10k` below, keyword arguments only.
         predict: the p of its loss, from the same embeddings; (batch, s, n) in [0, 1].
-        teacher: whether it compares with a teacher's embeddings; else there are none (None).
         inter: whether it compares volumes with each other.
     """
 
     loss: Callable[..., Losses]
     predict: Callable[..., jax.Array]
-    teacher: bool
     inter: bool
 
 
@@ -216,9 +214,9 @@ def voco_v2(
 
 
 RECIPES = {
-    "paper": Recipe(paper, paper_prediction, teacher=False, inter=False),
-    "voco_10k": Recipe(voco_10k, voco_10k_prediction, teacher=True, inter=False),
-    "voco_v2": Recipe(voco_v2, voco_v2_prediction, teacher=True, inter=True),
+    "paper": Recipe(paper, paper_prediction, inter=False),
+    "voco_10k": Recipe(voco_10k, voco_10k_prediction, inter=False),
+    "voco_v2": Recipe(voco_v2, voco_v2_prediction, inter=True),
 }
 """By their names in the config."""
 

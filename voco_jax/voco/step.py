@@ -167,11 +167,6 @@ def project(network: nn.Module, params: Params, pooled: jax.Array, labels: jax.A
     return Embeddings(x=rows[:, :sub_volumes], bases=rows[:, sub_volumes:])
 
 
-def embed(network: nn.Module, params: Params, crops: jax.Array, labels: jax.Array) -> Embeddings:
-    """All crops through one network: `encode` and `project`, without drop path."""
-    return project(network, params, encode(network, params, crops), labels)
-
-
 def dropout(
     pooled: jax.Array, key: jax.Array, rate: float, kind: Literal["embedding", "feature"]
 ) -> jax.Array:
