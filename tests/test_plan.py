@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tiny import tiny_config
 
 from voco_jax import plan
 from voco_jax.config import parse
-from voco_jax.report import hlo
+from voco_jax.report import gpu_targets, hlo
 from voco_jax.report.chips import Chip, chip
 from voco_jax.report.flops import count_flops
 from voco_jax.report.roofline import link_bandwidth, roofline
@@ -256,7 +257,9 @@ def test_largest_batch_is_found_in_few_tries(most, start):
     ("arguments", "message"),
     [
         (["--topology", "cpu"], "--topology: found 'cpu', expected cpu:N, as in cpu:4"),
-        (["--topology", "h100"], "--topology: found 'h100', expected a TPU slice as v5e:16x16"),
+        (["--topology", "b300:8"], "--topology: found 'b300:8', expected a TPU slice as v5e:16x16"),
+        (["--topology", "h100"], "--topology: found 'h100', expected the 1 to 8 GPUs of a host"),
+        (["--topology", "h200:16"], "--topology: found 'h200:16', expected the 1 to 8 GPUs of a"),
         (["--config.model.remat"], "flags: found '--config.model.remat', expected those of --help"),
         (["--sett"], "flags: found '--sett', expected those of --help"),
         (["--config.model.fsdp=2"], "model.fsdp: no such field"),
@@ -277,6 +280,29 @@ def test_missing_libtpu_is_named_with_its_fix(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(plan.InputError, match=r"not installed: pip install libtpu"):
         plan._devices("v5e:2x2")
+
+
+@pytest.mark.parametrize("packages", [(), ("jax_plugins",)])
+def test_missing_cuda_plugin_is_named_with_its_fix(monkeypatch, packages):
+    def find_spec(name):
+        if name.partition(".")[0] not in packages:
+            raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(plan.importlib.util, "find_spec", find_spec)
+    with pytest.raises(plan.InputError, match=r"not installed: pip install jax-cuda12-plugin=="):
+        plan._devices("h200:8")
+
+
+@pytest.mark.parametrize("name", gpu_targets.NAMES)
+def test_distant_gpus_are_chips_with_known_peaks(name):
+    text = gpu_targets.target_config(name)
+    (kind,) = re.findall(r'device_description_str: "(.*)"', text)
+    (memory,) = re.findall(r"device_memory_size: (\d+)", text)
+    (bandwidth,) = re.findall(r"memory_bandwidth: (\d+)", text)
+    known = chip(kind)
+    assert known.name.lower().startswith(name)
+    assert int(memory) == pytest.approx(known.memory, rel=0.08)  # sheets give rounded GB
+    assert int(bandwidth) == pytest.approx(known.bandwidth, rel=1e-3)
 
 
 def test_batch_size_by_flags_and_config():

@@ -2,7 +2,8 @@
 
 Compiles the real sharded training step for the devices that --topology names and reads memory,
 collectives and memory traffic off the program. Any TPU slice works without a TPU (libtpu compiles
-ahead of time); cpu:N and, where there is one, gpu:N compile for this machine.
+ahead of time), and so do 1 to 8 GPUs of a host without a GPU (JAX's CUDA plugin does, without
+CUDA); cpu:N and, where there is one, gpu:N compile for this machine.
 
 Times are bounds by the chip's published peaks: a real step takes longer. Collectives are taken as
 not hidden behind compute, so the efficiency of scaling errs on the low side.
@@ -11,6 +12,7 @@ not hidden behind compute, so the efficiency of scaling errs on the low side.
 import argparse
 import ast
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from voco_jax.config import Config, check_field, load, parse
 from voco_jax.errors import InputError
+from voco_jax.report import gpu_targets
 
 if TYPE_CHECKING:  # jax reads its environment when it is imported: see `_devices`
     import jax
@@ -61,6 +64,8 @@ def _devices(topology: str) -> list["jax.Device"]:
         raise InputError(f"--topology: found {topology!r}, expected {kind}:N, as in {kind}:4")
     if kind == "gpu":
         return _local_gpus(int(shape))
+    if kind in gpu_targets.NAMES:
+        return _distant_gpus(topology)
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
@@ -70,7 +75,7 @@ def _devices(topology: str) -> list["jax.Device"]:
     if not re.fullmatch(r"v\d+[a-z]*:\d+(x\d+){1,2}", topology):
         raise InputError(
             f"--topology: found {topology!r}, expected a TPU slice as v5e:16x16 or v5p:4x4x4, "
-            "cpu:N or gpu:N"
+            f"GPUs as h200:8 ({', '.join(gpu_targets.NAMES)}), cpu:N or gpu:N"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
@@ -106,6 +111,45 @@ def _local_gpus(count: int) -> list["jax.Device"]:
     if len(here) < count:
         raise InputError(f"--topology: gpu:{count}: found {len(here)} GPUs here")
     return list(here[:count])
+
+
+def _distant_gpus(topology: str) -> list["jax.Device"]:
+    kind, _, count = topology.partition(":")
+    if not re.fullmatch(r"[1-8]", count):
+        raise InputError(
+            f"--topology: found {topology!r}, expected the 1 to 8 GPUs of a host, as in {kind}:8; "
+            "between hosts the links are not NVLink, whose speed the estimate takes"
+        )
+    if not any(_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13)):
+        version = importlib.metadata.version("jax")
+        raise InputError(
+            f"--topology: {topology} is compiled by JAX's CUDA plugin, which is not installed: "
+            f"pip install jax-cuda12-plugin=={version}"
+        )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA chooses between its Triton kernels and cuBLAS by running both. Where it cannot, it takes
+    # Triton, which has none for some shapes (of the relative position bias) and then gives up.
+    flags = "--xla_gpu_enable_triton_gemm=false"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+    import jax
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=gpu_targets.target_config(kind),
+            topology=f"1x1x{count}",  # partitions, hosts of each, GPUs of each
+        )
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise InputError(f"--topology: {topology}: {str(error).splitlines()[0]}") from error
+    return list(found.devices)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -229,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
   python -m voco_jax.plan --config configs/voco_10k.py --topology v5p:4x4x4 \\
       --config.model.feature_size=192 --config.mesh.fsdp=16 --json plan.json
   python -m voco_jax.plan --config configs/voco_10k.py --topology v4:2x2x1 --find-batch
+  python -m voco_jax.plan --config configs/voco_10k.py --topology h200:8
   python -m voco_jax.plan --config configs/demo.py --topology cpu:4""",
     )
     add = parser.add_argument
@@ -236,7 +281,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--topology",
         required=True,
-        help="a TPU slice in chips (v4, v5e, v5p or v6e: v5e:16x16, v5p:4x4x4), cpu:N or gpu:N",
+        help="a TPU slice in chips (v4, v5e, v5p or v6e: v5e:16x16, v5p:4x4x4), a host's GPUs "
+        f"({', '.join(gpu_targets.NAMES)}: h200:8), or what is here: cpu:N or gpu:N",
     )
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument("--batch-size", type=int, metavar="N", help="volumes over all devices")
