@@ -121,6 +121,10 @@ def test_loops_of_unknown_length_are_reported():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
         ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", (0, 1, 2, 3)),
+        # Four pairs of neighbours, as XLA writes them for 8 GPUs.
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 1)),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'c'}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,2,1) {'b'}", (0, 3)),
         ("replica_groups={}", tuple(range(8))),
     ],
 )

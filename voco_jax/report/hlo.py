@@ -16,6 +16,7 @@ _BITS = re.compile(r"\d+")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(
     r"\b(body|calls|to_apply|true_computation|false_computation|branch_computations)="
@@ -356,19 +357,38 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
     """
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return tuple(int(device) for device in listed[1].split(","))
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if iota:
-        shape, sizes = (tuple(map(int, iota[n].split(","))) for n in (1, 2))
-        order = tuple(map(int, iota[3].split(","))) if iota[3] else tuple(range(len(sizes)))
-        grid = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
-        return tuple(grid.reshape(shape)[0].tolist())
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={_IOTA}", attributes):
+        order = _iota(iota[2], iota[3])
+        return tuple(order.reshape([int(size) for size in iota[1].split(",")])[0].tolist())
+    # GPUs: of several meshes one is made, its devices maybe in another order.
+    mesh = re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:{_IOTA}|([\d,]+))\))?\s*"
+        r"\{([^}]*)\}",
+        attributes,
+    )
+    if mesh:
         axes = re.findall(r"'([^']+)'=(\d+)", mesh[1])
-        grid = np.arange(math.prod(int(size) for _, size in axes))
-        grid = grid.reshape([int(size) for _, size in axes])
-        used = re.findall(r"'([^']+)'", mesh[2])
-        return tuple(grid[tuple(slice(None) if a in used else 0 for a, _ in axes)].ravel().tolist())
+        sizes = [int(size) for _, size in axes]
+        order = np.arange(math.prod(sizes))
+        if mesh[2]:
+            order = _iota(mesh[2], mesh[3])
+        elif mesh[4]:
+            order = np.array([int(device) for device in mesh[4].split(",")])
+        used = re.findall(r"'([^']+)'", mesh[5])
+        group = order.reshape(sizes)[tuple(slice(None) if a in used else 0 for a, _ in axes)]
+        return tuple(group.ravel().tolist())
     return tuple(range(devices))
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """`[4,2]T(1,0)`: the numbers from 0 on in that shape, its axes in that order."""
+    shape = [int(size) for size in sizes.split(",")]
+    return (
+        np.arange(math.prod(shape))
+        .reshape(shape)
+        .transpose([int(axis) for axis in order.split(",")] if order else range(len(shape)))
+        .ravel()
+    )
 
 
 def _stored(one: Instruction) -> int:
