@@ -85,6 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
         "crops_per_pass": 6,
         "dtype": "bfloat16",
         "convolution": "auto",
+        "attention": "auto",
     }
     config.teacher = {"scope": "network", "momentum": 0.9}
     config.loss = {"pos": 1.0, "neg": 1.0, "reg": 1.0, "inter": 1.0}

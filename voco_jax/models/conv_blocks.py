@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 CONVOLUTIONS = ("lax", "planes")
 SAVED_CONVOLUTION = "convolution"
 """Name under which a residual block's convolution outputs can be kept by a remat policy."""
+_SPACE = (1, 2, 3)
+_EPSILON = 1e-5  # PyTorch's
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -45,20 +47,56 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     return initialize
 
 
-def instance_norm(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+@jax.custom_vjp
+def instance_norm(x: jax.Array) -> jax.Array:
     """Normalises each channel of each sample over space, in float32, without parameters.
+
+    Its gradient is written out: it keeps `x` and two numbers a channel, where differentiating
+    would keep, or write and read again, several arrays in float32 (docs/benchmarks.md).
 
     Args:
         x: `b x y z c`.
-        epsilon: added to the biased variance, as in `torch.nn.InstanceNorm3d`.
 
     Returns:
-        `b x y z c` in the dtype of `x`.
+        `b x y z c` in the dtype of `x`; as `torch.nn.InstanceNorm3d`, with the biased variance.
     """
+    return _normalise(x, *_moments(x))
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and 1 / standard deviation over space, `b 1 1 1 c`; reads `x` once.
+
+    Squares are summed of the distance to one plane's mean, which is near enough to the mean that
+    nothing cancels.
+    """
+    middle = x.shape[1] // 2
     wide = at_least_float32(x)
-    centred = wide - jnp.mean(wide, axis=(1, 2, 3), keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=(1, 2, 3), keepdims=True)
-    return (centred * lax.rsqrt(variance + epsilon)).astype(x.dtype)
+    near = jnp.mean(wide[:, middle : middle + 1], _SPACE, keepdims=True)
+    away = wide - near
+    first = jnp.mean(away, _SPACE, keepdims=True)
+    second = jnp.mean(jnp.square(away), _SPACE, keepdims=True)
+    variance = jnp.maximum(second - jnp.square(first), 0)
+    return near + first, lax.rsqrt(variance + _EPSILON)
+
+
+def _normalise(x: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
+    return ((at_least_float32(x) - mean) * scale).astype(x.dtype)
+
+
+def _norm_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    mean, scale = (checkpoint_name(one, SAVED_CONVOLUTION) for one in _moments(x))
+    return _normalise(x, mean, scale), (x, mean, scale)
+
+
+def _norm_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array]:
+    x, mean, scale = saved
+    upper, unit = at_least_float32(gradient), (at_least_float32(x) - mean) * scale
+    constant = jnp.mean(upper, _SPACE, keepdims=True)
+    slope = jnp.mean(upper * unit, _SPACE, keepdims=True)
+    return ((scale * (upper - constant - slope * unit)).astype(x.dtype),)
+
+
+instance_norm.defvjp(_norm_forward, _norm_backward)
 
 
 def convolve_lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -160,23 +198,43 @@ class Convolution(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, normalise: bool = False) -> jax.Array:
+        """With `normalise` through `instance_norm`."""
         channels = x.shape[-1]
         kernel = self.param(
             "kernel",
             torch_uniform(self.kernel_size**3 * channels),
             (self.kernel_size,) * 3 + (channels, self.features),
         )
+        if normalise and self.kernel_size == channels == 1:
+            return _normalised_multiples(x, kernel[0, 0, 0, 0]).astype(self.dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.kernel_size == 1:
-            return jnp.einsum("bxyzi,io->bxyzo", x, kernel[0, 0, 0])
-        if self.convolution == "planes":
-            return convolve_planes(x, kernel)
-        return convolve_lax(x, kernel)
+            out = jnp.einsum("bxyzi,io->bxyzo", x, kernel[0, 0, 0])
+        else:
+            out = (convolve_planes if self.convolution == "planes" else convolve_lax)(x, kernel)
+        out = checkpoint_name(out, SAVED_CONVOLUTION)
+        return instance_norm(out) if normalise else out
+
+
+def _normalised_multiples(x: jax.Array, factors: jax.Array) -> jax.Array:
+    """`instance_norm(x * factors)` from the moments of `x` alone, without an array of products.
+
+    Args:
+        x: `b x y z 1`.
+        factors: `c`.
+
+    Returns:
+        `b x y z c` in float32 or wider.
+    """
+    wide = at_least_float32(x)
+    centred = wide - jnp.mean(wide, _SPACE, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), _SPACE, keepdims=True)
+    return centred * (factors * lax.rsqrt(jnp.square(factors) * variance + _EPSILON))
 
 
 class ConvolutionLayer(nn.Module):
-    """MONAI's `Convolution` container with only its `conv` inside; gives the name its level."""
+    """MONAI's `Convolution` container, its `conv` and norm; gives the name its level."""
 
     features: int
     kernel_size: int
@@ -187,7 +245,7 @@ class ConvolutionLayer(nn.Module):
         self.conv = Convolution(self.features, self.kernel_size, self.convolution, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return checkpoint_name(self.conv(x), SAVED_CONVOLUTION)
+        return self.conv(x, normalise=True)
 
 
 class UnetResBlock(nn.Module):
@@ -215,12 +273,9 @@ class UnetResBlock(nn.Module):
             self.conv3 = ConvolutionLayer(self.features, 1, self.convolution, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(self.dtype)
-        out = nn.leaky_relu(instance_norm(self.conv1(x)), 0.01)
-        out = instance_norm(self.conv2(out))
-        if self.in_channels != self.features:
-            x = instance_norm(self.conv3(x))
-        return nn.leaky_relu(out + x, 0.01)
+        out = self.conv2(nn.leaky_relu(self.conv1(x), 0.01))
+        shortcut = self.conv3(x) if self.in_channels != self.features else x.astype(self.dtype)
+        return nn.leaky_relu(out + shortcut, 0.01)
 
 
 class UnetrBasicBlock(nn.Module):

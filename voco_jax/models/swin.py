@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from voco_jax.models.attention import Attend, attend
 from voco_jax.models.conv_blocks import residual_block, torch_uniform
 from voco_jax.models.windows import (
     Size3,
     fit_window,
     relative_position_bias,
-    shift_mask,
+    shift_regions,
     spatial_size,
     window_partition,
     window_reverse,
@@ -103,6 +104,7 @@ class WindowAttention(nn.Module):
         num_heads: divides `dim`.
         window_size: the full window, x y z, which gives the bias table its size.
         qkv_bias: whether queries, keys and values have a bias.
+        attention: `attend`, or another way to the same.
         dtype: of the products.
     """
 
@@ -110,6 +112,7 @@ class WindowAttention(nn.Module):
     num_heads: int
     window_size: Size3
     qkv_bias: bool = True
+    attention: Attend = attend
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -120,21 +123,11 @@ class WindowAttention(nn.Module):
         self.qkv = linear(self.dim, 3 * self.dim, self.dtype, bias=self.qkv_bias)
         self.proj = linear(self.dim, self.dim, self.dtype)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, regions: jax.Array | None) -> jax.Array:
         b, windows, n, _ = x.shape
-        head_dim = self.dim // self.num_heads
-        qkv = self.qkv(x).reshape(b, windows, n, 3, self.num_heads, head_dim)
-        query, key, value = (qkv[:, :, :, i] for i in range(3))
-        query = query * head_dim**-0.5
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=wide)
-        table = self.relative_position_bias_table
-        logits = logits + relative_position_bias(table, self.window_size, n)
-        if mask is not None:
-            logits = logits + mask[:, None]
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        out = jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value)
-        return self.proj(out.reshape(b, windows, n, self.dim))
+        qkv = self.qkv(x).reshape(b, windows, n, 3, self.num_heads, self.dim // self.num_heads)
+        bias = relative_position_bias(self.relative_position_bias_table, self.window_size, n)
+        return self.proj(self.attention(qkv, bias, regions).reshape(b, windows, n, self.dim))
 
 
 class Mlp(nn.Module):
@@ -163,6 +156,7 @@ class SwinTransformerBlock(nn.Module):
         mlp_ratio: hidden channels of the MLP over `dim`.
         qkv_bias: see `WindowAttention`.
         drop_path: probability that a sample skips a branch in training; from rng `dropout`.
+        attention: see `WindowAttention`.
         dtype: of the computation; norms and softmax are in float32 always.
     """
 
@@ -173,12 +167,13 @@ class SwinTransformerBlock(nn.Module):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     drop_path: float = 0.0
+    attention: Attend = attend
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         self.norm1 = layer_norm(self.dtype)
         self.attn = WindowAttention(
-            self.dim, self.num_heads, self.window_size, self.qkv_bias, self.dtype
+            self.dim, self.num_heads, self.window_size, self.qkv_bias, self.attention, self.dtype
         )
         self.norm2 = layer_norm(self.dtype)
         self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype)
@@ -194,11 +189,11 @@ class SwinTransformerBlock(nn.Module):
         padding = [(0, -extent % w) for extent, w in zip(size, window, strict=True)]
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         padded = spatial_size(x)
-        mask = None
+        regions = None
         if any(shift):
             x = jnp.roll(x, [-s for s in shift], axis=(1, 2, 3))
-            mask = shift_mask(padded, window, shift)
-        x = window_reverse(self.attn(window_partition(x, window), mask), window, padded)
+            regions = shift_regions(padded, window, shift)
+        x = window_reverse(self.attn(window_partition(x, window), regions), window, padded)
         if any(shift):
             x = jnp.roll(x, shift, axis=(1, 2, 3))
         return x[:, : size[0], : size[1], : size[2]]
@@ -244,6 +239,7 @@ class BasicLayer(nn.Module):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     remat: bool = False
+    attention: Attend = attend
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -259,6 +255,7 @@ class BasicLayer(nn.Module):
                 mlp_ratio=self.mlp_ratio,
                 qkv_bias=self.qkv_bias,
                 drop_path=self.drop_path[i],
+                attention=self.attention,
                 dtype=self.dtype,
             )
             for i in range(self.depth)
@@ -291,6 +288,7 @@ class SwinTransformer(nn.Module):
     drop_path_rate: float = 0.0
     remat: bool = False
     convolution: str = "lax"
+    attention: Attend = attend
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -313,6 +311,7 @@ class SwinTransformer(nn.Module):
                 mlp_ratio=self.mlp_ratio,
                 qkv_bias=self.qkv_bias,
                 remat=self.remat,
+                attention=self.attention,
                 dtype=self.dtype,
             )
             del rates[:depth]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from voco_jax.errors import InputError
+from voco_jax.models.attention import Attend, attend
 from voco_jax.models.conv_blocks import CONVOLUTIONS, at_least_float32, residual_block
 from voco_jax.models.projector import Projector
 from voco_jax.models.swin import NEIGHBOURS, Size3, SwinTransformer
@@ -96,6 +97,7 @@ class EncoderModules(nn.Module):
         remat: recompute activations in the gradient: of each Swin block all, of each residual
             block what is not a convolution.
         convolution: form of the 3x3x3 convolutions: `lax` (XLA's own) or `planes` (for CPUs).
+        attention: `attend`, or another way to the same.
         dtype: of the computation; parameters, norms and softmax are float32 always.
     """
 
@@ -112,6 +114,7 @@ class EncoderModules(nn.Module):
     conv_encoders: bool = True
     remat: bool = False
     convolution: str = "lax"
+    attention: Attend = attend
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -131,6 +134,7 @@ class EncoderModules(nn.Module):
             drop_path_rate=self.drop_path_rate,
             remat=self.remat,
             convolution=self.convolution,
+            attention=self.attention,
             dtype=self.dtype,
         )
         if self.conv_encoders:

@@ -12,9 +12,6 @@ from jax import lax
 
 Size3 = tuple[int, int, int]
 
-MASKED = -100.0
-"""Added to the attention logit of two tokens that only the shift brought into one window."""
-
 
 def spatial_size(x: jax.Array) -> Size3:
     """`x y z` of `b x y z c`."""
@@ -76,10 +73,10 @@ def window_reverse(x: jax.Array, window: Size3, size: Size3) -> jax.Array:
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *size, c)
 
 
-def shift_mask(size: Size3, window: Size3, shift: Size3) -> jax.Array:
-    """What is added to the attention logits so that shifted windows do not attend across the edge.
+def shift_regions(size: Size3, window: Size3, shift: Size3) -> jax.Array:
+    """A number for each token: those of a shifted window that were neighbours before have the same.
 
-    Derived in the graph from one region number per token (MONAI's `compute_mask` is dense).
+    MONAI's `compute_mask` makes a dense mask of them: 0 within a region, -100 across.
 
     Args:
         size: of the padded feature map, x y z.
@@ -87,7 +84,7 @@ def shift_mask(size: Size3, window: Size3, shift: Size3) -> jax.Array:
         shift: x y z; 0 on an axis that is not shifted.
 
     Returns:
-        `windows n n` float32: 0 within a region, -100 across.
+        `windows n` int32, less than 27.
     """
     region = jnp.zeros((1, *size, 1), jnp.int32)
     for axis in range(3):
@@ -96,8 +93,7 @@ def shift_mask(size: Size3, window: Size3, shift: Size3) -> jax.Array:
             part = (place >= size[axis] - window[axis]).astype(jnp.int32)
             part += (place >= size[axis] - shift[axis]).astype(jnp.int32)
             region = 3 * region + part
-    tokens = window_partition(region, window)[0, :, :, 0]
-    return jnp.where(tokens[:, :, None] == tokens[:, None, :], 0.0, MASKED)
+    return window_partition(region, window)[0, :, :, 0]
 
 
 def relative_position_bias(table: jax.Array, window_size: Size3, tokens: int) -> jax.Array:

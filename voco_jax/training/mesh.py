@@ -1,6 +1,6 @@
 """The device mesh: the only place that names its axes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,28 @@ def state_sharding(mesh: Mesh, abstract: Any) -> Any:
         )
 
     return jax.tree.map(one, abstract)
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], mesh: Mesh, whole: int
+) -> Callable[..., jax.Array]:
+    """Runs a function on each device's own rows, for what XLA cannot split by itself.
+
+    Args:
+        function: (rows, and then `whole` arguments that every device has whole) -> rows.
+        mesh: of `make_mesh`; the rows are split over all of it.
+        whole: number of arguments after the rows.
+    """
+    if mesh.devices.size == 1:
+        return function
+    rows = PartitionSpec((_DATA, _FSDP))
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(rows, *[PartitionSpec()] * whole),
+        out_specs=rows,
+        check_vma=False,  # kernels do not tell over which axes their results vary
+    )
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from voco_jax.config import Config
 from voco_jax.errors import InputError
+from voco_jax.models.attention import Attend, attend, attend_fused
 from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
 from voco_jax.training.optimizer import make_optimizer
@@ -66,9 +67,10 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
     gather = whole if config.mesh.fsdp > 1 else lambda params: params
     options = compiler_options(mesh)
+    spread = network.clone(attention=choose_attention(config, mesh))
     step = jax.jit(
         make_train_step(
-            network,
+            spread,
             optimizer,
             encoder_size=size,
             recipe=recipe,
@@ -95,7 +97,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     )
     predict = jax.jit(
         make_predict(
-            network,
+            spread,
             encoder_size=size,
             recipe=recipe,
             passes=count_passes(config, mesh, config.validation.sub_volumes),
@@ -133,7 +135,7 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     On a CPU, XLA would merge recomputed activations with the first ones, so that remat would save
     nothing; and a small step would compile for twice as long (docs/benchmarks.md).
     """
-    if not _on_cpu(mesh):
+    if _platform(mesh) != "cpu":
         return None
     options: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
     sooner = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
@@ -153,7 +155,7 @@ def make_network(config: Config, mesh: Mesh) -> nn.Module:
     model = config.model
     convolution = model.convolution
     if convolution == "auto":
-        convolution = "planes" if _on_cpu(mesh) else "lax"
+        convolution = "planes" if _platform(mesh) == "cpu" else "lax"
     try:
         check_crop_size(config.crops.encoder_size)
     except ValueError as error:
@@ -181,6 +183,24 @@ def make_network(config: Config, mesh: Mesh) -> nn.Module:
     return network
 
 
+def choose_attention(config: Config, mesh: Mesh) -> Attend:
+    """How the devices compute attention, by `model.attention`.
+
+    Raises:
+        InputError: `fused` on GPUs.
+    """
+    platform, wanted = _platform(mesh), config.model.attention
+    if wanted == "xla" or (wanted == "auto" and platform != "tpu"):
+        return attend
+    if platform not in ("tpu", "cpu"):
+        raise InputError(
+            f"model.attention: found 'fused' on {platform}, expected 'xla' or 'auto': its kernels "
+            "are written for TPUs (a CPU interprets them, slowly)"
+        )
+    fused = partial(attend_fused, interpret=platform == "cpu")
+    return meshes.on_each_device(fused, mesh, whole=2)
+
+
 def count_passes(config: Config, mesh: Mesh, sub_volumes: int) -> int:
     """Into how many parts each device's crops are cut, by `model.crops_per_pass`."""
     volumes = config.batch_size // mesh.devices.size
@@ -191,5 +211,5 @@ def count_passes(config: Config, mesh: Mesh, sub_volumes: int) -> int:
     )
 
 
-def _on_cpu(mesh: Mesh) -> bool:
-    return str(mesh.devices.flat[0].platform) == "cpu"
+def _platform(mesh: Mesh) -> str:
+    return str(mesh.devices.flat[0].platform)
