@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import monai_reference as reference
 import numpy as np
+import pytest
 
 from voco_jax.models import attention
 
