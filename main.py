@@ -30,6 +30,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of this run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_COMPILED = "~/.cache/voco_jax/xla"  # as in launch/
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _CRASHED = (
     "this process has crashed (above). Of a run of several processes the reason may be in another "
@@ -40,6 +41,8 @@ _CRASHED = (
 
 def main(arguments: list[str]) -> None:
     """Flags, then the run; the user's mistakes are one line and exit status 2."""
+    # Compiled programs are kept for the next run. JAX reads this when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(_COMPILED))
     # Imported here: worker processes import this file too, and need none of it.
     from voco_jax.training import distributed
     from voco_jax.training.pretrain import DivergedError, PreemptedError, run

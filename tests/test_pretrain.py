@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from voco_jax.errors import InputError
 from voco_jax.training import pretrain
 from voco_jax.training.checkpoint import Checkpoints, read_network, set_damaged_aside
 from voco_jax.training.mesh import make_mesh
-from voco_jax.training.metrics import MetricsWriter, Progress, StepTimes, duration
+from voco_jax.training.metrics import MetricsWriter, Progress, StepTimes, duration, still
 from voco_jax.training.program import make_program
 from voco_jax.training.sources import read_volumes
 from voco_jax.training.workdir import claim_workdir
@@ -333,6 +334,23 @@ def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch):
         match=r"step 3: .* is not finite.*Last good checkpoint: .*checkpoints/2",
     ):
         pretrain.run(config, tmp_path)
+
+
+def test_long_waits_are_told():
+    lines: list[str] = []
+    told = threading.Event()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        told.set()
+
+    with still(say, "compiling", every=0.001):
+        assert told.wait(10)
+    count = len(lines)
+    assert lines[0].startswith("still compiling: 0:00:0")
+    told.clear()
+    assert not told.wait(0.05)
+    assert len(lines) == count
 
 
 def test_progress_has_its_own_clock():

@@ -1,9 +1,11 @@
 """Where numbers go: the console, JSON lines, TensorBoard (without TensorFlow)."""
 
+import contextlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,30 @@ class Progress:
         self._last = (step, now)
         rate = (step - last_step) / max(now - last_time - paused, 1e-9)
         return rate, duration((self._total - step) / rate if rate else 0.0)
+
+
+@contextlib.contextmanager
+def still(say: Callable[[str], None], what: str, every: float = 15.0) -> Iterator[None]:
+    """Says now and then that something long, which cannot tell how far it is, goes on.
+
+    Args:
+        say: takes a line.
+        what: goes on.
+        every: seconds.
+    """
+    start, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(every):
+            say(f"still {what}: {duration(time.monotonic() - start)} so far")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def duration(seconds: float) -> str:

@@ -29,7 +29,7 @@ from voco_jax.training.distributed import (
     on_first,
     should_stop,
 )
-from voco_jax.training.metrics import Log, MetricsWriter, Progress, StepTimes, duration
+from voco_jax.training.metrics import Log, MetricsWriter, Progress, StepTimes, duration, still
 from voco_jax.training.optimizer import schedule
 from voco_jax.training.program import make_program
 from voco_jax.training.sources import (
@@ -130,8 +130,9 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
     running: Any = None  # the loss of the step before, perhaps still to come
     try:
         if first_step < config.total_steps:
-            say("compiling the step (minutes for a large model) ...")
-            train_step = compile_together(program.step, program.state, program.batch)
+            say("compiling the step (minutes for a large model; the next time it is kept) ...")
+            with still(say, "compiling"):
+                train_step = compile_together(program.step, program.state, program.batch)
             stream = _to_device(
                 batches(
                     training,
