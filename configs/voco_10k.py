@@ -82,7 +82,7 @@ def get_config() -> ml_collections.ConfigDict:
         "drop_path_rate": 0.0,
         "projector_size": 2048,
         "remat": True,
-        "crops_per_pass": 6,
+        "crops_per_pass": 9,
         "dtype": "bfloat16",
         "convolution": "auto",
         "attention": "auto",

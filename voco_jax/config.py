@@ -320,6 +320,8 @@ RUNTIME_FIELDS = (  # "*": any source
     "data.prefetch",
     "model.remat",
     "model.crops_per_pass",
+    "model.convolution",
+    "model.attention",
     "log_every_steps",
     "export_to",
     "validation.every_steps",
