@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from voco_jax.benchmark.measure import (
     Spread,
@@ -79,6 +80,8 @@ def measure_stream(
         samples: to be timed, rounded up to whole batches.
         cold: whether every volume comes from the disk.
     """
+    if not flags.FLAGS.is_parsed():  # grain's worker processes ask for them
+        flags.FLAGS.mark_as_parsed()
     files = files_of(parts)
     count = -(-samples // batch_size)
     # So many that every volume has been read and the worker processes have all delivered.
