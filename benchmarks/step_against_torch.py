@@ -102,7 +102,7 @@ def run_ours(
         path = folder / f"{name}.npz"
         if path.exists():
             values, report = from_torch(dict(np.load(path)), params)
-            assert not (report.missing or report.wrong_shape), report
+            assert report.missing == report.wrong_shape == (), report
             networks[name] = jax.device_put(values, jax.tree.map(lambda x: x.sharding, params))
         else:
             np.savez(path, **to_torch(jax.device_get(params)))
@@ -190,6 +190,14 @@ def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str,
     return {name: abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-12) for name in names}
 
 
+def within(differences: Mapping[str, float]) -> bool:
+    """Whether two float32 computations of one step agree."""
+    return all(
+        value <= (LOSS_TOLERANCE if name in TERMS else NORM_TOLERANCE)
+        for name, value in differences.items()
+    )
+
+
 def check(measure: Table, config: Config) -> dict[str, Any]:
     """One float32 step of either side on the same weights and crops.
 
@@ -207,10 +215,7 @@ def check(measure: Table, config: Config) -> dict[str, Any]:
         if one["problem"]:
             raise InputError(f"the check of the losses: {one['side']}: {one['problem']}")
     differences = compare(found[0]["first"], found[1]["first"])
-    good = all(
-        value <= (LOSS_TOLERANCE if name in TERMS else NORM_TOLERANCE)
-        for name, value in differences.items()
-    )
+    good = within(differences)
     text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     say(f"relative differences of the first step in float32: {text}: {'agree' if good else 'NOT'}")
     return {
@@ -368,6 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     try:
         overrides = parse_overrides(rest)
+        if options.json:
+            options.json = str(Path(options.json).absolute())
         os.chdir(ROOT)
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # PyTorch's step knows one GPU only
         on_cpu = in_own_process_within(None, platform) == "cpu"

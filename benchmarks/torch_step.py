@@ -96,7 +96,7 @@ class Network(torch.nn.Module):
         found = self.net.load_state_dict(state, strict=False)
         # MONAI counts the tables of relative positions, which are no parameters, as state.
         missing = [n for n in found.missing_keys if "relative_position_index" not in n]
-        assert not (found.unexpected_keys or missing), found
+        assert [*found.unexpected_keys, *missing] == [], found
 
 
 def losses(rows: torch.Tensor, rows_t: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from voco_jax.benchmark.measure import (
     ChildError,
     in_own_process,
@@ -79,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 measured, 1 nothing of it could be measured, 2 bad input.
     """
     options, rest = _parser().parse_known_args(arguments)
-    if not flags.FLAGS.is_parsed():  # grain's worker processes ask for them
-        flags.FLAGS.mark_as_parsed()
     try:
         if options.json and not Path(options.json).absolute().parent.is_dir():
             raise InputError(f"--json: {options.json}: no such folder; make it first")

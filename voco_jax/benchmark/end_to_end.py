@@ -10,6 +10,7 @@ import numpy as np
 
 from voco_jax.benchmark.measure import Spread, seconds_text, spread, spread_text, table, time_calls
 from voco_jax.benchmark.step import Built, build, percent
+from voco_jax.benchmark.volumes import allow_workers
 from voco_jax.config import Config
 from voco_jax.data.pipeline import Part, batches
 from voco_jax.data.progress import say
@@ -50,6 +51,7 @@ def measure_end_to_end(
     Raises:
         InputError: settings that do not fit each other or the devices.
     """
+    allow_workers()
     say("compiling the step (minutes for a large model) ...")
     built = build(config)
     say(f"compiled in {built.compile_seconds:.0f} s; starting the pipeline ...")

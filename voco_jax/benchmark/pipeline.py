@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from voco_jax.benchmark.measure import (
     Spread,
@@ -20,7 +19,7 @@ from voco_jax.benchmark.measure import (
     spread,
     table,
 )
-from voco_jax.benchmark.volumes import files_of
+from voco_jax.benchmark.volumes import allow_workers, files_of
 from voco_jax.config import Crops
 from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, overlap_labels
 from voco_jax.data.pipeline import Part, batches, sample
@@ -80,8 +79,7 @@ def measure_stream(
         samples: to be timed, rounded up to whole batches.
         cold: whether every volume comes from the disk.
     """
-    if not flags.FLAGS.is_parsed():  # grain's worker processes ask for them
-        flags.FLAGS.mark_as_parsed()
+    allow_workers()
     files = files_of(parts)
     count = -(-samples // batch_size)
     # So many that every volume has been read and the worker processes have all delivered.

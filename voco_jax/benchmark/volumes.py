@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from absl import flags
+
 from voco_jax.config import Config
 from voco_jax.data.cache import chunk_file
 from voco_jax.data.pipeline import Part
@@ -72,3 +74,9 @@ def files_of(parts: Sequence[Part]) -> list[Path]:
                 "a cache on this machine"
             )
     return [Path(chunk_file(part.cache.path, e.slot)) for part in parts for e in part.entries]
+
+
+def allow_workers() -> None:
+    """Lets grain start processes: it asks absl's flags, which nothing here has parsed."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
