@@ -1,6 +1,7 @@
 """The training step by itself, on a batch that is on the device: time, FLOPs, memory."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,9 @@ from voco_jax.benchmark.measure import (
     utilisation,
 )
 from voco_jax.config import Config
+from voco_jax.data.crops import draw_origins, overlap_labels
 from voco_jax.data.progress import say
+from voco_jax.data.volumes import quantise
 from voco_jax.report.estimate import flops_needed
 from voco_jax.report.flops import count_flops
 from voco_jax.training import mesh as meshes
@@ -67,21 +70,38 @@ class Built:
 
 
 def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of noise with labels that sum to 1; see `voco_jax.data.pipeline.Batch`."""
+    """A batch of waves, each crop its own, with the labels of random sub-volumes.
+
+    Noise would do for the time, but its crops all look the same to an encoder: the losses of two
+    programs would be those of their rounding.
+
+    Returns:
+        As `voco_jax.data.pipeline.Batch`.
+    """
     generator = np.random.default_rng(seed)
-    crops, bases = config.crops, int(np.prod(config.crops.grid))
+    crops = config.crops
+    origins = [
+        draw_origins(generator, crops.sub_volumes, crops.grid, crops.crop_size)
+        for _ in range(config.batch_size)
+    ]
+    labels = [overlap_labels(one, crops.grid, crops.crop_size) for one in origins]
 
-    def noise(count: int) -> np.ndarray:
-        shape = (config.batch_size, count, *crops.crop_size)
-        if config.data.dtype == "uint8":
-            return generator.integers(0, 256, shape, np.uint8)
-        return generator.random(shape, np.float32).astype(config.data.dtype)
+    def wave() -> np.ndarray:
+        x, y, z = (
+            np.sin(np.linspace(0, generator.uniform(2, 20), extent) + generator.uniform(0, 6))
+            for extent in crops.crop_size
+        )
+        unit = 0.5 + 0.5 * x[:, None, None] * y[:, None] * z
+        return quantise(unit.astype(np.float32), config.data.dtype)
 
-    labels = generator.dirichlet(np.full(bases, 0.3), (config.batch_size, crops.sub_volumes))
-    labels[labels < 0.05] = 0  # as most crops have no overlap with most others
-    labels /= labels.sum(-1, keepdims=True)
-    subs, base_crops = noise(crops.sub_volumes), noise(bases)
-    return {"subs": subs, "bases": base_crops, "labels": labels.astype(np.float32)}
+    def waves(count: int) -> np.ndarray:
+        return np.stack([[wave() for _ in range(count)] for _ in range(config.batch_size)])
+
+    return {
+        "subs": waves(crops.sub_volumes),
+        "bases": waves(math.prod(crops.grid)),
+        "labels": np.stack(labels).astype(np.float32),
+    }
 
 
 def build(config: Config, batch: Mapping[str, np.ndarray] | None = None) -> Built:
