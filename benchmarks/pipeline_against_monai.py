@@ -29,7 +29,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from monai_samples import MonaiSamples, dataset  # noqa: E402
 
 from voco_jax.benchmark.measure import (  # noqa: E402
     ChildError,
@@ -139,83 +141,12 @@ def prepare_ours(ct: Path, folder: Path) -> list[tuple[str, str]]:
     return [(entry.id, entry.path) for entry in _parts(folder)[0].entries]
 
 
-def _dataset(paths: Sequence[str], folder: Path) -> Any:
-    """MONAI's cached volumes: float32 tensors of 1 x 384 x 384 x 96."""
-    import monai.transforms as mt
-    from monai.data import PersistentDataset
-
-    chain = [
-        mt.LoadImaged("image"),
-        mt.EnsureChannelFirstd("image"),
-        mt.Orientationd("image", axcodes="RAS", labels=None),
-        mt.ScaleIntensityRanged("image", -175, 250, 0, 1, clip=True),
-        mt.CropForegroundd("image", "image", lambda x: x > 0.3),
-        mt.Resized("image", (384, 384, 96), mode="trilinear", align_corners=True),
-    ]
-    items = [{"image": path} for path in paths]
-    return PersistentDataset(items, mt.Compose(chain), folder / "monai")
-
-
 def prepare_monai(paths: Sequence[str], folder: Path) -> None:
     """Fills MONAI's cache."""
-    dataset = _dataset(paths, folder)
-    for number in range(len(dataset)):
-        say(f"MONAI: {number + 1}/{len(dataset)}")
-        _ = dataset[number]
-
-
-class MonaiSamples:
-    """The published per-sample chain on cached volumes, for torch's DataLoader."""
-
-    def __init__(self, paths: Sequence[str], folder: Path, augment: bool) -> None:
-        import monai.transforms as mt
-
-        crops, self._augment = _config().crops, _config().augment
-        self._grid, self._size, self._subs = crops.grid, crops.crop_size, crops.sub_volumes
-        self._volumes = _dataset(paths, folder)
-        self._resize = mt.Resized("image", crops.encoder_size, mode="trilinear", align_corners=True)
-        some = self._augment
-        flips = [
-            mt.RandFlipd("image", prob=some.flip_probability, spatial_axis=axis)
-            for axis in range(3)
-        ]
-        turn = mt.RandRotate90d("image", prob=some.rotate_probability, max_k=3)
-        shift = mt.RandShiftIntensityd("image", some.shift, prob=some.shift_probability)
-        self._change = mt.Compose([*flips, turn, shift] if augment else [])
-        self._generator = np.random.default_rng(0)
-
-    def __len__(self) -> int:
-        return len(self._volumes)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Sub-volumes (s, 1, x, y, z), base crops (n, 1, x, y, z), labels (s, n)."""
-        import torch
-
-        image = self._volumes[index]["image"]
-        size, grid = np.asarray(self._size), np.asarray(self._grid)
-        cells = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 3)
-        centres = [
-            [
-                # As published: an axis with one cell is taken whole.
-                half if cells == 1 else self._generator.integers(half, cells * length - half)
-                for half, cells, length in zip(size // 2, grid, size, strict=True)
-            ]
-            for _ in range(self._subs)
-        ]
-        subs = [self._crop(image, np.asarray(centre)) for centre in centres]
-        bases = [self._crop(image, cell * size + size // 2) for cell in cells]
-        labels = torch.zeros(self._subs, len(cells))
-        for row, centre in enumerate(centres):
-            for column, cell in enumerate(cells):
-                distance = np.abs(np.asarray(centre) - cell * size - size // 2)
-                labels[row, column] = float(np.prod(np.maximum(size - distance, 0) / size))
-        return {"subs": torch.stack(subs), "bases": torch.stack(bases), "labels": labels}
-
-    def _crop(self, image: Any, centre: np.ndarray) -> Any:
-        import monai.transforms as mt
-
-        crop = mt.SpatialCropd("image", roi_center=centre, roi_size=self._size)
-        return self._change(self._resize(crop({"image": image})))["image"]
+    volumes = dataset(paths, folder)
+    for number in range(len(volumes)):
+        say(f"MONAI: {number + 1}/{len(volumes)}")
+        _ = volumes[number]
 
 
 def measure_ours(paths: Sequence[str], folder: Path, count: int, cold: bool) -> Row:
@@ -237,7 +168,7 @@ def measure_monai(paths: Sequence[str], folder: Path, count: int, cold: bool) ->
         import torch
 
         torch.set_num_threads(1)
-        samples: Any = MonaiSamples(paths, folder, augment=True)
+        samples: Any = MonaiSamples(paths, folder, _config(), augment=True)
 
         def order() -> Iterator[int]:  # whole batches, whatever the number of volumes
             generator = np.random.default_rng(0)
@@ -282,7 +213,7 @@ def measure_device_part(paths: Sequence[str], folder: Path, count: int, cold: bo
 
 def monai_bases(paths: Sequence[str], folder: Path) -> list[np.ndarray]:
     """The first volume's and the last's base crops, resized, not augmented: (n, x, y, z)."""
-    samples = MonaiSamples(paths, folder, augment=False)
+    samples = MonaiSamples(paths, folder, _config(), augment=False)
     return [samples[index]["bases"].numpy()[:, 0] for index in (0, len(paths) - 1)]
 
 

@@ -18,7 +18,6 @@ CPU resident. Needs the packages of requirements-dev.txt.
 
 import argparse
 import dataclasses
-import itertools
 import os
 import sys
 import tempfile
@@ -32,19 +31,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch_step  # noqa: E402
+from step_tables import add_utilisation, text  # noqa: E402
 
 from voco_jax.benchmark.command import parse_variants, sizes  # noqa: E402
 from voco_jax.benchmark.measure import (  # noqa: E402
     ChildError,
-    bytes_text,
     in_own_process_within,
     machine,
     spread_text,
-    table,
-    utilisation,
     write_json,
 )
-from voco_jax.benchmark.step import percent, product_ceiling  # noqa: E402
+from voco_jax.benchmark.step import product_ceiling  # noqa: E402
 from voco_jax.config import Config  # noqa: E402
 from voco_jax.data.progress import say  # noqa: E402
 from voco_jax.errors import InputError  # noqa: E402
@@ -148,8 +145,8 @@ class Table:
             found = {"problem": str(error)}
         about = {"side": row.side, "variant": row.variant, "batch_size": row.config.batch_size}
         found = {"problem": None, **about, **found}
-        text = found["problem"] or f"{spread_text(found['seconds'])} a step"
-        say(f"  {text}")
+        result = found["problem"] or f"{spread_text(found['seconds'])} a step"
+        say(f"  {result}")
         return found
 
     def _measure(self, row: Row, steps: int, warmup: int, limit: float | None) -> dict[str, Any]:
@@ -224,8 +221,8 @@ def check(measure: Table, config: Config) -> dict[str, Any]:
             raise InputError(f"the check of the losses: {one['side']}: {one['problem']}")
     differences = compare(found[0]["first"], found[1]["first"])
     good = within(differences)
-    text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    say(f"relative differences of the first step in float32: {text}: {'agree' if good else 'NOT'}")
+    said = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    say(f"relative differences of the first step in float32: {said}: {'agree' if good else 'NOT'}")
     return {
         "differences": differences,
         "agree": good,
@@ -298,68 +295,6 @@ def _once(
                 measure.ceiling("float32")
                 return {**one, "variant": row.variant}
     return measure.run(row)
-
-
-def add_utilisation(found: dict[str, Any]) -> None:
-    """Of the rows that lack it, PyTorch's above all: it needs the same FLOPs as our step."""
-    ceilings = found.get("product_flops", {})
-    needed = {r["batch_size"]: r["flops_needed"] for r in found["rows"] if "flops_needed" in r}
-    for row in found["rows"]:
-        flops, ceiling = needed.get(row["batch_size"]), ceilings.get(row.get("dtype"))
-        if flops and ceiling and row.get("utilisation") is None:
-            row["utilisation"] = utilisation(flops, row["seconds"].median, ceiling)
-
-
-def text(found: dict[str, Any]) -> str:
-    """For people."""
-    head = ["side", "variant", "batch", "a step", "volumes/s", "MFU", "peak memory", "loss"]
-    lines = []
-    for row in found["rows"]:
-        about = [row["side"], row["variant"], str(row["batch_size"])]
-        if row["problem"]:
-            lines.append([*about, row["problem"], "-", "-", "-", "-"])
-            continue
-        lines.append(
-            [
-                *about,
-                spread_text(row["seconds"]),
-                f"{row['volumes_per_second']:.3g}",
-                percent(row.get("utilisation")),
-                bytes_text(row["peak"]),
-                f"{row['first']['loss']:.5f}",
-            ]
-        )
-    said = ", ".join(f"{name} {v:.1e}" for name, v in found["check"]["differences"].items())
-    return "\n".join(
-        [
-            table(head, lines),
-            "",
-            f"first step in float32, relative differences: {said}",
-            *(f"batch {size}: {line}" for size, line in ratios(found["rows"]).items()),
-        ]
-    )
-
-
-def ratios(rows: Sequence[dict[str, Any]]) -> dict[int, str]:
-    """The best of either side at each batch size, in words."""
-    found = {}
-    for size, group in itertools.groupby(rows, key=lambda row: row["batch_size"]):
-        best: dict[str, dict[str, Any]] = {}
-        for row in group:
-            old = best.get(row["side"])
-            if not row["problem"] and (
-                old is None or row["volumes_per_second"] > old["volumes_per_second"]
-            ):
-                best[row["side"]] = row
-        if len(best) == 2:
-            ours, theirs = best["voco_jax"], best["PyTorch"]
-            speed = ours["volumes_per_second"] / theirs["volumes_per_second"]
-            memory = ours["peak"] / theirs["peak"]
-            found[size] = (
-                f"ours ({ours['variant']}) does {speed:.2f} times the volumes/s of PyTorch "
-                f"({theirs['variant']}), with {memory:.2f} times its peak memory"
-            )
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import gpu
 import pipeline_against_monai as input_against
 import step_against_torch as against
+import step_tables
 import torch_step
 
-from voco_jax.benchmark import command, measure, pipeline, preparing, step
-from voco_jax.benchmark.end_to_end import measure_end_to_end
+from voco_jax.benchmark import command, end_to_end, measure, pipeline, preparing, step
 from voco_jax.benchmark.volumes import files_of, first_volumes, opened
 from voco_jax.config import parse
 from voco_jax.errors import InputError
@@ -195,13 +195,19 @@ def test_preparing_one_file(volumes):
         preparing.measure_file(Path("no.nii"), volumes[0].cache.chain, 1)
 
 
+BATCH = step.random_batch(CONFIG)
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def built():
+    return step.build(CONFIG, BATCH)
+
+
+@pytest.fixture(scope="module")
+def measured(built, tmp_path_factory):
     """Our tiny step, measured once; and the folder with what PyTorch needs for the same."""
     folder = tmp_path_factory.mktemp("step")
-    batch = step.random_batch(CONFIG)
-    np.savez(folder / "batch_1.npz", **batch)
-    built = step.build(CONFIG, batch)
+    np.savez(folder / "batch_1.npz", **BATCH)
     for name in ("student", "teacher"):
         np.savez(folder / f"{name}.npz", **to_torch(jax.device_get(getattr(built.state, name))))
     return step.run(built, 1, 0, 1e12), folder
@@ -265,12 +271,13 @@ def test_pytorchs_limits_are_named():
         torch_step.check_settings(CONFIG, ["bf16+compile", "fp16"])
 
 
-@pytest.mark.usefixtures("measured")  # has compiled the same
-def test_end_to_end(volumes):
-    found = measure_end_to_end(CONFIG, volumes, steps=2, warmup=1, rounds=1)
+@pytest.mark.usefixtures("measured")  # the first steps are compared with PyTorch's
+def test_end_to_end(built, volumes):
+    found = end_to_end.run(built, volumes, steps=2, warmup=0, rounds=1)
     assert found.ratio.median == pytest.approx(found.real.median / found.alone.median)
     assert 0 <= found.waiting.median <= 1
     assert found.volumes_per_second == 2 / found.real.median
+    assert "| 2 steps alone" in end_to_end.end_to_end_table(found)
 
 
 def test_products_reach_something():
@@ -305,7 +312,7 @@ def test_best_of_both_sides_are_compared():
         _row("voco_jax", "a", 4, 12.0),
         _row("PyTorch", "eager", 4, None, problem="out of memory"),
     ]
-    found = against.ratios(rows)
+    found = step_tables.ratios(rows)
     assert list(found) == [2]
     assert found[2].startswith("ours (a) does 2.50 times the volumes/s of PyTorch (compile)")
     assert found[2].endswith("0.50 times its peak memory")

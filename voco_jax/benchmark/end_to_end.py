@@ -51,10 +51,16 @@ def measure_end_to_end(
     Raises:
         InputError: settings that do not fit each other or the devices.
     """
-    allow_workers()
     say("compiling the step (minutes for a large model) ...")
     built = build(config)
     say(f"compiled in {built.compile_seconds:.0f} s; starting the pipeline ...")
+    return run(built, parts, steps=steps, warmup=warmup, rounds=rounds)
+
+
+def run(built: Built, parts: Sequence[Part], *, steps: int, warmup: int, rounds: int) -> EndToEnd:
+    """`measure_end_to_end` of a step that is compiled already."""
+    allow_workers()
+    config = built.config
     begin = time.perf_counter()
     stream = _to_device(
         batches(
