@@ -113,7 +113,9 @@ def _stream(
 
     take(first)
     pids = [child.pid for child in multiprocessing.active_children() if child.pid]
-    start_memory, disk, cpu = resident(pids), bytes_from_disk(pids), cpu_seconds(pids)
+    start_memory = resident(pids)
+    take(2 * max(workers, 1) * prefetch)  # uses up what was read ahead meanwhile
+    disk, cpu = bytes_from_disk(pids), cpu_seconds(pids)
     begin = time.perf_counter()
     take(count)
     seconds = time.perf_counter() - begin
