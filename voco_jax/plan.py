@@ -10,7 +10,6 @@ not hidden behind compute, so the efficiency of scaling errs on the low side.
 """
 
 import argparse
-import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -21,8 +20,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from voco_jax.config import Config, check_field, load, parse
+from voco_jax.config import Config
 from voco_jax.errors import InputError
+from voco_jax.overrides import load_config, parse_overrides, positive
 from voco_jax.report import gpu_targets
 
 if TYPE_CHECKING:  # jax reads its environment when it is imported: see `_devices`
@@ -152,39 +152,6 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--config.section.field=value` -> value, a Python literal or else a string.
-
-    Raises:
-        InputError: another flag, no such field, or no "=".
-    """
-    values = {}
-    for argument in arguments:
-        name, equals, text = argument.removeprefix("--config.").partition("=")
-        if name == argument or not equals:
-            raise InputError(
-                f"flags: found {argument!r}, expected those of --help, and "
-                "--config.section.field=value"
-            )
-        check_field(name)
-        try:
-            values[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            values[name] = text
-    return values
-
-
-def _config(path: str, overrides: dict[str, Any]) -> Config:
-    settings = load(path)
-    for name, value in overrides.items():
-        *sections, field = name.split(".")
-        place = settings
-        for section in sections:
-            place = place[section]
-        place[field] = value
-    return parse(settings)
-
-
 def _batch_size(options: argparse.Namespace, config: Config, devices: int) -> int:
     """Volumes over all devices, by the flags or the config.
 
@@ -214,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options, rest = _parser().parse_known_args(arguments)
     try:
-        overrides = _overrides(rest)
+        overrides = parse_overrides(rest)
         found = _run(options, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -233,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, overrides: dict[str, Any]) -> "Estimate":
     """The estimate that the flags ask for, printed."""
-    config = _config(options.config, overrides)
+    config = load_config(options.config, overrides)
     devices = _devices(options.topology)
     from voco_jax.report.estimate import estimate, table
 
@@ -288,20 +255,13 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--batch-size", type=int, metavar="N", help="volumes over all devices")
     batch.add_argument(
         "--batch-per-device",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="volumes; default: the config's batch size if it divides, else 1",
     )
     add("--find-batch", action="store_true", help="plan the largest batch that fits (compiles)")
     add("--json", metavar="FILE", help="write it as JSON too")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {value}, expected 1 or more")
-    return value
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from voco_jax.config import Config
 from voco_jax.report import hlo
@@ -116,12 +117,9 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
         )
         text = hlo.parse(compiled.as_text())
         collectives = text.collectives()
-        bare = dataclasses.replace(config.model, remat=False, crops_per_pass=0)
-        once = make_program(dataclasses.replace(config, model=bare), mesh)
-        needed = once.step.trace(once.state, once.batch)
         work = Work(
             flops=count_flops(traced.jaxpr.jaxpr) / len(placed),
-            flops_needed=count_flops(needed.jaxpr.jaxpr) / len(placed),
+            flops_needed=flops_needed(config, mesh) / len(placed),
             traffic=text.traffic(),
             collectives=_by_kind(collectives),
             unknown_loops=text.unknown_loops,
@@ -157,6 +155,16 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
         work=work,
         times=times,
     )
+
+
+def flops_needed(config: Config, mesh: Mesh) -> int:
+    """FLOPs of one step that computes nothing twice, on all devices together.
+
+    The same for every form of the same step, so that their utilisations compare.
+    """
+    bare = dataclasses.replace(config.model, remat=False, crops_per_pass=0, convolution="lax")
+    once = make_program(dataclasses.replace(config, model=bare), mesh)
+    return count_flops(once.step.trace(once.state, once.batch).jaxpr.jaxpr)
 
 
 def _compile(traced: Any) -> tuple[Any, int | None]:

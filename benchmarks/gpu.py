@@ -1,0 +1,315 @@
+"""Everything that is to be known on a machine with a GPU, in one call.
+
+    python benchmarks/gpu.py --json gpu.json                     # an hour or more
+    python benchmarks/gpu.py --json gpu.json --only correctness  # a part; the file keeps the others
+    python benchmarks/gpu.py --tiny                              # tries the script itself, on a CPU
+
+correctness  one float32 step on the GPU against the same on the CPU, small
+step         voco_10k at batch 2, 4, 8, ours and PyTorch's variants (step_against_torch.py)
+precision    losses of 200 small steps on phantoms, bfloat16 against float32
+end_to_end   voco_10k on a cache (--cache; else phantoms) against the step alone, at the batch size
+             that was the fastest
+
+--config.section.field=value changes voco_10k, --small "field=value ..." the small configuration
+(configs/demo.py with crops of 64x64x64). PyTorch has to be the one for the GPU; MONAI is needed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import step_against_torch as against  # noqa: E402
+
+from voco_jax.benchmark.command import parse_variants, sizes  # noqa: E402
+from voco_jax.benchmark.end_to_end import end_to_end_table, measure_end_to_end  # noqa: E402
+from voco_jax.benchmark.measure import (  # noqa: E402
+    ChildError,
+    in_own_process,
+    machine,
+    table,
+    write_json,
+)
+from voco_jax.benchmark.volumes import allow_workers, opened  # noqa: E402
+from voco_jax.config import Config  # noqa: E402
+from voco_jax.data.pipeline import Part, batches  # noqa: E402
+from voco_jax.data.progress import say  # noqa: E402
+from voco_jax.errors import InputError  # noqa: E402
+from voco_jax.overrides import load_config, parse_overrides, parse_setting, positive  # noqa: E402
+
+PARTS = ("correctness", "step", "precision", "end_to_end")
+TINY = {
+    "data.sources.ct.chain.volume_size": (64, 32, 64),
+    "crops.grid": (2, 1, 1),
+    "crops.sub_volumes": 1,
+    "model.depths": (1, 1, 1, 1),
+    "model.use_v2": False,
+    "model.projector_size": 32,
+    "data.held_out": 0.0,
+}
+PRECISION = 0.05  # relative, of the mean loss of the second half of the steps
+_FEW = 20  # steps that say nothing yet about the precision
+# Crops whose last stage has 2x2x2 voxels, as voco_10k's: the normalisation of one or two voxels
+# would make much of any rounding.
+SMALL = {
+    "data.sources.ct.chain.volume_size": (192, 192, 64),
+    "crops.crop_size": (64, 64, 64),
+    "crops.encoder_size": (64, 64, 64),
+    "batch_size": 2,
+}
+
+
+@contextlib.contextmanager
+def only_cpu() -> Iterator[None]:
+    """Processes started here find no other device than the CPU."""
+    before = os.environ.get("JAX_PLATFORMS")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        yield
+    finally:
+        del os.environ["JAX_PLATFORMS"]
+        if before is not None:
+            os.environ["JAX_PLATFORMS"] = before
+
+
+def correctness(config: Config) -> dict[str, Any]:
+    """The first step's losses and norms on the default device and on the CPU; same weights."""
+    from voco_jax.benchmark.step import random_batch
+
+    plain = dataclasses.replace(config.model, dtype="float32")
+    config = dataclasses.replace(config, model=plain)
+    row = against.Row(
+        "voco_jax", "float32", against.without_augmentation(config, config.batch_size), exact=True
+    )
+    with tempfile.TemporaryDirectory(prefix="voco_benchmark_") as name:
+        folder = Path(name)
+        np.savez(folder / f"batch_{config.batch_size}.npz", **random_batch(config))
+        with only_cpu():
+            on_cpu = in_own_process(against.run_ours, row, folder, 1, 0, None)
+        here = in_own_process(against.run_ours, row, folder, 1, 0, None)
+    differences = against.compare(here["first"], on_cpu["first"])
+    return {
+        "device": here["devices"],
+        "here": here["first"],
+        "cpu": on_cpu["first"],
+        "differences": differences,
+        "agree": against.within(differences),
+    }
+
+
+def train_losses(config: Config, parts: Sequence[Part], steps: int) -> list[float]:
+    """The loss of each of the first steps of a run; for a process of its own."""
+    import jax
+
+    from voco_jax.benchmark.step import build
+    from voco_jax.training.mesh import to_devices
+
+    allow_workers()
+    built, found = build(config), []
+    stream = batches(parts, config.crops, seed=0, batch_size=config.batch_size)
+    for _ in range(steps):
+        batch = to_devices(next(stream), config.batch_size, built.mesh)
+        built.state, metrics = built.compiled(built.state, batch)
+        found.append(metrics["loss"])
+    return [float(loss) for loss in jax.device_get(found)]
+
+
+def precision(config: Config, steps: int, phantoms: int) -> dict[str, Any]:
+    """The same run in bfloat16 and in float32."""
+    rate = dataclasses.replace(config.optimizer, warmup_steps=min(10, steps - 1))
+    config = dataclasses.replace(config, optimizer=rate, total_steps=steps)
+    losses = {}
+    with opened(config, phantoms) as parts:
+        for dtype in ("bfloat16", "float32"):
+            say(f"{steps} steps in {dtype} ...")
+            model = dataclasses.replace(config.model, dtype=dtype)
+            one = dataclasses.replace(config, model=model)
+            losses[dtype] = in_own_process(train_losses, one, parts, steps)
+    return {"losses": losses, **compare_losses(losses["bfloat16"], losses["float32"])}
+
+
+def compare_losses(ours: Sequence[float], exact: Sequence[float]) -> dict[str, Any]:
+    """How far two curves lie apart, relative to the exact one.
+
+    Returns:
+        first: of the first step; late: of the mean of the second half; windows: of the means of
+        ten windows; agree: whether everything is finite and, of 20 steps or more, `late` is
+        within `PRECISION`.
+    """
+    found, wanted = np.asarray(ours), np.asarray(exact)
+    half = len(wanted) // 2
+    late = abs(found[half:].mean() / wanted[half:].mean() - 1)
+    pieces = zip(
+        np.array_split(found, min(10, len(found))),
+        np.array_split(wanted, min(10, len(found))),
+        strict=True,
+    )
+    finite = bool(np.isfinite(found).all() and np.isfinite(wanted).all())
+    return {
+        "first": float(abs(found[0] / wanted[0] - 1)),
+        "late": float(late),
+        "windows": [[float(a.mean()), float(b.mean())] for a, b in pieces],
+        "agree": finite and bool(late <= PRECISION or len(found) < _FEW),
+    }
+
+
+def text(part: str, found: dict[str, Any]) -> str:
+    """One part, for people."""
+    if part == "correctness":
+        rows = [
+            (name, f"{found['here'][name]:.7g}", f"{found['cpu'][name]:.7g}", f"{value:.1e}")
+            for name, value in found["differences"].items()
+        ]
+        verdict = "agree" if found["agree"] else "DISAGREE"
+        head = ("first step, float32", found["device"], "CPU", "relative difference")
+        return f"{table(head, rows)}\n\n{verdict}"
+    if part == "precision":
+        rows = [(str(n + 1), f"{a:.4f}", f"{b:.4f}") for n, (a, b) in enumerate(found["windows"])]
+        shown = table(("mean loss, tenth of the steps", "bfloat16", "float32"), rows)
+        verdict = "agree" if found["agree"] else "DISAGREE"
+        if len(found["losses"]["float32"]) < _FEW:
+            verdict = "too few steps to judge"
+        return (
+            f"{shown}\n\nrelative difference: first step {found['first']:.1e}, second half "
+            f"{found['late']:.1e}, at most {PRECISION}: {verdict}"
+        )
+    if part == "end_to_end":
+        ratio = found["ratio"].median
+        within = "within" if ratio <= 1.05 else "NOT within"
+        return f"{end_to_end_table(found['row'])}\n\n{within} 5% of the step alone"
+    return against.text(found)
+
+
+def fastest(rows: Sequence[dict[str, Any]]) -> int | None:
+    """Our batch size with the most volumes/s."""
+    ours = [row for row in rows if row["side"] == "voco_jax" and not row["problem"]]
+    best = max(ours, key=lambda row: row["volumes_per_second"], default=None)
+    return None if best is None else int(best["batch_size"])
+
+
+def run(options: argparse.Namespace, overrides: dict[str, Any]) -> bool:
+    """All parts asked for; whether everything that was compared agrees."""
+    path = Path(options.json) if options.json else None
+    about: dict[str, Any] = {}
+    if path and path.exists():
+        about = json.loads(path.read_text("utf-8"))
+    about["machine"] = machine()
+    small = load_config(
+        against.SIZES["tiny"],
+        {
+            **(TINY if options.tiny else SMALL),
+            **dict(parse_setting(word) for word in options.small.split()),
+        },
+    )
+    base = TINY if options.tiny else {"batch_size": 2}
+    name = against.SIZES["tiny" if options.tiny else "full"]
+    variants = parse_variants(options.variant)
+    configs = {n: load_config(name, {**base, **overrides, **v}) for n, v in variants.items()}
+    config = next(iter(configs.values()))
+    agree = True
+    for part in options.only or PARTS:
+        say(f"---- {part}")
+        if part == "correctness":
+            found = correctness(small)
+            agree &= found["agree"]
+        elif part == "step":
+
+            def save(values: dict[str, Any]) -> None:
+                write_json(path, {**about, "step": values})
+
+            found = against.measure_all(
+                config,
+                configs,
+                options.torch,
+                options.batch_sizes or ([1] if options.tiny else [2, 4, 8]),
+                steps=options.steps or (2 if options.tiny else 20),
+                warmup=1 if options.tiny else 3,
+                limit=options.limit,
+                save=save,
+            )
+            against.add_utilisation(found)
+            agree &= found["check"]["agree"]
+        elif part == "precision":
+            steps = options.precision_steps or (4 if options.tiny else 200)
+            found = precision(small, steps, 4 if options.tiny else 40)
+            agree &= found["agree"]
+        else:
+            size = fastest(about.get("step", {}).get("rows", [])) or config.batch_size
+            one = dataclasses.replace(config, batch_size=options.end_batch or size)
+            found = end_to_end(one, options)
+        about[part] = found
+        write_json(path, about)
+        print(f"\n{text(part, found)}\n", flush=True)
+    return agree
+
+
+def end_to_end(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """The real path on a cache or phantoms."""
+    if options.cache:
+        sources = {
+            name: dataclasses.replace(source, cache=options.cache)
+            for name, source in config.data.sources.items()
+        }
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    phantoms = None if options.cache else (4 if options.tiny else 24)
+    with opened(config, phantoms) as parts:
+        row = in_own_process(
+            measure_end_to_end,
+            config,
+            parts,
+            steps=options.steps or (3 if options.tiny else 50),
+            warmup=1 if options.tiny else 5,
+            rounds=2 if options.tiny else 3,
+        )
+    return {"row": row, "ratio": row.ratio}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; exit status 0 measured, 1 something disagrees or failed, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="everything as small as can be")
+    add("--only", nargs="+", choices=PARTS, help="default: all")
+    add("--small", default="", metavar='"field=value ..."', help="changes of the small one")
+    add("--batch-sizes", type=sizes, help="default 2,4,8")
+    add("--steps", type=positive, help="timed; default 20, end to end 50")
+    add("--precision-steps", type=positive, help="default 200")
+    add("--variant", action="append", default=[], help='ours: "NAME: field=value ..."; repeat')
+    add("--torch", action="append", metavar="WORDS", help="PyTorch's: bf16+compile; repeat")
+    add("--cache", help="prepared with the chain of voco_10k; default: phantoms")
+    add("--end-batch", type=positive, help="of end_to_end; default: the fastest")
+    add("--limit", type=float, metavar="SECONDS", help="for one row of step; default: none")
+    add("--json", metavar="FILE", help="written after each part and row")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        overrides = parse_overrides(rest)
+        if options.json:
+            options.json = str(Path(options.json).absolute())
+        os.chdir(ROOT)
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # PyTorch's step knows one GPU only
+        return 0 if run(options, overrides) else 1
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ChildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

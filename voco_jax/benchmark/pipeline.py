@@ -1,0 +1,267 @@
+"""The input by itself: cached volumes -> batches on the host, as a whole and in stages."""
+
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from voco_jax.benchmark.measure import (
+    Spread,
+    bytes_from_disk,
+    cpu_seconds,
+    drop_from_page_cache,
+    one_core,
+    resident,
+    seconds_text,
+    spread,
+    table,
+)
+from voco_jax.benchmark.volumes import allow_workers, files_of
+from voco_jax.config import Crops
+from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, overlap_labels
+from voco_jax.data.pipeline import Part, batches, sample
+from voco_jax.data.workers import available_cores
+
+STAGES = ("read the file", "decode", "cut crops", "labels", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The whole pipeline, running."""
+
+    workers: int
+    page_cache: str  # "warm" or "cold"
+    cores: int  # that it may use
+    samples: int
+    samples_per_second: float
+    samples_per_core_second: float
+    cpu_seconds: float  # of one sample, all threads and processes
+    disk_bytes: float | None  # of one sample; None: the kernel does not say
+    resident_start: int  # bytes, of all its processes
+    resident_end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """One thread that does one sample after the other, by hand."""
+
+    page_cache: str
+    seconds: dict[str, Spread]  # of one sample, by STAGES
+    whole: Spread  # `sample` in one go, without the batching
+    cpu_seconds: float  # of that
+    disk_bytes: float | None
+
+
+def measure_stream(
+    parts: Sequence[Part],
+    crops: Crops,
+    *,
+    batch_size: int,
+    prefetch: int,
+    workers: int,
+    samples: int,
+    cold: bool,
+) -> Stream:
+    """Takes batches as the training loop does, from this process; meant for one of its own.
+
+    With no workers everything is on one core. Of a cold page cache the volumes are dropped after
+    every batch.
+
+    Args:
+        parts: volumes; few enough to stay in the page cache.
+        crops: what to cut.
+        batch_size: volumes.
+        prefetch: of `batches`.
+        workers: of `batches`.
+        samples: to be timed, rounded up to whole batches.
+        cold: whether every volume comes from the disk.
+    """
+    allow_workers()
+    files = files_of(parts)
+    count = -(-samples // batch_size)
+    # So many that every volume has been read and the worker processes have all delivered.
+    first = max(-(-len(files) // batch_size), 2 * max(workers, 1) * prefetch)
+    if workers:
+        return _stream(parts, crops, files, batch_size, prefetch, workers, first, count, cold)
+    with one_core():
+        return _stream(parts, crops, files, batch_size, prefetch, workers, first, count, cold)
+
+
+def _stream(
+    parts: Sequence[Part],
+    crops: Crops,
+    files: Sequence[Any],
+    batch_size: int,
+    prefetch: int,
+    workers: int,
+    first: int,
+    count: int,
+    cold: bool,
+) -> Stream:
+    stream = batches(
+        parts, crops, seed=0, batch_size=batch_size, workers=workers, prefetch=prefetch
+    )
+
+    def take(number: int) -> None:
+        for _ in range(number):
+            next(stream)
+            if cold:
+                drop_from_page_cache(files)
+
+    take(first)
+    pids = [child.pid for child in multiprocessing.active_children() if child.pid]
+    start_memory = resident(pids)
+    take(2 * max(workers, 1) * prefetch)  # uses up what was read ahead meanwhile
+    disk, cpu = bytes_from_disk(pids), cpu_seconds(pids)
+    begin = time.perf_counter()
+    take(count)
+    seconds = time.perf_counter() - begin
+    cpu = cpu_seconds(pids) - cpu
+    end_disk, samples = bytes_from_disk(pids), count * batch_size
+    cores = min(max(workers, 1), available_cores())
+    return Stream(
+        workers=workers,
+        page_cache="cold" if cold else "warm",
+        cores=cores,
+        samples=samples,
+        samples_per_second=samples / seconds,
+        samples_per_core_second=samples / seconds / cores,
+        cpu_seconds=cpu / samples,
+        disk_bytes=None if disk is None or end_disk is None else (end_disk - disk) / samples,
+        resident_start=start_memory,
+        resident_end=resident(pids),
+    )
+
+
+def measure_stages(
+    parts: Sequence[Part], crops: Crops, *, batch_size: int, samples: int, cold: bool
+) -> Stages:
+    """Does what a sample takes step by step, on one core; meant for a process of its own.
+
+    Decoding is the time of reading a volume from the cache less that of reading its file alone.
+
+    Args: as `measure_stream`.
+    """
+    with one_core():
+        return _stages(parts, crops, batch_size, samples, cold)
+
+
+def _stages(
+    parts: Sequence[Part], crops: Crops, batch_size: int, samples: int, cold: bool
+) -> Stages:
+    generator = np.random.default_rng(0)
+    files = files_of(parts)
+    places = [(part.cache, entry) for part in parts for entry in part.entries]
+    found: dict[str, list[float]] = {name: [] for name in (*STAGES, "whole", "cpu")}
+    pending: list[dict[str, np.ndarray]] = []
+    disk = 0
+
+    def make_cold(index: int) -> None:
+        if cold:
+            drop_from_page_cache([files[index]])
+
+    for number in range(-len(places), samples):  # the first round is not counted
+        index = number % len(places)
+        cache, entry = places[index]
+        make_cold(index)
+        _, reading = _timed(files[index].read_bytes)
+        corner = draw_corner(generator, entry.stored, cache.chain.volume_size)
+        make_cold(index)
+        volume, both = _timed(cache.read, entry, corner)
+        (origins, labels), labelling = _timed(_label, generator, crops)
+        cropped, cutting = _timed(_crop, volume, origins, crops)
+        pending.append({"subs": cropped[0], "bases": cropped[1], "labels": labels})
+        batching = None
+        if len(pending) == batch_size:
+            _, batching = _timed(_stack, pending)
+            pending = []
+        del volume, cropped
+        make_cold(index)
+        before, cpu = bytes_from_disk(), time.process_time()
+        _, whole = _timed(sample, cache, entry, crops, crops.sub_volumes, generator)
+        cpu, after = time.process_time() - cpu, bytes_from_disk()
+        if number < 0:
+            continue
+        values = (reading, max(both - reading, 0.0), cutting, labelling)
+        for name, value in zip(STAGES, values, strict=False):
+            found[name].append(value)
+        if batching is not None:
+            found["batch"].append(batching / batch_size)
+        found["whole"].append(whole)
+        found["cpu"].append(cpu)
+        disk += (after or 0) - (before or 0)
+    return Stages(
+        page_cache="cold" if cold else "warm",
+        seconds={name: spread(found[name]) for name in STAGES},
+        whole=spread(found["whole"]),
+        cpu_seconds=float(np.median(found["cpu"])),
+        disk_bytes=None if bytes_from_disk() is None else disk / samples,
+    )
+
+
+def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    begin = time.perf_counter()
+    result = work(*args)
+    return result, time.perf_counter() - begin
+
+
+def _label(generator: np.random.Generator, crops: Crops) -> tuple[np.ndarray, np.ndarray]:
+    origins = draw_origins(generator, crops.sub_volumes, crops.grid, crops.crop_size)
+    return origins, overlap_labels(origins, crops.grid, crops.crop_size).astype(np.float32)
+
+
+def _crop(volume: np.ndarray, origins: np.ndarray, crops: Crops) -> list[np.ndarray]:
+    bases = base_origins(crops.grid, crops.crop_size)
+    return [cut(volume, corners, crops.crop_size) for corners in (origins, bases)]
+
+
+def _stack(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([one[name] for one in samples]) for name in samples[0]}
+
+
+def stream_table(rows: Sequence[Stream]) -> str:
+    """The whole pipeline, for people."""
+    head = ["pipeline", "page cache", "cores", "samples/s", "per core", "CPU a sample"]
+    head += ["from disk a sample", "memory at start", "at end"]
+    return table(
+        head,
+        (
+            (
+                f"{row.workers} workers" if row.workers else "threads",
+                row.page_cache,
+                str(row.cores),
+                f"{row.samples_per_second:.3g}",
+                f"{row.samples_per_core_second:.3g}",
+                seconds_text(row.cpu_seconds),
+                "-" if row.disk_bytes is None else f"{row.disk_bytes / 1e6:.2f} MB",
+                f"{row.resident_start / 2**20:.0f} MiB",
+                f"{row.resident_end / 2**20:.0f} MiB",
+            )
+            for row in rows
+        ),
+    )
+
+
+def stages_table(rows: Sequence[Stages]) -> str:
+    """Where a sample's time goes, for people."""
+    lines = []
+    for row in rows:
+        total = sum(one.median for one in row.seconds.values())
+        shares = [
+            f"{seconds_text(one.median)} {one.median / total:.0%}" for one in row.seconds.values()
+        ]
+        disk = "-" if row.disk_bytes is None else f"{row.disk_bytes / 1e6:.2f} MB"
+        lines.append(
+            (
+                row.page_cache,
+                *shares,
+                seconds_text(total),
+                seconds_text(row.whole.median),
+                seconds_text(row.cpu_seconds),
+                disk,
+            )
+        )
+    return table(("page cache", *STAGES, "sum", "sample in one go", "its CPU", "from disk"), lines)
