@@ -16,7 +16,6 @@ from voco_jax.data.pipeline import Part, batches
 from voco_jax.data.progress import say
 from voco_jax.training import mesh as meshes
 from voco_jax.training.metrics import StepTimes
-from voco_jax.training.pretrain import _to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def run(built: Built, parts: Sequence[Part], *, steps: int, warmup: int, rounds:
     allow_workers()
     config = built.config
     begin = time.perf_counter()
-    stream = _to_device(
+    stream = meshes.ahead_on_devices(
         batches(
             parts,
             config.crops,

@@ -21,11 +21,10 @@ from voco_jax.benchmark.measure import (
 )
 from voco_jax.benchmark.volumes import allow_workers, files_of
 from voco_jax.config import Crops
-from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, overlap_labels
-from voco_jax.data.pipeline import Part, batches, sample
+from voco_jax.data.pipeline import Drawn, Part, batches, collate, draw
 from voco_jax.data.workers import available_cores
 
-STAGES = ("read the file", "decode", "cut crops", "labels", "batch")
+STAGES = ("read the file", "decode", "crop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Stages:
 
     page_cache: str
     seconds: dict[str, Spread]  # of one sample, by STAGES
-    whole: Spread  # `sample` in one go, without the batching
-    cpu_seconds: float  # of that
+    cpu_seconds: float  # of all of that
     disk_bytes: float | None
 
 
@@ -155,8 +153,8 @@ def _stages(
     generator = np.random.default_rng(0)
     files = files_of(parts)
     places = [(part.cache, entry) for part in parts for entry in part.entries]
-    found: dict[str, list[float]] = {name: [] for name in (*STAGES, "whole", "cpu")}
-    pending: list[dict[str, np.ndarray]] = []
+    found: dict[str, list[float]] = {name: [] for name in (*STAGES, "cpu")}
+    pending: list[Drawn] = []
     disk = 0
 
     def make_cold(index: int) -> None:
@@ -168,35 +166,26 @@ def _stages(
         cache, entry = places[index]
         make_cold(index)
         _, reading = _timed(files[index].read_bytes)
-        corner = draw_corner(generator, entry.stored, cache.chain.volume_size)
-        make_cold(index)
-        volume, both = _timed(cache.read, entry, corner)
-        (origins, labels), labelling = _timed(_label, generator, crops)
-        cropped, cutting = _timed(_crop, volume, origins, crops)
-        pending.append({"subs": cropped[0], "bases": cropped[1], "labels": labels})
-        batching = None
-        if len(pending) == batch_size:
-            _, batching = _timed(_stack, pending)
-            pending = []
-        del volume, cropped
         make_cold(index)
         before, cpu = bytes_from_disk(), time.process_time()
-        _, whole = _timed(sample, cache, entry, crops, crops.sub_volumes, generator)
+        drawn, both = _timed(draw, cache, entry, crops, crops.sub_volumes, generator)
         cpu, after = time.process_time() - cpu, bytes_from_disk()
-        if number < 0:
-            continue
-        values = (reading, max(both - reading, 0.0), cutting, labelling)
-        for name, value in zip(STAGES, values, strict=False):
-            found[name].append(value)
-        if batching is not None:
-            found["batch"].append(batching / batch_size)
-        found["whole"].append(whole)
-        found["cpu"].append(cpu)
-        disk += (after or 0) - (before or 0)
+        pending.append(drawn)
+        if len(pending) == batch_size:
+            collating = time.process_time()
+            _, seconds = _timed(collate, pending, crops)
+            collating = time.process_time() - collating
+            pending.clear()
+            if number >= 0:
+                found["crop"].append(seconds / batch_size)
+                found["cpu"].append(cpu + collating / batch_size)
+        if number >= 0:
+            found["read the file"].append(reading)
+            found["decode"].append(max(both - reading, 0.0))
+            disk += (after or 0) - (before or 0)
     return Stages(
         page_cache="cold" if cold else "warm",
         seconds={name: spread(found[name]) for name in STAGES},
-        whole=spread(found["whole"]),
         cpu_seconds=float(np.median(found["cpu"])),
         disk_bytes=None if bytes_from_disk() is None else disk / samples,
     )
@@ -206,20 +195,6 @@ def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     begin = time.perf_counter()
     result = work(*args)
     return result, time.perf_counter() - begin
-
-
-def _label(generator: np.random.Generator, crops: Crops) -> tuple[np.ndarray, np.ndarray]:
-    origins = draw_origins(generator, crops.sub_volumes, crops.grid, crops.crop_size)
-    return origins, overlap_labels(origins, crops.grid, crops.crop_size).astype(np.float32)
-
-
-def _crop(volume: np.ndarray, origins: np.ndarray, crops: Crops) -> list[np.ndarray]:
-    bases = base_origins(crops.grid, crops.crop_size)
-    return [cut(volume, corners, crops.crop_size) for corners in (origins, bases)]
-
-
-def _stack(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([one[name] for one in samples]) for name in samples[0]}
 
 
 def stream_table(rows: Sequence[Stream]) -> str:
@@ -259,9 +234,8 @@ def stages_table(rows: Sequence[Stages]) -> str:
                 row.page_cache,
                 *shares,
                 seconds_text(total),
-                seconds_text(row.whole.median),
                 seconds_text(row.cpu_seconds),
                 disk,
             )
         )
-    return table(("page cache", *STAGES, "sum", "sample in one go", "its CPU", "from disk"), lines)
+    return table(("page cache", *STAGES, "sum", "its CPU", "from disk"), lines)

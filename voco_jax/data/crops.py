@@ -66,18 +66,21 @@ def overlap_labels(origins: np.ndarray, grid: Size, crop_size: Size) -> np.ndarr
     return shared / np.prod(crop_size)
 
 
-def cut(volume: np.ndarray, origins: np.ndarray, crop_size: Size) -> np.ndarray:
+def cut(
+    volume: np.ndarray, origins: np.ndarray, crop_size: Size, out: np.ndarray | None = None
+) -> np.ndarray:
     """Copies crops out of a volume.
 
     Args:
         volume: (x, y, z).
         origins: (n, 3) corners.
         crop_size: voxels of one crop.
+        out: to copy them into, (n, *crop_size); None: a new array of the volume's dtype.
 
     Returns:
-        (n, *crop_size), the volume's dtype.
+        `out`.
     """
-    crops = np.empty((len(origins), *crop_size), volume.dtype)
+    crops = np.empty((len(origins), *crop_size), volume.dtype) if out is None else out
     for crop, (x, y, z) in zip(crops, origins, strict=True):
         crop[...] = volume[x : x + crop_size[0], y : y + crop_size[1], z : z + crop_size[2]]
     return crops

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TypedDict
 
 import grain
@@ -99,34 +100,68 @@ def shuffle_key(seed: int, entry: Entry) -> bytes:
     return hashlib.blake2b(f"{seed}/{entry.id}".encode()).digest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One volume, or a random part of it, and where its sub-volumes will be cut."""
+
+    volume: np.ndarray  # (x, y, z)
+    origins: np.ndarray  # (s, 3)
+    corner: tuple[int, int, int]  # where in the cached volume the part begins
+
+
+def draw(
+    cache: Cache, entry: Entry, crops: Crops, sub_volumes: int, generator: np.random.Generator
+) -> Drawn:
+    """Reads a volume and draws what becomes of it."""
+    corner = draw_corner(generator, entry.stored, cache.chain.volume_size)
+    volume = cache.read(entry, corner)
+    origins = draw_origins(generator, sub_volumes, crops.grid, crops.crop_size)
+    return Drawn(volume, origins, corner)
+
+
+def collate(drawn: Sequence[Drawn], crops: Crops) -> Batch:
+    """Cuts the base crops and sub-volumes of a batch: each voxel is copied once, to its place."""
+    size, dtype = crops.crop_size, drawn[0].volume.dtype
+    bases = base_origins(crops.grid, size)
+    batch = Batch(
+        subs=np.empty((len(drawn), len(drawn[0].origins), *size), dtype),
+        bases=np.empty((len(drawn), len(bases), *size), dtype),
+        labels=np.stack([overlap_labels(one.origins, crops.grid, size) for one in drawn]).astype(
+            np.float32
+        ),
+    )
+    for row, one in enumerate(drawn):
+        cut(one.volume, one.origins, size, batch["subs"][row])
+        cut(one.volume, bases, size, batch["bases"][row])
+    return batch
+
+
 def sample(
     cache: Cache, entry: Entry, crops: Crops, sub_volumes: int, generator: np.random.Generator
 ) -> Sample:
     """Cuts the base crops and random sub-volumes of one volume, or of a random part of it."""
-    corner = draw_corner(generator, entry.stored, cache.chain.volume_size)
-    volume = cache.read(entry, corner)
-    origins = draw_origins(generator, sub_volumes, crops.grid, crops.crop_size)
+    drawn = draw(cache, entry, crops, sub_volumes, generator)
+    batch = collate([drawn], crops)
     return Sample(
-        subs=cut(volume, origins, crops.crop_size),
-        bases=cut(volume, base_origins(crops.grid, crops.crop_size), crops.crop_size),
-        labels=overlap_labels(origins, crops.grid, crops.crop_size).astype(np.float32),
-        origins=origins,
-        corner=corner,
+        subs=batch["subs"][0],
+        bases=batch["bases"][0],
+        labels=batch["labels"][0],
+        origins=drawn.origins,
+        corner=drawn.corner,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sampler:
-    """(part, index) -> sample; pickled into the worker processes."""
+class _Draw:
+    """(part, index) -> volume and origins; pickled into the worker processes."""
 
     parts: tuple[Part, ...]
     crops: Crops
 
-    def __call__(self, place: tuple[int, int], generator: np.random.Generator) -> Batch:
+    def __call__(self, place: tuple[int, int], generator: np.random.Generator) -> Drawn:
         part = self.parts[place[0]]
         entry = part.entries[place[1]]
-        found = sample(part.cache, entry, self.crops, self.crops.sub_volumes, generator)
-        return Batch(subs=found["subs"], bases=found["bases"], labels=found["labels"])
+        return draw(part.cache, entry, self.crops, self.crops.sub_volumes, generator)
 
 
 class _Rows:
@@ -138,7 +173,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._dataset) // self._batch_size * len(self._rows)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Drawn:
         step, place = divmod(index, len(self._rows))
         return self._dataset[step * self._batch_size + self._rows[place]]
 
@@ -179,11 +214,12 @@ def batches(
     ]
     weights = [part.weight for part in parts]
     mixed = grain.MapDataset.mix(places, weights) if len(parts) > 1 else places[0]
-    samples = mixed.seed(seed).random_map(_Sampler(tuple(parts), crops))
+    samples = mixed.seed(seed).random_map(_Draw(tuple(parts), crops))
     rows = range(batch_size) if rows is None else rows
     local = grain.MapDataset.source(_Rows(samples, batch_size, rows))[start_step * len(rows) :]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)
-    stream = local.batch(len(rows), drop_remainder=True).to_iter_dataset(options)
+    collated = local.batch(len(rows), drop_remainder=True, batch_fn=partial(collate, crops=crops))
+    stream = collated.to_iter_dataset(options)
     if workers:
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),

@@ -1,6 +1,6 @@
 """The device mesh: the only place that names its axes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,6 +112,16 @@ def to_devices(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> 
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
         for name, rows in batch.items()
     }
+
+
+def ahead_on_devices(
+    batches: Iterator[Any], batch_size: int, mesh: Mesh
+) -> Iterator[dict[str, Any]]:
+    """Endless `batches` on the devices, the next one on its way while a step runs on one."""
+    ahead = to_devices(next(batches), batch_size, mesh)
+    while True:
+        ready, ahead = ahead, to_devices(next(batches), batch_size, mesh)
+        yield ready
 
 
 def fetch(tree: Any, mesh: Mesh) -> Any:

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             say("compiling the step (minutes for a large model; the next time it is kept) ...")
             with still(say, "compiling"):
                 train_step = compile_together(program.step, program.state, program.batch)
-            stream = _to_device(
+            stream = meshes.ahead_on_devices(
                 batches(
                     training,
                     config.crops,
@@ -153,7 +153,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             batch = next(stream)
             if running is None or running.is_ready():
                 times.wait(time.monotonic() - asked)
-            with jax.transfer_guard("disallow"):  # nothing moves unseen: only _to_device and fetch
+            with jax.transfer_guard("disallow"):  # nothing moves unseen: only input and fetch
                 state, metrics = train_step(state, batch)
             pending.add(step, metrics)
             if running is not None:  # at most one step is queued, so that times mean something
@@ -306,14 +306,6 @@ def _fill_in(config: Config, workdir: Path) -> Config:
     for section, name in ((values, "export_to"), *caches):
         section[name] = section[name].replace("{workdir}", str(workdir))
     return parse(values)
-
-
-def _to_device(stream: Iterator[Any], batch_size: int, mesh: Mesh) -> Iterator[Any]:
-    """Keeps one batch on its way to the device while the step before it runs."""
-    ahead = meshes.to_devices(next(stream), batch_size, mesh)
-    while True:
-        ready, ahead = ahead, meshes.to_devices(next(stream), batch_size, mesh)
-        yield ready
 
 
 def _profile(
