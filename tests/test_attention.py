@@ -7,7 +7,7 @@ import monai_reference as reference
 import numpy as np
 import pytest
 
-from voco_jax.models import attention
+from voco_jax.models import attention, attention_gpu
 
 
 def _arguments(b: int, windows: int, n: int, heads: int, d: int, regions: int):
@@ -20,9 +20,15 @@ def _arguments(b: int, windows: int, n: int, heads: int, d: int, regions: int):
     return jnp.asarray(qkv), jnp.asarray(bias), jnp.asarray(upper), found
 
 
-def _both(function, qkv, bias, upper):
-    value, back = jax.vjp(function, qkv, bias)
-    return value, *back(upper)
+def _both(function, *arguments):
+    """(qkv, bias, upper) -> the value, and the gradients with respect to qkv and bias."""
+
+    @jax.jit
+    def run(qkv, bias, upper):
+        value, back = jax.vjp(function, qkv, bias)
+        return value, *back(upper)
+
+    return run(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +54,24 @@ def test_bfloat16_is_rounded_where_plain_attention_rounds():
     for ours, theirs in zip(fused, plain, strict=True):
         assert ours.dtype == theirs.dtype
         assert reference.relative_error(ours, theirs) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "dtype", "tolerance"),
+    [(70, 5, jnp.float32, 2e-6), (21, 16, jnp.bfloat16, 1e-2)],
+    ids=["two blocks, channels filled up", "bfloat16"],
+)
+def test_attention_in_blocks_is_plain_attention(n, d, dtype, tolerance, monkeypatch):
+    """By JAX's interpreter of kernels; on a GPU, with JAX_PLATFORMS=cuda, by the kernels."""
+    monkeypatch.setattr(attention_gpu, "_BIAS_PROGRAMS", 16)  # each sums several windows
+    qkv, bias, upper, found = _arguments(2, 3, n, 2, d, 4)
+    arguments = qkv.astype(dtype), bias.astype(jnp.float32), upper.astype(dtype)
+    interpret = jax.default_backend() != "gpu"
+    with jax.default_matmul_precision("highest"):
+        plain = _both(lambda q, t: attention.attend(q, t, found), *arguments)
+    blocks = _both(
+        lambda q, t: attention_gpu.attend_blocks(q, t, found, interpret=interpret), *arguments
+    )
+    for ours, theirs in zip(blocks, plain, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert reference.relative_error(ours, theirs) < tolerance

@@ -1,8 +1,8 @@
-"""Attention inside windows, with a bias for each pair of places: two ways to the same numbers.
+"""Attention inside windows, with a bias for each pair of places: ways to the same numbers.
 
 `attend` leaves everything to XLA, which writes the scores (n n for each head and window, 343 x 343
-in the first stages) to memory and reads them several times. `attend_fused` keeps them on the chip:
-one Pallas kernel forward, one for the gradient.
+in the first stages) to memory and reads them several times. `attend_fused` keeps them on the chip
+of a TPU: one Pallas kernel forward, one for the gradient; `attention_gpu.attend_blocks` on a GPU's.
 """
 
 import functools
@@ -145,14 +145,14 @@ def _weights(columns: Any, bias: Any, marks: Any) -> tuple[jax.Array, ...]:
     """Queries (scaled), keys, values `d n` and softmax `n n`, a query's weights in a row."""
     query, key, value = (columns[0, 0, i, 0] for i in range(3))
     query = query * query.shape[0] ** -0.5
-    scores = _product(query, key, (0, 0)) + bias[0]
+    scores = product(query, key, (0, 0)) + bias[0]
     if marks is not None:
-        scores = scores + MASKED * (1 - _product(marks[0], marks[0], (0, 0)))
+        scores = scores + MASKED * (1 - product(marks[0], marks[0], (0, 0)))
     powers = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     return query, key, value, powers / jnp.sum(powers, axis=1, keepdims=True)
 
 
-def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
+def product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """The sum over one axis of each, in float32 or wider."""
     return lax.dot_general(
         left,
@@ -165,7 +165,7 @@ def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Ar
 
 def _forward_kernel(columns: Any, bias: Any, marks: Any, out: Any) -> None:
     _, _, value, weights = _weights(columns, bias, marks)
-    out[0, 0, 0] = _product(value, weights.astype(value.dtype), (1, 1)).astype(out.dtype)
+    out[0, 0, 0] = product(value, weights.astype(value.dtype), (1, 1)).astype(out.dtype)
 
 
 def _backward_kernel(
@@ -174,13 +174,13 @@ def _backward_kernel(
     query, key, value, weights = _weights(columns, bias, marks)
     upper = gradient[0, 0, 0]
     narrow = weights.astype(value.dtype)
-    of_weights = _product(upper, value, (0, 0))
+    of_weights = product(upper, value, (0, 0))
     of_scores = weights * (of_weights - jnp.sum(of_weights * weights, axis=1, keepdims=True))
     scores = of_scores.astype(value.dtype)
-    of_query = _product(key, scores, (1, 1)) * query.shape[0] ** -0.5
+    of_query = product(key, scores, (1, 1)) * query.shape[0] ** -0.5
     columns_out[0, 0, 0, 0] = of_query.astype(columns_out.dtype)
-    columns_out[0, 0, 1, 0] = _product(query, scores, (1, 0)).astype(columns_out.dtype)
-    columns_out[0, 0, 2, 0] = _product(upper, narrow, (1, 0)).astype(columns_out.dtype)
+    columns_out[0, 0, 1, 0] = product(query, scores, (1, 0)).astype(columns_out.dtype)
+    columns_out[0, 0, 2, 0] = product(upper, narrow, (1, 0)).astype(columns_out.dtype)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from voco_jax.models.attention import MASKED
+from voco_jax.models.attention import MASKED, product
 
 _BLOCK = 64  # queries, and keys, worked on at once; Triton wants powers of two from 16 on
 _BIAS_PROGRAMS = 1024  # at least so many share the bias' gradient, where there are windows enough
@@ -163,10 +163,10 @@ def _forward_kernel(qkv: Any, bias: Any, regions: Any, out: Any, logs: Any, *, b
     def add(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, sums = state
         key, value = (_tokens(qkv, 0, j, block, part) for part in (1, 2))
-        scores = _scores(query, key, bias, kinds, own, j)
+        scores = _scores(query, key, _tile(bias, own, j, block), kinds, own, j)
         higher = jnp.maximum(top, jnp.max(scores, axis=1))
         powers, shrink = jnp.exp(scores - higher[:, None]), jnp.exp(top - higher)
-        sums = sums * shrink[:, None] + _product(powers.astype(value.dtype), value, (1, 0))
+        sums = sums * shrink[:, None] + product(powers.astype(value.dtype), value, (1, 0))
         return higher, total * shrink + jnp.sum(powers, axis=1), sums
 
     start = (
@@ -193,16 +193,17 @@ def _backward_kernel(
 
     def as_queries(j: jax.Array, of_query: jax.Array) -> jax.Array:
         keys, values = (_tokens(qkv, 0, j, block, part) for part in (1, 2))
-        _, of_scores = _gradient(_scores(query, keys, bias, kinds, own, j), values, *row)
-        return of_query + _product(of_scores.astype(keys.dtype), keys, (1, 0))
+        scores = _scores(query, keys, _tile(bias, own, j, block), kinds, own, j)
+        _, of_scores = _gradient(scores, values, *row)
+        return of_query + product(of_scores.astype(keys.dtype), keys, (1, 0))
 
     def as_keys(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         of_key, of_value = state
         queries, rows = _query(qkv, 0, i, block), _row(upper, out, logs, 0, i, block)
-        scores = _scores(queries, key, bias, kinds, i, own)
+        scores = _scores(queries, key, _tile(bias, i, own, block), kinds, i, own)
         weights, of_scores = _gradient(scores, value, *rows)
-        of_key = of_key + _product(of_scores.astype(queries.dtype), queries, (0, 0))
-        return of_key, of_value + _product(weights.astype(queries.dtype), rows[0], (0, 0))
+        of_key = of_key + product(of_scores.astype(queries.dtype), queries, (0, 0))
+        return of_key, of_value + product(weights.astype(queries.dtype), rows[0], (0, 0))
 
     of_query = lax.fori_loop(0, blocks, as_queries, empty)
     _store(of_qkv, own, of_query * qkv.shape[-1] ** -0.5, 0)
@@ -217,24 +218,32 @@ def _bias_kernel(
     """One block of queries with one of keys, of one head, summed over its windows."""
     each, blocks = qkv.shape[0], bias.shape[-1] // block
     i, j = pl.program_id(2) // blocks, pl.program_id(2) % blocks
-    first = pl.program_id(0) * each
+    first, tile = pl.program_id(0) * each, _tile(bias, i, j, block)
 
     def add(window: jax.Array, total: jax.Array) -> jax.Array:
         key, value = (_tokens(qkv, window, j, block, part) for part in (1, 2))
         query, kinds = _query(qkv, window, i, block), _kinds(regions, first + window)
-        scores = _scores(query, key, bias, kinds, i, j)
+        scores = _scores(query, key, tile, kinds, i, j)
         return total + _gradient(scores, value, *_row(upper, out, logs, window, i, block))[1]
 
     of_bias[...] = lax.fori_loop(0, each, add, jnp.zeros((block, block), of_bias.dtype))
 
 
+def _tile(bias: Any, i: Any, j: Any, block: int) -> jax.Array:
+    return bias[pl.ds(i * block, block), pl.ds(j * block, block)]
+
+
 def _scores(
-    query: jax.Array, key: jax.Array, bias: Any, kinds: Callable[..., Any] | None, i: Any, j: Any
+    query: jax.Array,
+    key: jax.Array,
+    tile: jax.Array,
+    kinds: Callable[..., jax.Array] | None,
+    i: Any,
+    j: Any,
 ) -> jax.Array:
-    """The logits of block i of the queries (scaled) and block j of the keys."""
+    """The logits of block i of the queries (scaled) and block j of the keys; the bias' tile."""
     block = query.shape[0]
-    scores = _product(query, key, (1, 1))
-    scores = scores + bias[pl.ds(i * block, block), pl.ds(j * block, block)]
+    scores = product(query, key, (1, 1)) + tile
     if kinds is None:
         return scores
     same = kinds(i, block)[:, None] == kinds(j, block)[None, :]
@@ -246,7 +255,7 @@ def _gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """The weights of a block of scores, and the gradient with respect to the scores."""
     weights = jnp.exp(scores - log[:, None])
-    return weights, weights * (_product(upper, value, (1, 1)) - mean[:, None])
+    return weights, weights * (product(upper, value, (1, 1)) - mean[:, None])
 
 
 def _row(
@@ -283,8 +292,8 @@ def _place(reference: Any, window: Any, i: Any, block: int, *part: int) -> tuple
     n, d = reference.shape[1], reference.shape[-1]
     wide = max(16, pl.next_power_of_2(d))
     mask = (i * block + jnp.arange(block) < n)[:, None] & (jnp.arange(wide) < d)[None]
-    first, *part = (_number(index) for index in (window, *part))
-    return reference.at[first, pl.ds(i * block, block), *part, pl.ds(0, wide)], mask
+    inner = [_number(index) for index in part]
+    return reference.at[_number(window), pl.ds(i * block, block), *inner, pl.ds(0, wide)], mask
 
 
 def _rows(reference: Any, window: Any, i: Any, block: int) -> tuple[Any, jax.Array]:
@@ -308,14 +317,3 @@ def _kinds(regions: Any, window: Any) -> Callable[..., jax.Array] | None:
         return triton.load(place, mask=mask, other=0)
 
     return load
-
-
-def _product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The sum over one axis of each, in float32 or wider."""
-    return lax.dot_general(
-        left,
-        right,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
-    )

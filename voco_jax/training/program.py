@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from voco_jax.config import Config
 from voco_jax.errors import InputError
 from voco_jax.models.attention import Attend, attend, attend_fused
+from voco_jax.models.attention_gpu import attend_blocks
 from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
 from voco_jax.training.optimizer import make_optimizer
@@ -187,18 +189,28 @@ def choose_attention(config: Config, mesh: Mesh) -> Attend:
     """How the devices compute attention, by `model.attention`.
 
     Raises:
-        InputError: `fused` on GPUs.
+        InputError: `fused` on GPUs that the kernels are not for.
     """
-    platform, wanted = _platform(mesh), config.model.attention
-    if wanted == "xla" or (wanted == "auto" and platform != "tpu"):
+    device, wanted = mesh.devices.flat[0], config.model.attention
+    kernels = device.platform == "tpu" or _runs_triton(device)
+    if wanted == "xla" or (wanted == "auto" and not kernels):
         return attend
-    if platform not in ("tpu", "cpu"):
+    if not kernels and device.platform != "cpu":
         raise InputError(
-            f"model.attention: found 'fused' on {platform}, expected 'xla' or 'auto': its kernels "
-            "are written for TPUs (a CPU interprets them, slowly)"
+            f"model.attention: found 'fused' on {device.device_kind}, expected 'xla' or 'auto': "
+            "its kernels are for TPUs and for NVIDIA GPUs from compute capability 8.0 (A100) on "
+            "(a CPU interprets them, slowly)"
         )
-    fused = partial(attend_fused, interpret=platform == "cpu")
+    fused = attend_blocks
+    if device.platform in ("tpu", "cpu"):
+        fused = partial(attend_fused, interpret=device.platform == "cpu")
     return meshes.on_each_device(fused, mesh, whole=2)
+
+
+def _runs_triton(device: jax.Device) -> bool:
+    """Whether it is a GPU that Triton compiles for; AMD's have names in place of the number."""
+    capability = getattr(device, "compute_capability", "")
+    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
 def count_passes(config: Config, mesh: Mesh, sub_volumes: int) -> int:
