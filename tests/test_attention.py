@@ -1,13 +1,17 @@
 """The fused attention against plain attention, values and gradients; the plain one is MONAI's
 (test_swin.py, test_swin_unetr.py)."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
 import numpy as np
 import pytest
 
+from voco_jax.errors import InputError
 from voco_jax.models import attention, attention_gpu
+from voco_jax.training.program import choose_attention
 
 
 def _arguments(b: int, windows: int, n: int, heads: int, d: int, regions: int):
@@ -75,3 +79,43 @@ def test_attention_in_blocks_is_plain_attention(n, d, dtype, tolerance, monkeypa
     for ours, theirs in zip(blocks, plain, strict=True):
         assert ours.dtype == theirs.dtype
         assert reference.relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ > (0, 10, 2), reason="needs the CUDA plugin from JAX 0.10.3 on"
+)
+@pytest.mark.parametrize(("heads", "n", "d", "regions"), [(3, 343, 16, 1), (24, 8, 24, 0)])
+def test_triton_has_every_operation_of_the_kernels(heads, n, d, regions):
+    def both(qkv, bias, upper, *found):
+        value, back = jax.vjp(lambda q, t: attention_gpu.attend_blocks(q, t, *found), qkv, bias)
+        return value, back(upper)
+
+    shapes = [
+        jax.ShapeDtypeStruct((2, 3, n, 3, heads, d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((heads, n, n), jnp.float32),
+        jax.ShapeDtypeStruct((2, 3, n, heads, d), jnp.bfloat16),
+    ]
+    found = jax.ShapeDtypeStruct((3, n), jnp.int32) if regions else None
+    text = jax.jit(both).trace(*shapes, found).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 3
+
+
+def _chosen(wanted: str, **device: str):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(**device)]))
+    function = choose_attention(SimpleNamespace(model=SimpleNamespace(attention=wanted)), mesh)
+    return getattr(function, "func", function)
+
+
+def test_every_device_gets_the_attention_written_for_it():
+    a100 = {"platform": "gpu", "device_kind": "A100", "compute_capability": "8.0"}
+    v100 = {"platform": "gpu", "device_kind": "V100", "compute_capability": "7.0"}
+    mi300 = {"platform": "gpu", "device_kind": "MI300", "compute_capability": "gfx942"}
+    assert _chosen("auto", platform="tpu") is attention.attend_fused
+    assert _chosen("auto", platform="cpu") is attention.attend
+    assert _chosen("auto", **a100) is attention_gpu.attend_blocks
+    assert _chosen("fused", **a100) is attention_gpu.attend_blocks
+    assert _chosen("xla", **a100) is attention.attend
+    for other in (v100, mi300):
+        assert _chosen("auto", **other) is attention.attend
+        with pytest.raises(InputError, match=f"'fused' on {other['device_kind']}"):
+            _chosen("fused", **other)
