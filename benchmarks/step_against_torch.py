@@ -6,7 +6,8 @@
     python benchmarks/step_against_torch.py --variant "lax: model.convolution=lax"
 
 Sizes: tiny is configs/demo.py (feature size 12, crops of 32x32x64), full configs/voco_10k.py; on a
-CPU in float32 and at batch 1, full with crops_per_pass 2. Any setting can be set as --config.section.field=value.
+CPU in float32 and at batch 1, full with crops_per_pass 2. Any setting can be set as
+--config.section.field=value.
 
 The PyTorch side is the published step on MONAI's blocks. Its variants are words joined with "+":
 float32 or bf16 (autocast), compile (torch.compile), channels_last, checkpoint (of the Swin blocks),

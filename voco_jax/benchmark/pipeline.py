@@ -21,10 +21,10 @@ from voco_jax.benchmark.measure import (
 )
 from voco_jax.benchmark.volumes import allow_workers, files_of
 from voco_jax.config import Crops
-from voco_jax.data.pipeline import Drawn, Part, batches, collate, draw
+from voco_jax.data.pipeline import Part, batches, collate, draw
 from voco_jax.data.workers import available_cores
 
-STAGES = ("read the file", "decode", "crop")
+STAGES = ("read the file", "decode", "crop and batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _stages(
     files = files_of(parts)
     places = [(part.cache, entry) for part in parts for entry in part.entries]
     found: dict[str, list[float]] = {name: [] for name in (*STAGES, "cpu")}
-    pending: list[Drawn] = []
+    volume: np.ndarray | None = None
     disk = 0
 
     def make_cold(index: int) -> None:
@@ -167,21 +167,17 @@ def _stages(
         make_cold(index)
         _, reading = _timed(files[index].read_bytes)
         make_cold(index)
+        drawn = draw(cache, entry, crops, crops.sub_volumes, generator)
+        volume, both = _timed(cache.read, entry, drawn.corner, None, volume)
+        make_cold(index)
         before, cpu = bytes_from_disk(), time.process_time()
-        drawn, both = _timed(draw, cache, entry, crops, crops.sub_volumes, generator)
+        _, whole = _timed(collate, [drawn], crops)
         cpu, after = time.process_time() - cpu, bytes_from_disk()
-        pending.append(drawn)
-        if len(pending) == batch_size:
-            collating = time.process_time()
-            _, seconds = _timed(collate, pending, crops)
-            collating = time.process_time() - collating
-            pending.clear()
-            if number >= 0:
-                found["crop"].append(seconds / batch_size)
-                found["cpu"].append(cpu + collating / batch_size)
         if number >= 0:
-            found["read the file"].append(reading)
-            found["decode"].append(max(both - reading, 0.0))
+            values = (reading, max(both - reading, 0.0), max(whole - both, 0.0))
+            for name, value in zip(STAGES, values, strict=True):
+                found[name].append(value)
+            found["cpu"].append(cpu)
             disk += (after or 0) - (before or 0)
     return Stages(
         page_cache="cold" if cold else "warm",

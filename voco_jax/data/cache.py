@@ -25,7 +25,7 @@ from typing import Any, Self
 import numpy as np
 
 from voco_jax.config import Chain, differences
-from voco_jax.data.array import ARRAY, chunk_name, open_array, reserve
+from voco_jax.data.array import ARRAY, chunk_name, open_array, read_chunk, reserve
 from voco_jax.data.manifest import (
     LOCK,
     MANIFEST,
@@ -35,7 +35,7 @@ from voco_jax.data.manifest import (
     open_manifest,
     read_manifest,
 )
-from voco_jax.data.storage import UNFINISHED, Folder
+from voco_jax.data.storage import UNFINISHED, Folder, is_remote
 from voco_jax.errors import InputError
 
 FORMAT = 2
@@ -76,6 +76,7 @@ class Cache:
         entry: Entry,
         corner: tuple[int, int, int] = (0, 0, 0),
         size: tuple[int, int, int] | None = None,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Reads one volume, or of a larger one a part and no more of the file than it needs.
 
@@ -83,6 +84,7 @@ class Cache:
             entry: one of `entries`.
             corner: first voxel of the part.
             size: of the part; None: `chain.volume_size`.
+            out: memory of a volume before, which this one may overwrite: saves making it.
 
         Returns:
             x y z of this size, in the stored dtype (uint8: 0..255; float16: 0..1).
@@ -95,8 +97,14 @@ class Cache:
             for first, length in zip(corner, size or self.chain.volume_size, strict=True)
         )
         try:
-            return self._array[entry.slot][part].read().result()
-        except ValueError as error:
+            if self.chain.fit == "random_crop" or is_remote(self.path):
+                return self._array[entry.slot][part].read().result()
+            shape, dtype = self.chain.volume_size, np.dtype(self.chain.dtype)
+            if out is None or (out.shape, out.dtype) != (shape, dtype):
+                out = np.empty(shape, dtype)
+            read_chunk(self.path, entry.slot, out)
+            return out[part]
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"{chunk_file(self.path, entry.slot)}: cannot read {entry.id} ({error}); "
                 f"{_HOW_TO_REPAIR.format(cache=self.path)}"

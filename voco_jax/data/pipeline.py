@@ -102,26 +102,29 @@ def shuffle_key(seed: int, entry: Entry) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """One volume, or a random part of it, and where its sub-volumes will be cut."""
+    """A volume, or a random part of it, and where its sub-volumes will be cut."""
 
-    volume: np.ndarray  # (x, y, z)
-    origins: np.ndarray  # (s, 3)
+    cache: Cache
+    entry: Entry
     corner: tuple[int, int, int]  # where in the cached volume the part begins
+    origins: np.ndarray  # (s, 3)
 
 
 def draw(
     cache: Cache, entry: Entry, crops: Crops, sub_volumes: int, generator: np.random.Generator
 ) -> Drawn:
-    """Reads a volume and draws what becomes of it."""
+    """Draws what becomes of a volume."""
     corner = draw_corner(generator, entry.stored, cache.chain.volume_size)
-    volume = cache.read(entry, corner)
     origins = draw_origins(generator, sub_volumes, crops.grid, crops.crop_size)
-    return Drawn(volume, origins, corner)
+    return Drawn(cache, entry, corner, origins)
 
 
 def collate(drawn: Sequence[Drawn], crops: Crops) -> Batch:
-    """Cuts the base crops and sub-volumes of a batch: each voxel is copied once, to its place."""
-    size, dtype = crops.crop_size, drawn[0].volume.dtype
+    """Reads the volumes of a batch and cuts their base crops and sub-volumes.
+
+    Each voxel is decoded into memory that every batch uses again, and copied once, to its place.
+    """
+    size, dtype = crops.crop_size, np.dtype(drawn[0].cache.chain.dtype)
     bases = base_origins(crops.grid, size)
     batch = Batch(
         subs=np.empty((len(drawn), len(drawn[0].origins), *size), dtype),
@@ -131,9 +134,14 @@ def collate(drawn: Sequence[Drawn], crops: Crops) -> Batch:
         ),
     )
     for row, one in enumerate(drawn):
-        cut(one.volume, one.origins, size, batch["subs"][row])
-        cut(one.volume, bases, size, batch["bases"][row])
+        volume = one.cache.read(one.entry, one.corner, out=getattr(_memory, "volume", None))
+        _memory.volume = volume
+        cut(volume, one.origins, size, batch["subs"][row])
+        cut(volume, bases, size, batch["bases"][row])
     return batch
+
+
+_memory = threading.local()  # of each thread the volume that it read last
 
 
 def sample(
