@@ -1,6 +1,7 @@
 """The fused attention against plain attention, values and gradients; the plain one is MONAI's
 (test_swin.py, test_swin_unetr.py)."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +12,9 @@ import pytest
 
 from voco_jax.errors import InputError
 from voco_jax.models import attention, attention_gpu
-from voco_jax.training.program import choose_attention
+from voco_jax.report.flops import count_flops
+from voco_jax.training import kernels
+from voco_jax.training.mesh import make_mesh
 
 
 def _arguments(b: int, windows: int, n: int, heads: int, d: int, regions: int):
@@ -100,9 +103,18 @@ def test_triton_has_every_operation_of_the_kernels(heads, n, d, regions):
     assert text.count("xla.gpu.triton") == 3
 
 
+def test_the_kernels_products_are_counted():
+    qkv, bias = np.zeros((2, 3, 8, 3, 2, 4), np.float32), np.zeros((2, 8, 8), np.float32)
+    plain, fused = (
+        count_flops(jax.make_jaxpr(lambda q, t, f=one: f(q, t, None))(qkv, bias).jaxpr)
+        for one in (attention.attend, attention.attend_fused)
+    )
+    assert fused == plain == 2 * 2 * (2 * 3 * 2) * 8 * 8 * 4
+
+
 def _chosen(wanted: str, **device: str):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(**device)]))
-    function = choose_attention(SimpleNamespace(model=SimpleNamespace(attention=wanted)), mesh)
+    function = kernels.choose_attention(SimpleNamespace(attention=wanted), mesh)
     return getattr(function, "func", function)
 
 
@@ -119,3 +131,22 @@ def test_every_device_gets_the_attention_written_for_it():
         assert _chosen("auto", **other) is attention.attend
         with pytest.raises(InputError, match=f"'fused' on {other['device_kind']}"):
             _chosen("fused", **other)
+
+
+MODEL = SimpleNamespace(
+    attention="auto", window_size=(2, 2, 2), feature_size=12, num_heads=(3,), dtype="bfloat16"
+)
+
+
+def test_kernels_are_tried_before_they_are_used(monkeypatch):
+    """With a CPU taken for a device that has kernels."""
+    (device,) = jax.local_devices()
+    right = partial(attention.attend_fused, interpret=True)
+    assert kernels.find_problem(right, MODEL, device) is None
+    problem = kernels.find_problem(lambda q, t, r: right(q, 2 * t, r), MODEL, device)
+    assert problem is not None
+    assert problem.startswith("their result differs by 0.")
+    monkeypatch.setattr(kernels, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(kernels, "attend_fused", lambda q, t, r, interpret: 1 / 0)
+    with pytest.warns(UserWarning, match=r"do not work on cpu \(ZeroDivisionError: division by"):
+        assert kernels.choose_attention(MODEL, make_mesh()) is attention.attend

@@ -36,6 +36,9 @@ def _count(equation: core.JaxprEqn) -> int:
         return 2 * _size(equation) * math.prod(kernel) // features
     if name == "cond":
         return max(count_flops(branch.jaxpr) for branch in parameters["branches"])
+    if name == "pallas_call":
+        # One round is a block's; what a kernel loops over inside itself counts as any loop.
+        return count_flops(parameters["jaxpr"]) * math.prod(parameters["grid_mapping"].grid)
     inner = sum(count_flops(jaxpr) for jaxpr in map(_jaxpr, parameters.values()) if jaxpr)
     return inner * (parameters["length"] if name == "scan" else 1)
 

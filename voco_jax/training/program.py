@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,10 +13,9 @@ from jax.sharding import Mesh
 
 from voco_jax.config import Config
 from voco_jax.errors import InputError
-from voco_jax.models.attention import Attend, attend, attend_fused
-from voco_jax.models.attention_gpu import attend_blocks
 from voco_jax.models.swin_unetr import VoCoNetwork, check_crop_size
 from voco_jax.training import mesh as meshes
+from voco_jax.training.kernels import choose_attention
 from voco_jax.training.optimizer import make_optimizer
 from voco_jax.voco import augment, losses
 from voco_jax.voco.step import (
@@ -69,7 +67,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
     gather = whole if config.mesh.fsdp > 1 else lambda params: params
     options = compiler_options(mesh)
-    spread = network.clone(attention=choose_attention(config, mesh))
+    spread = network.clone(attention=choose_attention(config.model, mesh))
     step = jax.jit(
         make_train_step(
             spread,
@@ -183,34 +181,6 @@ def make_network(config: Config, mesh: Mesh) -> nn.Module:
     except InputError as error:
         raise InputError(f"model.{error}") from error
     return network
-
-
-def choose_attention(config: Config, mesh: Mesh) -> Attend:
-    """How the devices compute attention, by `model.attention`.
-
-    Raises:
-        InputError: `fused` on GPUs that the kernels are not for.
-    """
-    device, wanted = mesh.devices.flat[0], config.model.attention
-    kernels = device.platform == "tpu" or _runs_triton(device)
-    if wanted == "xla" or (wanted == "auto" and not kernels):
-        return attend
-    if not kernels and device.platform != "cpu":
-        raise InputError(
-            f"model.attention: found 'fused' on {device.device_kind}, expected 'xla' or 'auto': "
-            "its kernels are for TPUs and for NVIDIA GPUs from compute capability 8.0 (A100) on "
-            "(a CPU interprets them, slowly)"
-        )
-    fused = attend_blocks
-    if device.platform in ("tpu", "cpu"):
-        fused = partial(attend_fused, interpret=device.platform == "cpu")
-    return meshes.on_each_device(fused, mesh, whole=2)
-
-
-def _runs_triton(device: jax.Device) -> bool:
-    """Whether it is a GPU that Triton compiles for; AMD's have names in place of the number."""
-    capability = getattr(device, "compute_capability", "")
-    return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
 def count_passes(config: Config, mesh: Mesh, sub_volumes: int) -> int:
