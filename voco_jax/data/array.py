@@ -77,18 +77,20 @@ def read_chunk(path: str, slot: int, out: np.ndarray) -> None:
         out: x y z, C order, in the cache's dtype and of its size.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged.
+        OSError: the file cannot be read now.
+        ValueError: it is damaged or gone; in TensorStore's words, as it says so too.
     """
-    raw = np.fromfile(f"{path}/{ARRAY}/{chunk_name(slot)}", np.uint8)
     try:
+        raw = np.fromfile(f"{path}/{ARRAY}/{chunk_name(slot)}", np.uint8)
         packed = CRC32C(location="end").decode(raw)
         size = int.from_bytes(packed[4:8].tobytes(), "little")  # of Blosc's header
         if size != out.nbytes:
             raise ValueError(f"found {size} bytes, expected {out.nbytes}")
         numcodecs.blosc.decompress(packed, out.reshape(-1))
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    except FileNotFoundError as error:
+        raise ValueError(f"NOT_FOUND: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"DATA_LOSS: {error}") from error
 
 
 def reserve(array: Any, unused: int, count: int) -> tuple[range, Any]:
