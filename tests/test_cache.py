@@ -20,6 +20,7 @@ from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.crops import draw_corner
 from voco_jax.data.manifest import Entry
 from voco_jax.data.prepare import CHAIN_10K
+from voco_jax.data.verify import verify
 from voco_jax.errors import InputError
 
 CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(8, 6, 4))
@@ -183,6 +184,32 @@ def test_damage_is_noticed(tmp_path):
             InputError, match=rf"cannot read {entry.id} .*--verify --cache .*prepare again"
         ):
             cache.read(entry)
+
+
+def test_memory_is_used_again_where_it_fits(tmp_path):
+    fill(tmp_path)
+    cache = Cache.open(tmp_path, CHAIN)
+    first, second = cache.entries[:2]
+    kept = cache.read(first).copy()
+    again = cache.read(second, out=kept)
+    assert np.shares_memory(again, kept)
+    turned = np.zeros(CHAIN.volume_size[::-1], kept.dtype).T
+    fixed = np.zeros_like(kept)
+    fixed.flags.writeable = False
+    for other in (turned, fixed, np.zeros((2, 2, 2), kept.dtype), np.zeros_like(kept, np.float16)):
+        found = cache.read(second, out=other)
+        np.testing.assert_array_equal(found, voxels(second.id, CHAIN.dtype))
+        assert not np.shares_memory(found, other)
+
+
+def test_a_disk_that_fails_now_is_no_damage(tmp_path, monkeypatch):
+    """Nothing is taken out of a cache for it."""
+    fill(tmp_path)
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    monkeypatch.setattr(np, "fromfile", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    with pytest.raises(InputError, match=r"cannot be read now .*I/O error.*nothing is taken out"):
+        verify(tmp_path)
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
 
 
 def test_a_lost_chunk_is_forgotten_and_its_slot_not_used_again(tmp_path):

@@ -100,7 +100,9 @@ class Cache:
             if self.chain.fit == "random_crop" or is_remote(self.path):
                 return self._array[entry.slot][part].read().result()
             shape, dtype = self.chain.volume_size, np.dtype(self.chain.dtype)
-            if out is None or (out.shape, out.dtype) != (shape, dtype):
+            # Decoded in C order: into any other memory it would be a copy that is lost.
+            fits = out is not None and (out.shape, out.dtype) == (shape, dtype)
+            if out is None or not (fits and out.flags.c_contiguous and out.flags.writeable):
                 out = np.empty(shape, dtype)
             read_chunk(self.path, entry.slot, out)
             return out[part]

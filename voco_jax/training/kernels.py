@@ -14,6 +14,7 @@ from voco_jax.config import Model
 from voco_jax.errors import InputError
 from voco_jax.models.attention import Attend, attend, attend_fused
 from voco_jax.training import mesh as meshes
+from voco_jax.training.distributed import gather
 
 _TOLERANCE = 0.03  # relative; bfloat16 differs by 0.005, a wrong kernel by about 1
 
@@ -21,8 +22,8 @@ _TOLERANCE = 0.03  # relative; bfloat16 differs by 0.005, a wrong kernel by abou
 def choose_attention(model: Model, mesh: Mesh) -> Attend:
     """How the devices compute attention, by `model.attention`.
 
-    With `auto` kernels are tried once on the device, against XLA's attention: where they fail or
-    find other numbers, a warning says so and XLA's is taken.
+    With `auto` kernels are tried once on a device of each process, against XLA's attention: where
+    they fail or find other numbers on one, a warning there says so and all take XLA's.
 
     Raises:
         InputError: `fused` on GPUs that the kernels are not for.
@@ -53,6 +54,7 @@ def choose_attention(model: Model, mesh: Mesh) -> Attend:
                 f"({problem}); XLA's slower attention is used, as with model.attention='xla'",
                 stacklevel=2,
             )
+        if gather(np.asarray([problem is not None])).any():
             return attend
     return meshes.on_each_device(fused, mesh, whole=2)
 
