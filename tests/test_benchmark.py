@@ -30,6 +30,7 @@ from voco_jax.benchmark.volumes import files_of, first_volumes, opened
 from voco_jax.config import parse
 from voco_jax.errors import InputError
 from voco_jax.interop.names import to_torch
+from voco_jax.report.estimate import flops_needed
 from voco_jax.voco import augment
 from voco_jax.voco.step import step_keys
 
@@ -211,6 +212,13 @@ def measured(built, tmp_path_factory):
     for name in ("student", "teacher"):
         np.savez(folder / f"{name}.npz", **to_torch(jax.device_get(getattr(built.state, name))))
     return step.run(built, 1, 0, 1e12), folder
+
+
+@pytest.mark.parametrize("form", [{"attention": "fused"}, {"convolution": "planes", "remat": True}])
+def test_needed_flops_are_the_same_in_every_form(form, built, measured):
+    model = dataclasses.replace(CONFIG.model, **form)
+    config = dataclasses.replace(CONFIG, model=model)
+    assert flops_needed(config, built.mesh) == measured[0].flops_needed
 
 
 def test_step_is_measured(measured):

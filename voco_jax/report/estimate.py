@@ -162,7 +162,9 @@ def flops_needed(config: Config, mesh: Mesh) -> int:
 
     The same for every form of the same step, so that their utilisations compare.
     """
-    bare = dataclasses.replace(config.model, remat=False, crops_per_pass=0, convolution="lax")
+    bare = dataclasses.replace(
+        config.model, remat=False, crops_per_pass=0, convolution="lax", attention="xla"
+    )
     once = make_program(dataclasses.replace(config, model=bare), mesh)
     return count_flops(once.step.trace(once.state, once.batch).jaxpr.jaxpr)
 
