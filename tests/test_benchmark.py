@@ -19,6 +19,7 @@ from voco_reference import terms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import convolutions
 import gpu
 import pipeline_against_monai as input_against
 import step_against_torch as against
@@ -31,6 +32,8 @@ from voco_jax.config import parse
 from voco_jax.errors import InputError
 from voco_jax.interop.names import to_torch
 from voco_jax.report.estimate import flops_needed
+from voco_jax.training.mesh import make_mesh
+from voco_jax.training.program import make_network
 from voco_jax.voco import augment
 from voco_jax.voco.step import step_keys
 
@@ -219,6 +222,27 @@ def test_needed_flops_are_the_same_in_every_form(form, built, measured):
     model = dataclasses.replace(CONFIG.model, **form)
     config = dataclasses.replace(CONFIG, model=model)
     assert flops_needed(config, built.mesh) == measured[0].flops_needed
+
+
+def test_every_convolution_of_the_encoder_is_timed():
+    model = dataclasses.replace(CONFIG.model, convolution="lax")
+    found = convolutions.shapes(dataclasses.replace(CONFIG, model=model))
+    network = make_network(CONFIG, make_mesh(1, jax.devices()[:1]))
+    x = jax.ShapeDtypeStruct((2, *CONFIG.crops.encoder_size, 1), np.float32)
+    params = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, False), x)
+    kernels = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.shape[:3] == (3, 3, 3)]
+    assert sorted(kernel for _, kernel in found.elements()) == sorted(kernels)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_convolution_is_the_same_three_times(size, generator):
+    shapes = [(2, 4, 3, size, 3), (3, 3, 3, 3, 2), (2, 4, 3, size, 2)]
+    arrays = [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
+    exact = convolutions.in_torch(arrays)()
+    for form in (convolutions.convolve_lax, convolutions.convolve_planes):
+        assert convolutions.compare(convolutions.in_jax(form, arrays)(), exact) < 1e-5
+    wrong = convolutions.in_jax(lambda x, kernel: convolutions.convolve_lax(x, -kernel), arrays)
+    assert convolutions.compare(wrong(), exact) > 1
 
 
 def test_step_is_measured(measured):

@@ -1,0 +1,146 @@
+"""What the 3x3x3 convolutions of a step cost on this device: XLA's own, as planes, PyTorch's.
+
+    python benchmarks/convolutions.py                                  # configs/demo.py
+    python benchmarks/convolutions.py --config.model.feature_size=24
+
+Every convolution that the encoder has, on all crops of one volume: forward and both gradients,
+float32. The three are compared first. On a CPU only: PyTorch's is timed there.
+"""
+
+import argparse
+import collections
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from jax.extend import core  # noqa: E402
+
+from voco_jax.benchmark.measure import seconds_text, spread, table, time_calls  # noqa: E402
+from voco_jax.config import Config  # noqa: E402
+from voco_jax.errors import InputError  # noqa: E402
+from voco_jax.models.conv_blocks import convolve_lax, convolve_planes  # noqa: E402
+from voco_jax.overrides import load_config, parse_overrides, positive  # noqa: E402
+from voco_jax.training.mesh import make_mesh  # noqa: E402
+from voco_jax.training.program import make_network  # noqa: E402
+from voco_jax.voco.step import encode  # noqa: E402
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of the input, of the kernel
+TOLERANCE = 1e-4  # of float32 sums over many voxels, relative to the largest
+
+
+def shapes(config: Config) -> collections.Counter[Shapes]:
+    """How often the encoder convolves what with what in one pass over one volume's crops."""
+    network = make_network(config, make_mesh(1, jax.devices()[:1]))
+    count = config.crops.sub_volumes + int(np.prod(config.crops.grid))
+    crops = jax.ShapeDtypeStruct((count, *config.crops.encoder_size), jnp.float32)
+    params = jax.eval_shape(
+        lambda x: network.init(jax.random.key(0), x[..., None], False)["params"], crops
+    )
+    traced = jax.make_jaxpr(lambda params, x: encode(network, params, x))(params, crops)
+    found: collections.Counter[Shapes] = collections.Counter()
+    _collect(traced.jaxpr, found)
+    return found
+
+
+def _collect(jaxpr: core.Jaxpr, found: collections.Counter[Shapes]) -> None:
+    for one in jaxpr.eqns:
+        if one.primitive.name == "conv_general_dilated":
+            x, kernel = (tuple(variable.aval.shape) for variable in one.invars)
+            if kernel[:3] == (3, 3, 3):
+                found[x, kernel] += 1
+        for value in one.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if isinstance(inner, core.Jaxpr):
+                _collect(inner, found)
+
+
+Call = Callable[[], Sequence[Any]]
+
+
+def in_jax(convolve: Callable[..., jax.Array], arrays: Sequence[np.ndarray]) -> Call:
+    """Returns a call that gives the result and the gradients of input and kernel."""
+
+    def both(x: jax.Array, kernel: jax.Array, upper: jax.Array) -> tuple[jax.Array, ...]:
+        out, back = jax.vjp(convolve, x, kernel)
+        return out, *back(upper)
+
+    compiled = jax.jit(both).lower(*arrays).compile()
+    placed = [jnp.asarray(one) for one in arrays]
+    return lambda: compiled(*placed)
+
+
+def in_torch(arrays: Sequence[np.ndarray]) -> Call:
+    """The same by PyTorch, channels first as MONAI has them."""
+    x, upper = (torch.from_numpy(arrays[n].transpose(0, 4, 1, 2, 3).copy()) for n in (0, 2))
+    kernel = torch.from_numpy(arrays[1].transpose(4, 3, 0, 1, 2).copy())
+    x.requires_grad_()
+    kernel.requires_grad_()
+
+    def call() -> Sequence[torch.Tensor]:
+        out = torch.nn.functional.conv3d(x, kernel, padding=1)
+        return out.detach(), *torch.autograd.grad(out, (x, kernel), upper)
+
+    return call
+
+
+def compare(ours: Sequence[Any], theirs: Sequence[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest number."""
+    turned = [
+        theirs[0].numpy().transpose(0, 2, 3, 4, 1),
+        theirs[1].numpy().transpose(0, 2, 3, 4, 1),
+        theirs[2].numpy().transpose(2, 3, 4, 1, 0),
+    ]
+    return max(
+        float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
+        for a, b in zip(ours, turned, strict=True)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; exit status 0 measured, 1 the three differ, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeat", type=positive, default=5, help="default 5; the median counts")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        changes = {"model.convolution": "lax", "model.crops_per_pass": 0, **parse_overrides(rest)}
+        config = load_config(str(ROOT / "configs/demo.py"), changes)
+        found = shapes(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    generator, rows, sums = np.random.default_rng(0), [], np.zeros(3)
+    for (x, kernel), times in found.items():
+        out = (*x[:-1], kernel[-1])
+        arrays = [generator.standard_normal(size).astype(np.float32) for size in (x, kernel, out)]
+        calls = [in_jax(convolve_lax, arrays), in_jax(convolve_planes, arrays), in_torch(arrays)]
+        exact = calls[2]()
+        if (difference := max(compare(call(), exact) for call in calls[:2])) > TOLERANCE:
+            print(f"error: {x} with {kernel}: they differ by {difference:.1e}", file=sys.stderr)
+            return 1
+        seconds = [
+            spread(time_calls(call, jax.block_until_ready, 1, options.repeat)).median
+            for call in calls
+        ]
+        sums += times * np.asarray(seconds)
+        shape = f"{x[0]} x {' x '.join(map(str, x[1:4]))}, {kernel[3]} to {kernel[4]}"
+        rows.append((shape, str(times), *map(seconds_text, seconds)))
+    rows.append(("all of one pass", str(found.total()), *map(seconds_text, sums)))
+    print(table(("crops, channels", "times", "lax", "planes", "PyTorch"), rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
