@@ -348,7 +348,7 @@ def test_best_of_both_sides_are_compared():
     assert list(found) == [2]
     assert found[2].startswith("ours (a) does 2.50 times the volumes/s of PyTorch (compile)")
     assert found[2].endswith("0.50 times its peak memory")
-    assert gpu.fastest(rows) == 4
+    assert gpu.fastest(rows) == ("a", 4)
     assert gpu.fastest([_row("voco_jax", "a", 8, None, problem="x")]) is None
 
 
