@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import step_against_torch as against  # noqa: E402
 
-from voco_jax.benchmark.command import parse_variants, sizes  # noqa: E402
+from voco_jax.benchmark.command import BASE, parse_variants, sizes  # noqa: E402
 from voco_jax.benchmark.end_to_end import end_to_end_table, measure_end_to_end  # noqa: E402
 from voco_jax.benchmark.measure import (  # noqa: E402
     ChildError,
@@ -188,7 +188,8 @@ def text(part: str, found: dict[str, Any]) -> str:
     if part == "end_to_end":
         ratio = found["ratio"].median
         within = "within" if ratio <= 1.05 else "NOT within"
-        return f"{end_to_end_table(found['row'])}\n\n{within} 5% of the step alone"
+        shown = end_to_end_table(found["row"])
+        return f"{found['variant']}:\n\n{shown}\n\n{within} 5% of the step alone"
     return against.text(found)
 
 
@@ -246,11 +247,11 @@ def run(options: argparse.Namespace, overrides: dict[str, Any]) -> bool:
             found = precision(small, steps, 4 if options.tiny else 40)
             agree &= found["agree"]
         else:
-            best = fastest(about.get("step", {}).get("rows", []))
-            variant, size = best or ("", config.batch_size)
-            one = configs.get(variant, config)
-            one = dataclasses.replace(one, batch_size=options.end_batch or size)
-            found = end_to_end(one, options)
+            rows = about.get("step", {}).get("rows", [])
+            known = [row for row in rows if row["variant"] in configs]
+            variant, size = fastest(known) or (BASE, config.batch_size)
+            one = dataclasses.replace(configs[variant], batch_size=options.end_batch or size)
+            found = {"variant": variant, **end_to_end(one, options)}
         about[part] = found
         write_json(path, about)
         print(f"\n{text(part, found)}\n", flush=True)
@@ -292,7 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-sizes", type=sizes, help="default 2,4,8")
     add("--steps", type=positive, help="timed; default 20, end to end 50")
     add("--precision-steps", type=positive, help="default 200")
-    add("--variant", action="append", default=[], help='ours: "NAME: field=value ..."; repeat')
+    about = f'ours: "NAME: field=value ..."; repeat; default "{VARIANTS[0]}"'
+    add("--variant", action="append", default=[], help=about)
     add("--torch", action="append", metavar="WORDS", help="PyTorch's: bf16+compile; repeat")
     add("--cache", help="prepared with the chain of voco_10k; default: phantoms")
     add("--end-batch", type=positive, help="of end_to_end; default: the fastest")

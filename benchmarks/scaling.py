@@ -3,7 +3,8 @@
     python benchmarks/scaling.py --output plans                 # all; hours of two cores
     python benchmarks/scaling.py --output plans B v5e:4x4       # one size, one slice
 
-Needs libtpu, no TPU. One JSON a plan; those that are there already are not made again.
+Needs libtpu, no TPU. One JSON a plan; those that are there already are not made again: for other
+settings or versions take another folder.
 """
 
 import argparse

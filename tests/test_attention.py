@@ -150,3 +150,12 @@ def test_kernels_are_tried_before_they_are_used(monkeypatch):
     monkeypatch.setattr(kernels, "attend_fused", lambda q, t, r, interpret: 1 / 0)
     with pytest.warns(UserWarning, match=r"do not work on cpu \(ZeroDivisionError: division by"):
         assert kernels.choose_attention(MODEL, make_mesh()) is attention.attend
+
+
+def test_kernels_that_fail_on_another_process_are_used_on_none(monkeypatch):
+    monkeypatch.setattr(kernels, "_runs_triton", lambda device: True)
+    working = make_mesh()
+    assert kernels.choose_attention(MODEL, working) is not attention.attend
+    monkeypatch.setattr(kernels, "gather", lambda own: np.array([[own[0]], [True]]))
+    with pytest.warns(UserWarning, match=r"do not work on process 1 \(its log says why\)"):
+        assert kernels.choose_attention(MODEL, working) is attention.attend

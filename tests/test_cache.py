@@ -193,6 +193,7 @@ def test_memory_is_used_again_where_it_fits(tmp_path):
     kept = cache.read(first).copy()
     again = cache.read(second, out=kept)
     assert np.shares_memory(again, kept)
+    np.testing.assert_array_equal(again, voxels(second.id, CHAIN.dtype))
     turned = np.zeros(CHAIN.volume_size[::-1], kept.dtype).T
     fixed = np.zeros_like(kept)
     fixed.flags.writeable = False

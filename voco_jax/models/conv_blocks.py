@@ -118,10 +118,9 @@ def convolve_lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve_lax` as one 2-D convolution, with the three neighbours along x as channels.
 
-    The same sums, on a CPU several times faster than XLA's 3-D convolution: 0.28 s for 1.3 s at
-    11 crops of 32x32x64 and 12 to 12 channels on two cores. XLA's gradient of the kernel would be
-    slow again, so it is written out as matrix products: 0.8 s with gradients, for 1.4 s without
-    that and 3.3 s with `convolve_lax`. Reverse-mode differentiation only.
+    The same sums, on a CPU several times faster than XLA's 3-D convolution (docs/benchmarks.md).
+    XLA's gradient of the kernel would be slow again, so it is written out as matrix products.
+    Reverse-mode differentiation only.
 
     Args:
         x: `b x y z in`.

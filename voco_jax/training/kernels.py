@@ -14,7 +14,7 @@ from voco_jax.config import Model
 from voco_jax.errors import InputError
 from voco_jax.models.attention import Attend, attend, attend_fused
 from voco_jax.training import mesh as meshes
-from voco_jax.training.distributed import gather
+from voco_jax.training.distributed import gather, meet
 
 _TOLERANCE = 0.03  # relative; bfloat16 differs by 0.005, a wrong kernel by about 1
 
@@ -23,7 +23,7 @@ def choose_attention(model: Model, mesh: Mesh) -> Attend:
     """How the devices compute attention, by `model.attention`.
 
     With `auto` kernels are tried once on a device of each process, against XLA's attention: where
-    they fail or find other numbers on one, a warning there says so and all take XLA's.
+    they fail or find other numbers on one, a warning says so and all take XLA's.
 
     Raises:
         InputError: `fused` on GPUs that the kernels are not for.
@@ -48,13 +48,16 @@ def choose_attention(model: Model, mesh: Mesh) -> Attend:
     here = [one for one in jax.local_devices() if one.platform == device.platform]
     if wanted == "auto" and here and any(device is one for one in jax.devices()):
         problem = find_problem(fused, model, here[0])
-        if problem:
+        meet()
+        broken = np.flatnonzero(gather(np.asarray([problem is not None])))
+        if broken.size:
+            where = device.device_kind if problem else f"process {broken[0]}"
             warnings.warn(
-                f"model.attention: the fused kernels do not work on {device.device_kind} "
-                f"({problem}); XLA's slower attention is used, as with model.attention='xla'",
+                f"model.attention: the fused kernels do not work on {where} "
+                f"({problem or 'its log says why'}); XLA's slower attention is used, as with "
+                "model.attention='xla'",
                 stacklevel=2,
             )
-        if gather(np.asarray([problem is not None])).any():
             return attend
     return meshes.on_each_device(fused, mesh, whole=2)
 
