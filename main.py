@@ -16,6 +16,7 @@ Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the sa
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import NoReturn
 
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> None:
     """Flags, then the run; the user's mistakes are one line and exit status 2."""
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(_COMPILED))
+    _leave_on_sigterm()
     # Imported here: worker processes import this file too, and need none of it.
     from voco_jax.training import distributed
     from voco_jax.training.pretrain import DivergedError, PreemptedError, run
@@ -73,6 +75,26 @@ def main(arguments: list[str]) -> None:
         _leave(_fail(_CRASHED, 1))
 
 
+def _leave_on_sigterm() -> None:
+    """While a run starts there is nothing to save; then JAX takes the signal.
+
+    A thread reads it: Python's own handlers wait for what the main thread does, as compiling. And
+    process 1 of a container, which a launcher's may be, does not end of a signal by itself.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def read() -> None:
+        while os.read(reading, 1)[0] != signal.SIGTERM:
+            pass
+        print("preempted (SIGTERM) before the first step: nothing was lost", flush=True)
+        _leave(_PREEMPTED)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
 def _leave(status: int) -> NoReturn:
     """Ends this process at once: one of several must not wait for the others, nor they for it."""
     sys.stdout.flush()
@@ -97,7 +119,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _fail(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    distributed = sys.modules.get("voco_jax.training.distributed")  # absent: flags are wrong
+    print(f"error: {distributed.label() if distributed else ''}{error}", file=sys.stderr)
     return status
 
 

@@ -7,6 +7,7 @@ Prints one line a fault: what was done, what happened. A full disk needs the rig
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +148,49 @@ def saving(faults: Faults) -> str:
     )
 
 
+def one_saving(faults: Faults) -> str:
+    """SIGKILL of one of two during a save, either one."""
+    lines = []
+    for victim in (1, 0):
+        workdir = faults.folder / f"one_saving{victim}"
+        started = faults.start(workdir)
+        while not list((workdir / "checkpoints").glob("8.orbax-checkpoint-tmp*")):
+            assert all(p.poll() is None for p in started), processes.finish(started)
+            time.sleep(0.001)
+        started[victim].kill()
+        begin = time.monotonic()
+        outputs = processes.finish(started)
+        seconds, other = time.monotonic() - begin, started[1 - victim].returncode
+        message = words(outputs[1 - victim], "error:", "Terminating process because")
+        again = faults.run(workdir, **TWO)
+        lines.append(
+            f"process {victim} killed: the other ended after {seconds:.0f} s with exit {other} "
+            f"({message}). Same command: {words(again[0], 'resuming', 'DAMAGED')}; "
+            f"{faults.same_losses(workdir)}"
+        )
+    return " // ".join(lines)
+
+
+def filled(faults: Faults) -> str:
+    """A disk that others fill between two saves."""
+    with _small_disk(faults, "200m") as place:
+        workdir = place / "run"
+        started = faults.start(workdir)
+        until(5, workdir, started)
+        with (place / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        outputs = processes.finish(started)
+        message = words(outputs[0] + outputs[1], "error:", "Terminating process because")
+        status = [process.returncode for process in started]
+        (place / "filler").unlink()
+        again = faults.run(workdir, **TWO)
+        return (
+            f"{message}; exit {status}. Space freed, the same command: "
+            f"{words(again[0], 'resuming', 'DAMAGED')}; {faults.same_losses(workdir)}"
+        )
+
+
 def damaged(name: str, damage: Callable[[Path], None]) -> Callable[[Faults], str]:
     """A fault that changes the newest of a finished run's checkpoints."""
 
@@ -180,22 +224,28 @@ def _truncate(folder: Path) -> None:
 
 def full_disk(faults: Faults) -> str:
     """A file system that holds one checkpoint, but not two."""
-    place = faults.folder / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", place], check=True)
-    try:
+    with _small_disk(faults, "50m") as place:
         workdir = place / "run"
         outputs = faults.run(workdir, **TWO)
         message = words(outputs[0] + outputs[1], "error:")
         status = [output.rsplit("exit ", 1)[1] for output in outputs]
         saved = shutil.copytree(workdir, faults.folder / "full")
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
     again = faults.run(Path(saved), **TWO)
     return (
         f"{message}; exit {status}. Moved to a larger disk, the same command: "
         f"{words(again[0], 'resuming', 'DAMAGED')}; {faults.same_losses(Path(saved))}"
     )
+
+
+@contextlib.contextmanager
+def _small_disk(faults: Faults, size: str) -> Iterator[Path]:
+    place = faults.folder / f"disk{size}"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def unwritable(faults: Faults) -> str:
@@ -248,11 +298,13 @@ FAULTS: dict[str, Callable[[Faults], str]] = {
     "sigkill": sigkill,
     "frozen": frozen,
     "saving": saving,
+    "one_saving": one_saving,
     "bit": damaged("bit", _flip),
     "truncated": damaged("truncated", _truncate),
     "metadata": damaged("metadata", lambda folder: (folder / "student" / "_METADATA").unlink()),
     "digests": damaged("digests", lambda folder: (folder / "digests.json").unlink()),
     "full_disk": full_disk,
+    "filled": filled,
     "unwritable": unwritable,
     "layouts": layouts,
     "equality": equality,

@@ -1,6 +1,8 @@
 """What processes agree on; that several train, stop and go on is in test_launch.py."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +21,71 @@ from voco_jax.training import distributed
         (("host:1", 2, None), "give all three"),
         ((None, None, 0), "give all three"),
         (("host:1", 2, 2), "--process_id: found 2, expected 0 to 1"),
+        (("host", 2, 0), "--coordinator: found 'host', expected HOST:PORT"),
     ],
 )
 def test_contradictory_flags(flags, message):
     with pytest.raises(InputError, match=message):
         distributed.start(*flags)
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on port {port} .*another port"):
+            distributed.start(f"127.0.0.1:{port}", 2, 0)
+
+
+ALONE = """
+import sys
+from voco_jax.training import distributed
+distributed.JOIN_TIMEOUT = 3  # seconds; users have an hour
+distributed.start(sys.argv[1], 2, int(sys.argv[2]))
+"""
+
+
+def _python(code, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=processes.ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_who_waits_for_the_others_in_vain_says_for_whom():
+    first, second = f"127.0.0.1:{processes.free_port()}", f"127.0.0.1:{processes.free_port()}"
+    started = [_python(ALONE, first, "0"), _python(ALONE, second, "1")]
+    for number, output in enumerate(processes.finish(started, timeout=120)):
+        where = (first, second)[number]
+        expected = f"error: --coordinator: joining: process {number} of 2 at {where}, not all are"
+        assert expected in output
+        assert "Fatal" not in output
+    assert [process.returncode for process in started] == [1, 1]
+
+
+def test_one_of_several_that_jax_does_not_detect():
+    code = "from voco_jax.training import distributed; distributed.start(None, None, None)"
+    started = _python(code, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1")
+    (output,) = processes.finish([started])
+    assert "InputError: --coordinator: this seems to be one of several processes" in output
+
+
+def test_sigterm_before_the_first_step_ends_at_once(tmp_path):
+    (started,) = processes.start(tmp_path / "run", settings={"data.phantoms": 1000})
+    while not (tmp_path / "run" / "logs").exists():
+        assert started.poll() is None, started.communicate()[0]
+        time.sleep(0.05)
+    started.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    (output,) = processes.finish([started])
+    assert started.returncode == 75
+    assert "preempted (SIGTERM) before the first step" in output
+    assert time.monotonic() - begin < 30
 
 
 def test_one_process_agrees_with_itself():
@@ -50,16 +112,7 @@ distributed.meet()
 
 def test_the_other_ends_soon_when_one_is_killed():
     address = f"127.0.0.1:{processes.free_port()}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, address, str(number)],
-            cwd=processes.ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for number in (0, 1)
-    ]
+    started = [_python(TWO, address, str(number)) for number in (0, 1)]
     assert started[1].wait(timeout=120) == -signal.SIGKILL
     begin = time.monotonic()
     output, lost = processes.finish(started)

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 
 import jax
@@ -220,6 +222,90 @@ def test_damage_is_found_and_the_step_before_is_the_latest(finished, tmp_path, h
     with pytest.raises(InputError, match=r"every checkpoint is damaged \(step 2: "):
         set_damaged_aside(tmp_path)
     assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_an_older_checkpoint_whose_accuracy_is_unreadable(finished, tmp_path):
+    """Orbax reads every step's, and would end each run with a line that names no file."""
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"position_acc')
+    message = set_damaged_aside(tmp_path)
+    assert re.search(r"DAMAGED CHECKPOINT: step 2 \(metrics .*; moved to .*/2, step 4", message)
+    assert Checkpoints(tmp_path, parse(tiny_config()).checkpoint).steps() == [4]
+
+
+def test_lost_checkpoints_are_no_new_start(finished, tmp_path):
+    config, run = parse(tiny_config()), tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoints").rename(run / "damaged_checkpoints")
+    with pytest.raises(InputError, match=r"holds no checkpoint, only .*damaged_checkpoints does"):
+        set_damaged_aside(run)
+    claim_workdir(run, config)  # saved every 2: a kill may have come before step 2 was whole
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    with pytest.raises(InputError, match=r"no checkpoint, though .* to step 5 and saved every 2 "):
+        claim_workdir(run, config)
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_no_workdir(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--workdir: found '{folder}', expected .*file system"):
+        pretrain.run(tiny_config(), folder)
+    config = tiny_config()
+    config.export_to = f"{folder}/weights.pt"
+    with pytest.raises(InputError, match=f"export_to: found '{folder}/weights.pt'"):
+        pretrain.run(config, "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from voco_jax.errors import InputError
+from voco_jax.training.metrics import Log, MetricsWriter
+from voco_jax.training.validate import save_picture
+folder = Path(sys.argv[1])
+writer, say = MetricsWriter(folder, 0), Log(folder, 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+image = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+for act in (
+    lambda: writer.write(1, {"loss": 1.0}),
+    lambda: writer.picture(1, "positions", image),
+    lambda: say.keep("words"),
+    lambda: save_picture(image, folder / "picture.png"),
+):
+    try:
+        for _ in range(10_000):
+            act()
+    except InputError as error:
+        print(error)
+writer.close()
+print("closed")
+"""
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    """A limit on the size of files is all of a full disk that needs no rights. Nothing waits."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    told = done.stdout.splitlines()
+    names = ("tensorboard", "tensorboard", "logs/process_0.log", "picture.png")
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(names, told, strict=False):
+        assert re.fullmatch(rf"{tmp_path}/{name}: cannot be written \(.*\); free space .*", line)
+    assert told[len(names) :] == ["closed"]
+
+
+def test_each_process_keeps_why_it_ended(tmp_path):
+    config = tiny_config()
+    config.data.phantoms = 0
+    with pytest.raises(InputError) as raised:
+        pretrain.run(config, tmp_path)
+    assert f"process 0: ended: {raised.value}" in (tmp_path / "logs/process_0.log").read_text()
 
 
 def test_which_checkpoints_are_kept(finished, tmp_path):

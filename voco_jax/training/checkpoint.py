@@ -31,8 +31,8 @@ DIGESTS = "digests.json"
 _STAMP = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it, last of all
 _NETWORKS = ("student", "teacher")
 _ITEMS = (*_NETWORKS, "optimizer", "info")
-# TensorStore reports a full disk as a ValueError; another process's failure is JAX's.
-_WRITE_ERRORS = (OSError, ValueError, jax.errors.JaxRuntimeError)
+# TensorStore reports a full disk as a ValueError. Not JAX's errors: another process has died.
+_WRITE_ERRORS = (OSError, ValueError)
 _SAVE_TIMEOUT = 300  # seconds that processes wait for each other in a save
 
 
@@ -177,8 +177,15 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Waits for saves and lets go of the folder."""
-        self._manager.close()
+        """Waits for saves and lets go of the folder.
+
+        Raises:
+            InputError: a save failed.
+        """
+        try:
+            self._manager.close()
+        except _WRITE_ERRORS as error:
+            raise self._unwritable(error) from error
 
     def _write_digests(self) -> None:
         """Called on the first process when a step is written whole, before it becomes visible."""
@@ -254,41 +261,61 @@ def damage(folder: Path) -> str | None:
 def set_damaged_aside(workdir: Path) -> str:
     """Makes the newest whole checkpoint the latest one: moves damaged newer ones away.
 
+    And those older ones whose position accuracy cannot be read: Orbax reads all of them.
     To be called on one process, before any opens `Checkpoints`.
 
     Returns:
         A loud message about each; "": all is well.
 
     Raises:
-        InputError: there are checkpoints, but none is whole.
+        InputError: there are or were checkpoints, but none is whole.
     """
-    folder, messages = workdir / FOLDER, []
+    folder = workdir / FOLDER
     steps = sorted((int(f.name) for f in folder.glob("*") if f.name.isdigit()), reverse=True)
     damaged = []
+    good = -1
     for step in steps:
-        reason = damage(folder / str(step))
-        if reason is None:
-            break
-        damaged.append((step, reason))
-    else:
-        if steps:
-            listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
-            raise InputError(
-                f"{folder}: every checkpoint is damaged ({listed}); bring one back from a backup "
-                "to resume, or choose another --workdir to start again"
-            )
-    for number, (bad, reason) in enumerate(damaged):
-        away = workdir / DAMAGED / str(bad)
+        reason = damage(folder / str(step)) if good < 0 else _unread(folder / str(step))
+        if reason is not None:
+            damaged.append((step, reason))
+        elif good < 0:
+            good = step
+    if steps and good < 0:
+        listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged)
+        raise InputError(
+            f"{folder}: every checkpoint is damaged ({listed}); bring one back from a backup "
+            "to resume, or choose another --workdir to start again"
+        )
+    aside = workdir / DAMAGED
+    if not steps and aside.is_dir() and any(aside.iterdir()):
+        raise InputError(
+            f"{folder}: holds no checkpoint, only {aside} does; bring one back from a backup to "
+            "resume, or choose another --workdir to start again"
+        )
+    messages = []
+    for bad, reason in damaged:
+        away = aside / str(bad)
         away.parent.mkdir(exist_ok=True)
         if away.exists():
             away = away.with_name(f"{bad}_{time.time_ns()}")
         os.replace(folder / str(bad), away)
-        before = damaged[number + 1][0] if number + 1 < len(damaged) else step
         messages.append(
             f"DAMAGED CHECKPOINT: step {bad} ({reason}); moved to {away}, "
-            f"falling back to step {before}"
+            + (f"falling back to step {good}" if bad > good else f"step {good} is whole")
         )
     return "\n".join(messages)
+
+
+def _unread(folder: Path) -> str | None:
+    """Why a step's position accuracy cannot be read; None: it can, or there is none."""
+    path = folder / "metrics" / "metrics"
+    if not path.exists():
+        return None
+    try:
+        _accuracy(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"metrics cannot be read ({error!r})"
+    return None
 
 
 def _trees(state: State) -> dict[str, Any]:

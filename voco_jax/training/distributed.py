@@ -1,14 +1,20 @@
 """Many processes as one run: joining, agreeing, and leaving together."""
 
+import contextlib
+import errno
 import itertools
 import logging
 import os
 import socket
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # nothing public creates JAX's preemption notice
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
@@ -17,6 +23,7 @@ from voco_jax.errors import InputError
 Result = TypeVar("Result")
 # Seconds without a sign of life after which the other processes end themselves.
 HEARTBEAT_TIMEOUT = 60
+JOIN_TIMEOUT = 3600  # seconds for all processes to come: a cluster may still be making machines
 _LONGEST_WAIT = 7 * 24 * 3600  # seconds for one process to do something for all, as preparing data
 _meetings = itertools.count()
 
@@ -24,7 +31,8 @@ _meetings = itertools.count()
 def start(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     """Joins the processes of a run; call it before anything asks for devices.
 
-    With one process too: without it no preemption signal is noticed.
+    With one process too: without it no preemption signal is noticed. That is what SIGTERM becomes
+    with `watch_preemption`. If not all have come after `JOIN_TIMEOUT`, this process ends.
 
     Args:
         coordinator: HOST:PORT of process 0; None: found by JAX on TPU pods, SLURM, Open MPI and
@@ -44,12 +52,16 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise InputError(f"--process_id: found {process_id}, expected 0 to {processes - 1}")
     logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)
+    jax.config.update("jax_enable_preemption_service", False)  # until `watch_preemption`
     try:
         if coordinator is None and not _detected():
             alone = f"127.0.0.1:{_free_port()}"
             _initialize(alone, 1, 0, bind_address=alone)
         elif coordinator is not None:
-            _initialize(coordinator, processes, process_id)
+            if process_id == 0:
+                _check_port(coordinator)
+            with _waiting(f"process {process_id} of {processes} at {coordinator}"):
+                _initialize(coordinator, processes, process_id)
     except RuntimeError as error:
         where = coordinator or "the detected coordinator"
         raise InputError(
@@ -66,6 +78,7 @@ def _initialize(
         processes,
         process_id,
         cluster_detection_method="deactivate",
+        initialization_timeout=JOIN_TIMEOUT + 60,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
         coordinator_bind_address=bind_address,
     )
@@ -73,16 +86,72 @@ def _initialize(
 
 def _detected() -> bool:
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+        with _waiting("the processes of this cluster's job"):
+            jax.distributed.initialize(
+                initialization_timeout=JOIN_TIMEOUT + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            )
     except ValueError as error:  # no cluster was detected
         named = "JAX_COORDINATOR_ADDRESS" in os.environ
-        if named or os.environ.get("JOB_COMPLETION_INDEX", "0") != "0":
+        # Open MPI 5 and other MPIs say only this much.
+        ranks = [os.environ.get(f"{of}_SIZE", "1") for of in ("OMPI_COMM_WORLD", "PMI", "PALS")]
+        if named or os.environ.get("JOB_COMPLETION_INDEX", "0") != "0" or set(ranks) != {"1"}:
             raise InputError(
                 "--coordinator: this seems to be one of several processes, but JAX cannot tell "
                 f"which ({error}); give --coordinator, --processes and --process_id"
             ) from error
         return False
     return True
+
+
+@contextlib.contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Tells what is waited for, and ends this process after `JOIN_TIMEOUT`.
+
+    JAX's client would end it, too, but with a stack of C++.
+    """
+    joined = threading.Event()
+
+    def tell() -> None:
+        begin = time.monotonic()
+        while not joined.wait(min(15, JOIN_TIMEOUT)):
+            waited = time.monotonic() - begin
+            text = f"joining: {what}, not all are there after {waited:.0f} s"
+            if waited >= JOIN_TIMEOUT:
+                print(
+                    f"error: --coordinator: {text}; check that process 0 runs there, that the port "
+                    "is open, and that as many processes were started as --processes says",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)  # a crash for the launchers: machines may only be late
+            print(f"still {text}", flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        joined.set()
+        teller.join()
+
+
+def _check_port(coordinator: str) -> None:
+    """JAX's service ends the process with a segmentation fault where it cannot listen."""
+    port = coordinator.rpartition(":")[2]
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"--coordinator: found {coordinator!r}, expected HOST:PORT")
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", int(port)))
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            raise InputError(
+                f"--coordinator: process 0 cannot listen on port {port} ({error}); "
+                + ("end what listens there (an older run?) or choose" if taken else "choose")
+                + " another port, the same for all processes"
+            ) from error
 
 
 def _free_port() -> int:
@@ -94,6 +163,23 @@ def _free_port() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes what is written once."""
     return jax.process_index() == 0
+
+
+def label() -> str:
+    """Which process this is, for messages; "" if there is only one, or none has joined yet."""
+    count = global_state.num_processes
+    return f"process {global_state.process_id} of {count}: " if count > 1 else ""
+
+
+def watch_preemption() -> None:
+    """From now on SIGTERM to any process is what `should_stop` tells all of them.
+
+    To be called on all processes at about the same time. Until then SIGTERM is whatever this
+    process made of it: JAX would take it at once, and nobody would look for minutes.
+    """
+    if global_state.client is not None and global_state.preemption_sync_manager is None:
+        jax.config.update("jax_enable_preemption_service", True)
+        global_state.initialize_preemption_sync_manager()
 
 
 def should_stop(step: int) -> bool:

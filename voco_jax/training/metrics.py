@@ -7,11 +7,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-JSON_LINES = "metrics.jsonl"
+from voco_jax.errors import InputError
+
+JSON_LINES, BOARD = "metrics.jsonl", "tensorboard"
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around what writes to a path: a full disk is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error}); free space or mend permissions, then run the "
+            "same command: it resumes from the newest checkpoint"
+        ) from error
 
 
 class MetricsWriter:
@@ -19,41 +36,70 @@ class MetricsWriter:
 
     A run that resumes at `start_step` first forgets what lies behind that step: those steps are
     done again, and no step stands twice.
+
+    All is written by the caller's own thread: tensorboardX's `SummaryWriter` has one, which dies
+    of a full disk, and then waits for it for ever.
+
+    Raises:
+        InputError: on any call, a file cannot be written.
     """
 
     def __init__(self, workdir: Path, start_step: int) -> None:
-        self._path = workdir / JSON_LINES
-        _keep_until(self._path, start_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._path, self._folder = workdir / JSON_LINES, workdir / BOARD
+        with written(self._path):
+            _keep_until(self._path, start_step)
+        with written(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            self._board = EventsWriter(str(self._folder / "events"))
+        # TensorBoard, too, forgets what lies behind.
+        self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of scalars for a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with written(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._event(step, summary=summary.scalar(name, value))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """An image (rows, columns, 3) uint8 for TensorBoard."""
-        self._board.add_image(name, image, step, dataformats="HWC")
+        self._event(step, summary=summary.image(name, image, dataformats="HWC"))
+
+    def _event(self, step: int, **content: Any) -> None:
+        with written(self._folder):
+            self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+            self._board.flush()
 
     def close(self) -> None:
-        """Flushes everything."""
-        self._file.close()
-        self._board.close()
+        """Lets go of the files; all is written already."""
+        with contextlib.suppress(OSError):  # of a full disk, which was told before
+            self._board.close()
+
+
+def last_step(workdir: Path) -> int:
+    """The last step that metrics.jsonl has a line of; 0: none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return max((step for step, _ in _lines(workdir / JSON_LINES)), default=0)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(step, line) of each whole line."""
+    if not path.exists():
+        return
+    for line in path.read_text("utf-8", "replace").splitlines():
+        try:
+            yield int(json.loads(line)["step"]), line
+        except (ValueError, TypeError, KeyError):  # the line that a kill cut off
+            continue
 
 
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # the line that a kill cut off
-            continue
+    kept = [f"{line}\n" for at, line in _lines(path) if at <= step]
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(kept), "utf-8")
     os.replace(aside, path)
@@ -65,17 +111,27 @@ class Log:
     def __init__(self, workdir: Path, process: int) -> None:
         self._process = process
         folder = workdir / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
+        with written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"process_{process}.log"
 
     def __call__(self, text: str) -> None:
-        """Writes one line or several."""
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with self._path.open("a", encoding="utf-8") as file:
-            for line in text.splitlines():
-                file.write(f"{now} process {self._process}: {line}\n")
+        """Writes one line or several.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         if self._process == 0:
             print(text, flush=True)
+        self.keep(text)
+
+    def keep(self, text: str) -> None:
+        """Writes to this process's file only; raises as above."""
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with written(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.writelines(
+                f"{now} process {self._process}: {line}\n" for line in text.splitlines()
+            )
 
 
 class StepTimes:

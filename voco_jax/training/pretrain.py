@@ -3,7 +3,9 @@
 `step` is the number of completed updates, everywhere: step k used batch number k - 1.
 """
 
+import contextlib
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,11 @@ from voco_jax.training.distributed import (
     is_first,
     on_first,
     should_stop,
+    watch_preemption,
 )
 from voco_jax.training.metrics import Log, MetricsWriter, Progress, StepTimes, duration, still
 from voco_jax.training.optimizer import schedule
-from voco_jax.training.program import make_program
+from voco_jax.training.program import Program, make_program
 from voco_jax.training.sources import (
     check_data,
     describe_volumes,
@@ -41,7 +44,7 @@ from voco_jax.training.sources import (
     write_volumes,
 )
 from voco_jax.training.validate import Validator, save_picture
-from voco_jax.training.workdir import claim_workdir
+from voco_jax.training.workdir import claim_workdir, local_path
 from voco_jax.voco.step import PROJECTOR, State
 
 
@@ -68,15 +71,29 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
         PreemptedError: SIGTERM reached a process; saved everywhere.
     """
     start_time = time.monotonic()
-    config = _fill_in(parse(config_dict), Path(workdir))
+    folder = local_path("--workdir", workdir)
+    config = _fill_in(parse(config_dict), folder)
     mesh = meshes.make_mesh(config.mesh.fsdp)
     program = make_program(config, mesh)
     if config.export_to:
-        check_output(config.export_to)
-    workdir = Path(on_first(lambda: str(claim_workdir(Path(workdir), config))))
-    say = Log(workdir, jax.process_index())
-    say(f"devices: {meshes.describe(mesh)}; workdir: {workdir}")
+        check_output(local_path("export_to", config.export_to))
+    folder = Path(on_first(lambda: str(claim_workdir(folder, config))))
+    say = Log(folder, jax.process_index())
+    try:
+        say(f"devices: {meshes.describe(mesh)}; workdir: {folder}")
+        _train(config, folder, mesh, program, say)
+    except Exception as error:
+        expected = isinstance(error, InputError | DivergedError | PreemptedError)
+        with contextlib.suppress(InputError):  # of a full disk
+            say.keep(f"ended: {error}" if expected else traceback.format_exc())
+        raise
+    say(f"done in {duration(time.monotonic() - start_time)}; everything is in {folder}")
 
+
+def _train(
+    config: Config, workdir: Path, mesh: Mesh, program: Program, say: Callable[[str], None]
+) -> None:
+    """`run`, in a workdir that is this experiment's."""
     # ---- data
     message = on_first(lambda: set_damaged_aside(workdir))
     if message:
@@ -133,6 +150,7 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             say("compiling the step (minutes for a large model; the next time it is kept) ...")
             with still(say, "compiling"):
                 train_step = compile_together(program.step, program.state, program.batch)
+            watch_preemption()
             stream = meshes.ahead_on_devices(
                 batches(
                     training,
@@ -249,7 +267,6 @@ def run(config_dict: ml_collections.ConfigDict | Mapping[str, Any], workdir: str
             data_fingerprint=data_fingerprint,
         )
         say(on_first(lambda: export(params, config.export_to, card).text()))
-    say(f"done in {duration(time.monotonic() - start_time)}; everything is in {workdir}")
 
 
 def heartbeat(hosts: np.ndarray) -> str:

@@ -17,6 +17,7 @@ from voco_jax.evaluation.position import PositionMetrics, measure
 from voco_jax.report.positions import draw_positions
 from voco_jax.training.distributed import compile_together
 from voco_jax.training.mesh import local_rows, to_devices
+from voco_jax.training.metrics import written
 from voco_jax.voco.step import Predictions, State
 
 
@@ -107,6 +108,11 @@ class Validator:
 
 
 def save_picture(image: np.ndarray, path: Path) -> None:
-    """Writes a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    """Writes a PNG.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
