@@ -5,9 +5,8 @@ Examples:
   python main.py --config configs/voco_10k.py --workdir runs/voco_10k --config.batch_size=8
 
 Every setting of the config file can be overridden as --config.section.field=value. The same
-command again resumes from the last checkpoint. On TPU pods, SLURM and Open MPI the
-processes of a run find each other; elsewhere start each with --coordinator, --processes and
---process_id.
+command again resumes from the last checkpoint. On TPU pods and SLURM the processes of a run find
+each other; elsewhere start each with --coordinator, --processes and --process_id.
 
 Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the same command again,
 130 interrupted, other: a crash.

@@ -3,10 +3,11 @@
     python benchmarks/random_kills.py --resumes 100    # about half an hour on two cores
 
 A chain of runs of one experiment. One in four is killed with SIGKILL at a random moment of its
-start-up, the others at a random moment after their first step, while checkpoints are written all
-the time. It ends when enough of them have resumed and trained on. Each has to resume from the
-newest checkpoint that was whole, and each loss that any of them logs has to be the one logged for
-that step before, and that of a run without a kill.
+start-up, the others at a random moment after their first step (within four seconds, or the time of
+eight steps if that is longer), while checkpoints are written all the time. It ends when enough of
+them have resumed and trained on. Each has to resume from the newest checkpoint that was whole, and
+each loss that any of them logs has to be the one logged for that step before, and that of a run
+without a kill.
 """
 
 import argparse
@@ -27,6 +28,8 @@ RUN: dict[str, object] = {
     "total_steps": 100_000,
     "checkpoint.every_steps": 2,
     "data.workers": 1,
+    "augment.flip_probability": 0.2,
+    "augment.rotate_probability": 0.2,
 }
 _TIMEOUT = 120.0  # seconds until a first step
 
@@ -94,16 +97,17 @@ def main() -> int:
     draw = random.Random(options.seed)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder) / "xla")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "xla"))
         chain, whole = Chain(Path(folder) / "killed"), Path(folder) / "whole"
-        chain.run(None, 2.0)  # fills the compilation cache
+        chain.run(None, 10.0)  # fills the compilation cache
+        late = max(4.0, 8 * 10.0 / max(chain.losses))
         started = time.monotonic()
         chain.run(None, 0.0)
         start_up = time.monotonic() - started
         kills, resumed = 2, 1
         while resumed < options.resumes:
             early = draw.uniform(0.0, start_up) if draw.random() < 0.25 else None
-            step = chain.run(early, draw.uniform(0.0, 4.0))
+            step = chain.run(early, draw.uniform(0.0, late))
             kills, resumed = kills + 1, resumed + (step >= 0)
             what = f"resumed at {step}, reached {max(chain.losses)}" if step >= 0 else "starting"
             print(

@@ -53,7 +53,8 @@ def row(size: str, topology: str, found: dict[str, Any]) -> str:
     sent = sum(kind["sent"] for kind in work["collectives"].values())
     cells += [f"{work['flops'] / 1e12:.1f}", f"{work['traffic'] / 1e9:.0f}", f"{sent / 1e6:.0f}"]
     cells += [f"{times[name] * 1e3:.1f}" for name in ("compute", "memory", "links")]
-    cells += [times["wall"], f"{times['efficiency']:.1%}"]
+    by_compute = times["compute"] / (times["compute"] + times["links"])
+    cells += [times["wall"], f"{times['efficiency']:.1%}", f"{by_compute:.1%}"]
     cells += [f"{times['volumes_per_second'] / found['hosts']:.0f}", f"{times['days']:.2f}"]
     return "| " + " | ".join(cells) + " |"
 
@@ -78,9 +79,10 @@ def main() -> None:
                 rows.append(row(size, topology, json.loads(path.read_text())))
     print(
         "| | slice | chips | fsdp | state, GiB | peak, GiB | TFLOP | traffic, GB | sent, MB | "
-        "compute, ms | memory, ms | links, ms | wall | efficiency | volumes/s a host | days |"
+        "compute, ms | memory, ms | links, ms | wall | efficiency | by compute | "
+        "volumes/s a host | days |"
     )
-    print("|" + " --- |" * 16)
+    print("|" + " --- |" * 17)
     print(*rows, sep="\n")
 
 

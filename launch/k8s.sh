@@ -14,8 +14,8 @@ K8S_JOB=${K8S_JOB:-voco}
 K8S_IMAGE=${K8S_IMAGE:-example.com/voco:1}
 K8S_CLAIM=${K8S_CLAIM:-voco}                 # mounted at /data
 K8S_ACCELERATOR=${K8S_ACCELERATOR:-gpu}      # gpu or tpu
-K8S_NODES=${K8S_NODES:-2}                    # machines; of a TPU slice: its hosts
-K8S_PER_NODE=${K8S_PER_NODE:-8}              # GPUs or TPU chips of each
+K8S_NODES=${K8S_NODES:-}                     # machines (default 2); of a TPU slice: its hosts (4)
+K8S_PER_NODE=${K8S_PER_NODE:-}               # GPUs (8) or TPU chips (4) of each
 K8S_TPU_TYPE=${K8S_TPU_TYPE:-tpu-v6e-slice}  # the node pool's gke-tpu-accelerator
 K8S_TPU_TOPOLOGY=${K8S_TPU_TOPOLOGY:-4x4}    # and its gke-tpu-topology
 K8S_MAX_CRASHES=${K8S_MAX_CRASHES:-3}        # restarts; those after a preemption do not count
@@ -23,6 +23,8 @@ PRINT=${PRINT:-}
 
 case $K8S_ACCELERATOR in
   gpu)
+    : "${K8S_NODES:=2}" "${K8S_PER_NODE:=8}"
+    platforms=cuda,cpu
     resource=nvidia.com/gpu
     annotations="{}"
     selector="{}"
@@ -30,6 +32,8 @@ case $K8S_ACCELERATOR in
     xla_flags=--xla_gpu_enable_latency_hiding_scheduler=true
     ;;
   tpu)
+    : "${K8S_NODES:=4}" "${K8S_PER_NODE:=4}"
+    platforms=tpu,cpu
     if ((K8S_NODES * K8S_PER_NODE != ${K8S_TPU_TOPOLOGY//x/*})); then
       echo "k8s.sh: found $K8S_NODES nodes of $K8S_PER_NODE chips for K8S_TPU_TOPOLOGY" \
         "$K8S_TPU_TOPOLOGY, expected as many chips" >&2
@@ -116,6 +120,8 @@ spec:
                         "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
                     - {name: JAX_COMPILATION_CACHE_DIR, value: /data/xla_cache}
                     - {name: XLA_FLAGS, value: "$xla_flags"}
+                    # Named, a missing driver is an error; else JAX would train on the CPU.
+                    - {name: JAX_PLATFORMS, value: "$platforms"}
                   resources:
                     limits: {$resource: $K8S_PER_NODE}
                   volumeMounts:

@@ -24,6 +24,8 @@ VENV=${VENV:-}                # empty: the environment in which sbatch was calle
 MAX_CRASHES=${MAX_CRASHES:-3} # restarts in one allocation
 RETRY_SECONDS=${RETRY_SECONDS:-10}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/voco_jax/xla}
+# Named, a missing driver is an error; else JAX would train on the CPU.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 export XLA_FLAGS=${XLA_FLAGS:---xla_gpu_enable_latency_hiding_scheduler=true}
 
 if [ -n "$VENV" ]; then

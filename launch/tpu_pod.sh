@@ -54,7 +54,9 @@ state() { # of the queued resource; NONE: there is none
 }
 
 on_workers() {
-  gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${place[@]}" --quiet --worker=all --command="$1"
+  # Workers say nothing for days: without signs of life a machine that is gone shows after hours.
+  gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${place[@]}" --quiet --worker=all --command="$1" \
+    --ssh-flag=-oServerAliveInterval=60 --ssh-flag=-oServerAliveCountMax=5
 }
 
 install() { # the working tree as it is now, and its packages

@@ -22,6 +22,8 @@ case $1 in
   run)
     shift
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$NFS_MOUNT/xla_cache}
+    # Named, a TPU that cannot be opened is an error; else JAX would train on the CPU.
+    export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu}
     # A lost connection can leave a process behind that holds the TPU: SIGTERM has it save and end.
     fuser -k -TERM ~/voco.lock >/dev/null 2>&1 || true
     flock --timeout 120 ~/voco.lock true || fuser -k -KILL ~/voco.lock >/dev/null 2>&1 || true

@@ -1,11 +1,7 @@
-"""The commands as a user runs them: real CT in, kill -9, resume, PyTorch weights out."""
+"""The commands as a user runs them: real CT in, PyTorch weights out; kill -9 and resume."""
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import monai_reference as reference
@@ -18,7 +14,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
-    "total_steps": 40,
+    "total_steps": 4,
     "log_every_steps": 1,
     "data.phantoms": 0,
     "data.prepare": False,
@@ -31,7 +27,7 @@ SETTINGS = {
     "model.depths": "(1, 1, 1, 1)",
     "model.projector_size": 32,
     "validation.every_steps": 0,
-    "checkpoint.every_steps": 7,
+    "checkpoint.every_steps": 2,
 }
 
 
@@ -52,14 +48,6 @@ def _train(workdir, cache):
     return _command("main.py", "--config=configs/demo.py", *flags)
 
 
-def _lines(workdir):
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return {line["step"]: line["loss"] for line in map(json.loads, whole) if "loss" in line}
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     listed = shared_file("ct", "pretrain.json")
@@ -76,27 +64,15 @@ def cache(tmp_path_factory):
 def whole(cache, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     _run(_train(workdir, cache))
-    assert sorted(_lines(workdir)) == list(range(1, 41))
     return workdir
 
 
-def test_kill_and_resume_is_bit_for_bit(cache, whole, tmp_path):
-    step = int(np.random.default_rng(20261123).integers(9, 38))
-    command = _train(tmp_path, cache)
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        deadline = time.monotonic() + 300
-        while max(_lines(tmp_path), default=0) < step:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    before = _lines(tmp_path)
-    out = _run(command)
-    resumed = int(out.split("resuming at step ")[1].split()[0])
-    assert 0 < resumed <= max(before)
-    assert _lines(tmp_path) == _lines(whole)
+def test_random_kills_lose_nothing():
+    """The short form of what docs/reliability.md records; the first kill comes in the start-up."""
+    out = _run([sys.executable, "benchmarks/random_kills.py", "--resumes", "2", "--seed", "1"])
+    assert "2 resumes that trained on" in out
+    assert ", 0 losses differ" in out
+    assert "0 problems" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -124,7 +100,7 @@ def test_exported_weights_are_monais(whole, tmp_path, suffix):
     assert all(name.startswith(("decoder", "out.")) for name in missing)
 
     params, info = read_network(whole, "teacher")
-    assert info["step"] == 40
+    assert info["step"] == 4
     params.pop("proj_head")
     crops = np.random.default_rng(0).random((2, 64, 64, 64, 1), dtype=np.float32)
     network = SwinUNETREncoder(

@@ -312,7 +312,7 @@ def test_two_processes_train_stop_and_one_goes_on(stubs):
     """Under the stub srun JAX finds its cluster itself.
 
     One process with two devices, the state split over them, does the rest. Every loss is that of a
-    run on two devices that nothing happened to.
+    run that nothing happened to: of two processes, started by local.sh.
     """
     stubs.add("python", f'exec {shlex.quote(sys.executable)} "$@"')
     with socket.socket() as server:  # JAX's port under SLURM: 61440 + job id modulo 4096
@@ -340,12 +340,15 @@ def test_two_processes_train_stop_and_one_goes_on(stubs):
     assert "2 x cpu" in output
     reached = max(processes.losses(workdir))
 
-    again = {**TINY, "mesh.fsdp": 2}
-    for folder in (workdir, whole):
-        (one,) = processes.start(folder, devices=2, settings=again)
-        (output,) = processes.finish([one])
-        assert one.returncode == 0, output
-        assert (f"resuming at step {reached}" in output) == (folder == workdir)
+    (one,) = processes.start(workdir, devices=2, settings={**TINY, "mesh.fsdp": 2})
+    (output,) = processes.finish([one])
+    assert one.returncode == 0, output
+    assert f"resuming at step {reached}" in output
+
+    process = stubs.start("local.sh", *flags, f"--workdir={whole}", PROCESSES=2, **settings)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "2 x cpu" in output
     found, expected = processes.losses(workdir), processes.losses(whole)
     assert sorted(found) == sorted(expected) == list(range(1, TINY["total_steps"] + 1))
     for step, loss in expected.items():
@@ -533,12 +536,12 @@ def test_k8s_on_gpus(stubs):
     ]
     environment = {e["name"]: e.get("value") for e in container["env"]}
     assert environment["JAX_COMPILATION_CACHE_DIR"]
+    assert environment["JAX_PLATFORMS"] == "cuda,cpu"
     assert environment["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=true"
 
 
 def test_k8s_on_tpus(stubs):
-    slice_ = {"K8S_NODES": 4, "K8S_PER_NODE": 4, "K8S_TPU_TOPOLOGY": "4x4"}
-    jobset = _jobset(stubs, K8S_ACCELERATOR="tpu", **slice_)
+    jobset = _jobset(stubs, K8S_ACCELERATOR="tpu")
     _check(jobset)
     job, container = _container(jobset)
     assert job["parallelism"] == 4
@@ -547,6 +550,7 @@ def test_k8s_on_tpus(stubs):
         "cloud.google.com/gke-tpu-topology": "4x4",
     }
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert {"name": "JAX_PLATFORMS", "value": "tpu,cpu"} in container["env"]
     assert [_seen(argument) for argument in container["args"]] == FLAGS
 
 

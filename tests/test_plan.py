@@ -269,6 +269,7 @@ def test_largest_batch_is_found_in_few_tries(most, start):
         (["--config.model.fsdp=2"], "model.fsdp: no such field"),
         (["--config.model.remat=7"], "model.remat"),
         (["--config", "no.py"], "no.py: no such config file"),
+        (["--json", "none/plan.json"], "--json: none/plan.json: no such folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):

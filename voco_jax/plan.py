@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from voco_jax.config import Config
@@ -181,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options, rest = _parser().parse_known_args(arguments)
     try:
+        if options.json and not Path(options.json).absolute().parent.is_dir():
+            raise InputError(f"--json: {options.json}: no such folder; make it first")
         overrides = parse_overrides(rest)
         found = _run(options, overrides)
     except InputError as error:

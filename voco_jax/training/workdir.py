@@ -27,7 +27,7 @@ def local_path(field: str, path: str | PathLike[str]) -> Path:
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
         raise InputError(
             f"{field}: found {str(path)!r}, expected a folder of a file system that all machines "
-            "see (NFS, Lustre; a bucket mounted with gcsfuse); only caches may be in gs:// or s3://"
+            "see, as NFS or Lustre; only caches may be in gs:// or s3://"
         )
     return Path(path)
 
