@@ -97,6 +97,25 @@ def sigterm(faults: Faults) -> str:
     )
 
 
+def early(faults: Faults) -> str:
+    """SIGTERM to one of two before the first step."""
+    workdir = faults.folder / "early"
+    started = faults.start(workdir)
+    while not (workdir / "logs" / "process_1.log").exists():
+        assert all(p.poll() is None for p in started), processes.finish(started)
+        time.sleep(0.02)
+    started[1].send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    outputs = processes.finish(started)
+    seconds, status = time.monotonic() - begin, [p.returncode for p in started]
+    message = words(outputs[1], "preempted") + " | " + words(outputs[0], "error:", "Terminating")
+    again = faults.run(workdir, **TWO)
+    return (
+        f"{message}; both ended after {seconds:.0f} s, exit {status}. Same command: "
+        f"{words(again[0], 'starting', 'resuming')}; {faults.same_losses(workdir)}"
+    )
+
+
 def sigkill(faults: Faults) -> str:
     """SIGKILL of one of two, either one."""
     return _lose_one(faults, signal.SIGKILL, "killed")
@@ -222,6 +241,19 @@ def _truncate(folder: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def _cut_accuracy(folder: Path) -> None:
+    path = folder.with_name("8") / "metrics" / "metrics"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"position_acc')
+
+
+def lost(faults: Faults) -> str:
+    """All checkpoints gone from a finished run's workdir."""
+    workdir = faults.copy("lost")
+    shutil.rmtree(workdir / "checkpoints")
+    return words(faults.run(workdir, **TWO)[0], "error:", "starting", "exit")
+
+
 def full_disk(faults: Faults) -> str:
     """A file system that holds one checkpoint, but not two."""
     with _small_disk(faults, "50m") as place:
@@ -295,6 +327,7 @@ def changed(faults: Faults) -> str:
 
 FAULTS: dict[str, Callable[[Faults], str]] = {
     "sigterm": sigterm,
+    "early": early,
     "sigkill": sigkill,
     "frozen": frozen,
     "saving": saving,
@@ -303,6 +336,8 @@ FAULTS: dict[str, Callable[[Faults], str]] = {
     "truncated": damaged("truncated", _truncate),
     "metadata": damaged("metadata", lambda folder: (folder / "student" / "_METADATA").unlink()),
     "digests": damaged("digests", lambda folder: (folder / "digests.json").unlink()),
+    "accuracy": damaged("accuracy", _cut_accuracy),
+    "lost": lost,
     "full_disk": full_disk,
     "filled": filled,
     "unwritable": unwritable,
