@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "total_steps": 4,
+    "optimizer.warmup_steps": 1,
     "log_every_steps": 1,
     "data.phantoms": 0,
     "data.prepare": False,

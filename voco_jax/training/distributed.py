@@ -35,7 +35,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     with `watch_preemption`. If not all have come after `JOIN_TIMEOUT`, this process ends.
 
     Args:
-        coordinator: HOST:PORT of process 0; None: found by JAX on TPU pods, SLURM, Open MPI and
+        coordinator: HOST:PORT of process 0; None: found by JAX on TPU pods, SLURM, Open MPI 4 and
             (with the `kubernetes` package) Kubernetes, else one process.
         processes: how many; None as above.
         process_id: of this process; None as above.
@@ -188,8 +188,8 @@ def should_stop(step: int) -> bool:
     To be called on every process at every step.
 
     Args:
-        step: counted from 1 since this run of the processes started: a signal that comes before
-            the first call is answered at step 1.
+        step: counted from 1 since this run of the processes started: a signal that comes between
+            `watch_preemption` and the first call is answered at step 1.
     """
     return bool(multihost_utils.reached_preemption_sync_point(step))
 
