@@ -323,8 +323,12 @@ def test_two_processes_train_stop_and_one_goes_on(stubs):
             except OSError:
                 continue
     settings = _slurm(stubs, job=job)
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        settings[name] = os.environ[name]
+    compiling = (
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+        "XLA_FLAGS",
+    )
+    settings |= {name: os.environ[name] for name in compiling if name in os.environ}
     settings |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": 1}
     workdir, whole = stubs.folder / "run", stubs.folder / "whole"
     flags = ["--config=configs/demo.py", f"--workdir={workdir}"]
