@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import FEW_STEPS
 from tiny import tiny_config
 
 from voco_jax import plan
@@ -348,7 +350,10 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
     command = [sys.executable, "-m", "voco_jax.plan", "--config", "configs/demo.py"]
     command += ["--topology", "cpu:4", "--json", str(tmp_path / "plan.json")]
     command += [f"--config.{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "XLA_FLAGS": FEW_STEPS}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "4 x cpu, 1 hosts" in done.stdout
     assert "time                unknown" in done.stdout

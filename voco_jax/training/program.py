@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -133,12 +134,15 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """For `jax.jit`; None: XLA's own.
 
     On a CPU, XLA would merge recomputed activations with the first ones, so that remat would save
-    nothing; and a small step would compile for twice as long (docs/benchmarks.md).
+    nothing; and a small step would compile for twice as long (docs/benchmarks.md). What XLA_FLAGS
+    names is left to it.
     """
     if _platform(mesh) != "cpu":
         return None
     options: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
     sooner = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+    named = os.environ.get("XLA_FLAGS", "")
+    sooner = {name: value for name, value in sooner.items() if f"--{name}=" not in named}
     try:
         jax.jit(lambda: 0, compiler_options=sooner)()
     except jax.errors.JaxRuntimeError:  # an XLA that has these options no more
