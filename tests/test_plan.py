@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import FEW_STEPS
+from jax.sharding import AbstractMesh, PartitionSpec
 from tiny import tiny_config
 
 from voco_jax import plan
@@ -198,6 +199,18 @@ def test_flops_of_convolutions_and_recomputation():
     assert flops(loss) == forward
     assert flops(jax.grad(loss)) >= 2 * forward  # of the kernel only; sums over padding count
     assert flops(jax.grad(jax.checkpoint(loss))) == flops(jax.grad(loss)) + forward
+
+
+def test_flops_of_what_each_device_does_by_itself():
+    def product(x, y):
+        return x @ y
+
+    mesh = AbstractMesh((2, 2), ("data", "fsdp"))
+    rows = PartitionSpec(("data", "fsdp"))
+    split = jax.shard_map(product, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows)
+    x, y = jax.ShapeDtypeStruct((8, 3), jnp.float32), jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    whole, parts = (count_flops(jax.jit(f).trace(x, y).jaxpr.jaxpr) for f in (product, split))
+    assert whole == parts == 2 * 8 * 3 * 5
 
 
 def test_roofline_by_hand():

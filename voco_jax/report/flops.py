@@ -40,6 +40,8 @@ def _count(equation: core.JaxprEqn) -> int:
         # One round is a block's; what a kernel loops over inside itself counts as any loop.
         return count_flops(parameters["jaxpr"]) * math.prod(parameters["grid_mapping"].grid)
     inner = sum(count_flops(jaxpr) for jaxpr in map(_jaxpr, parameters.values()) if jaxpr)
+    if name == "shard_map":  # the body is one device's; `mesh.on_each_device` uses all
+        return inner * parameters["mesh"].size
     return inner * (parameters["length"] if name == "scan" else 1)
 
 
