@@ -99,8 +99,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(folder) / "xla"))
         chain, whole = Chain(Path(folder) / "killed"), Path(folder) / "whole"
-        chain.run(None, 10.0)  # fills the compilation cache
-        late = max(4.0, 8 * 10.0 / max(chain.losses))
+        chain.run(None, 5.0)  # fills the compilation cache
+        late = max(4.0, 8 * 5.0 / max(chain.losses))
         started = time.monotonic()
         chain.run(None, 0.0)
         start_up = time.monotonic() - started

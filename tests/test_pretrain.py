@@ -59,9 +59,15 @@ def test_a_finished_run_trains_nothing_more(finished, capsys):
     assert _losses(finished) == before
 
 
-def test_resume_is_bit_for_bit(finished, tmp_path, capsys):
+def test_stopped_and_killed_it_goes_on_bit_for_bit(finished, tmp_path, capsys):
     class KilledError(Exception):
         pass
+
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "should_stop", lambda step: step == 1)
+        with pytest.raises(pretrain.PreemptedError, match=r"saved step 1: the same command res"):
+            pretrain.run(tiny_config(), workdir)
 
     def die(self, step, values):
         original(self, step, values)
@@ -69,14 +75,13 @@ def test_resume_is_bit_for_bit(finished, tmp_path, capsys):
             raise KilledError
 
     original = MetricsWriter.write
-    workdir = tmp_path / "killed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsWriter, "write", die)
         with pytest.raises(KilledError):
             pretrain.run(tiny_config(), workdir)
+    assert "resuming at step 1 of 4" in capsys.readouterr().out
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "los')  # and a line cut off
-    capsys.readouterr()
     pretrain.run(tiny_config(), workdir)
     assert "resuming at step 2 of 4" in capsys.readouterr().out
     assert _losses(workdir) == _losses(finished)
@@ -335,15 +340,6 @@ def test_a_window_of_steps_is_traced_even_when_resumed_inside_it(finished, tmp_p
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     pretrain.run(config, tmp_path / "run")  # steps 3 and 4
     assert calls == ["start", "stop"]
-
-
-def test_sigterm_saves_and_says_so(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "should_stop", lambda step: step == 3)
-    with pytest.raises(pretrain.PreemptedError, match=r"saved step 3: the same command resumes"):
-        pretrain.run(tiny_config(), tmp_path / "run")
-    monkeypatch.undo()
-    pretrain.run(tiny_config(), tmp_path / "run")
-    assert _losses(tmp_path / "run") == _losses(finished)
 
 
 def test_step_times_have_their_own_clock():
