@@ -23,7 +23,7 @@ from voco_jax.training import pretrain
 from voco_jax.training.checkpoint import Checkpoints, read_network, set_damaged_aside
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.metrics import MetricsWriter, Progress, StepTimes, duration, still
-from voco_jax.training.program import make_program
+from voco_jax.training.program import compiler_options, make_program
 from voco_jax.training.sources import read_volumes
 from voco_jax.training.workdir import claim_workdir
 
@@ -340,6 +340,14 @@ def test_a_window_of_steps_is_traced_even_when_resumed_inside_it(finished, tmp_p
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     pretrain.run(config, tmp_path / "run")  # steps 3 and 4
     assert calls == ["start", "stop"]
+
+
+def test_a_users_xla_flags_win(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    ours = compiler_options(make_mesh())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    rest = {name: x for name, x in ours.items() if name != "xla_backend_optimization_level"}
+    assert compiler_options(make_mesh()) == rest
 
 
 def test_step_times_have_their_own_clock():
