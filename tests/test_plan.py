@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from tiny import tiny_config
 
 from voco_jax import plan
 from voco_jax.config import parse
-from voco_jax.report import gpu_targets, hlo
+from voco_jax.report import estimate, gpu_targets, hlo
 from voco_jax.report.chips import Chip, chip
 from voco_jax.report.flops import count_flops
 from voco_jax.report.roofline import link_bandwidth, roofline
@@ -244,6 +245,60 @@ def test_links_of_a_torus(kind, group, links):
     assert link_bandwidth(one, None, CHIP) == CHIP.link
 
 
+@pytest.mark.parametrize(
+    ("wraps", "lengths", "links"),
+    [
+        (4, (4, 4, 4), 6),
+        (4, (2, 4, 4), 3),  # v4, v5p: less than a cube is no torus
+        (4, (4, 4, 1), 2),
+        (16, (8, 16, 1), 3),  # v5e, v6e: the pod's full axis is a ring by itself
+        (16, (8, 8, 1), 2),
+    ],
+)
+def test_rings_of_a_slice(wraps, lengths, links):
+    places = list(itertools.product(*map(range, lengths)))
+    one = hlo.Collective("all-reduce", 1, 1, tuple(range(len(places))))
+    found = link_bandwidth(one, places, Chip("test", 1, 1, 1, 1.0, wraps))
+    assert found == links
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (15.50G) exceeds available HBM (15.75G). HLO",
+            31 * 2**29,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.",
+            35 * 2**29,
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes", 0),
+        (
+            "RESOURCE_EXHAUSTED: Allocation (size=268435456) would exceed memory (size=134217728) "
+            ":: #allocation3 [shape = 'u8[268435456]{0}', space=vmem, size = 0x10000000, scoped",
+            None,
+        ),
+        ("INVALID_ARGUMENT: Mosaic failed to compile", None),
+    ],
+)
+def test_what_does_not_fit_is_told_from_other_errors(message, needed):
+    """As libtpu 0.0.52 and earlier ones say it; a kernel's own memory is another thing."""
+    assert estimate.bytes_needed(message) == needed
+
+
+def test_of_a_gpu_jax_takes_a_part(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    h200, v5e = chip("NVIDIA H200"), chip("TPU v5 lite")
+    assert estimate._fits(True, 105 * 10**9, h200)
+    assert not estimate._fits(True, 107 * 10**9, h200)
+    assert estimate._fits(True, v5e.memory, v5e)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
+    assert estimate._fits(True, 130 * 10**9, h200)
+
+
 def test_chips_are_told_apart():
     names = ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "NVIDIA H200", "cpu"]
     found = [chip(name) for name in names]
@@ -285,6 +340,9 @@ def test_largest_batch_is_found_in_few_tries(most, start):
         (["--config.model.remat=7"], "model.remat"),
         (["--config", "no.py"], "no.py: no such config file"),
         (["--json", "none/plan.json"], "--json: none/plan.json: no such folder"),
+        (["--json", str(ROOT)], f"--json: {ROOT}: found a folder, expected a file"),
+        (["--topology", "v5e:0x4"], "--topology: found 'v5e:0x4', expected a TPU slice as v5e"),
+        (["--topology", "v5e:32x32"], "found 'v5e:32x32', 1024 chips, expected at most the 256"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
@@ -375,7 +433,7 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
     assert found["overrides"]["model.depths"] == [1, 1, 1, 1]
     memory, work = found["memory"], found["work"]
     assert memory["peak"] > memory["state"] > found["parameters"] * 4  # five copies, some halved
-    assert memory["fits"] is memory["device"] is found["times"] is None
+    assert memory["fits"] is memory["device"] is memory["room"] is found["times"] is None
     assert work["flops"] >= work["flops_needed"] > 1e9
     assert work["unknown_loops"] == 0
     # Every gradient is summed over the devices, and the sharded parameters are gathered.

@@ -6,7 +6,8 @@ ahead of time), and so do 1 to 8 GPUs of a host without a GPU (JAX's CUDA plugin
 CUDA); cpu:N and, where there is one, gpu:N compile for this machine.
 
 Times are bounds by the chip's published peaks: a real step takes longer. Collectives are taken as
-not hidden behind compute, so the efficiency of scaling errs on the low side.
+not hidden behind compute, so the efficiency of scaling errs on the low side, unless groups of
+devices share links. Of a GPU's memory JAX takes three quarters, or XLA_CLIENT_MEM_FRACTION.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # jax reads its environment when it is imported: see `_device
 
     from voco_jax.report.estimate import Estimate
 
+_PODS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}  # chips
 _LIMIT = 512  # volumes per device that --find-batch tries at most
 
 
@@ -73,10 +76,15 @@ def _devices(topology: str) -> list["jax.Device"]:
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", int(shape))
         return list(jax.devices())
-    if not re.fullmatch(r"v\d+[a-z]*:\d+(x\d+){1,2}", topology):
+    if not re.fullmatch(r"v\d+[a-z]*:[1-9]\d*(x[1-9]\d*){1,2}", topology):
         raise InputError(
             f"--topology: found {topology!r}, expected a TPU slice as v5e:16x16 or v5p:4x4x4, "
             f"GPUs as h200:8 ({', '.join(gpu_targets.NAMES)}), cpu:N or gpu:N"
+        )
+    chips, pod = math.prod(map(int, shape.split("x"))), _PODS.get(kind, max(_PODS.values()))
+    if chips > pod:
+        raise InputError(
+            f"--topology: found {topology!r}, {chips} chips, expected at most the {pod} of a pod"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
@@ -93,9 +101,11 @@ def _devices(topology: str) -> list["jax.Device"]:
     from jax.experimental import topologies
 
     # JAX on a Cloud TPU sees a v4 chip's two cores as one device; libtpu by itself as two.
-    cores = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if topology in ("v5e:2x4", "v6e:2x4"):  # one machine with eight chips; larger ones have four
+        options["chips_per_host_bounds"] = (2, 4, 1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"--topology: {topology}: {str(error).splitlines()[0]}") from error
     return list(found.devices)
@@ -184,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.json and not Path(options.json).absolute().parent.is_dir():
             raise InputError(f"--json: {options.json}: no such folder; make it first")
+        if options.json and Path(options.json).is_dir():
+            raise InputError(f"--json: {options.json}: found a folder, expected a file")
         overrides = parse_overrides(rest)
         found = _run(options, overrides)
     except InputError as error:

@@ -24,8 +24,9 @@ class Chip:
         memory: bytes.
         bandwidth: of the memory, bytes/s.
         link: bytes/s in one direction; of a GPU all its NVLinks together.
-        wraps: a TPU's torus closes along an axis whose length is a multiple of this (of v5e and
-            v6e: only the pod's full 16); 0: every device reaches every other through a switch.
+        wraps: a TPU's torus closes along an axis whose length is a multiple of this: of v5e and
+            v6e the pod's full 16; of v4 and v5p 4, if all three are (slices of whole cubes). 0:
+            every device reaches every other through a switch.
     """
 
     name: str
@@ -34,6 +35,11 @@ class Chip:
     bandwidth: float
     link: float
     wraps: int
+
+    @property
+    def is_gpu(self) -> bool:
+        """Else a TPU."""
+        return self.wraps == 0
 
 
 # By the start of JAX's `device_kind`.

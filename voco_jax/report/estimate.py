@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ class Memory:
     """Of each device, bytes."""
 
     device: int | None  # all there is; None: not known
+    room: int | None  # what of it JAX takes
     state: int  # student, teacher, optimizer: this device's part
     batch: int  # crops and labels
     temporary: int | None  # activations, gradients, gathered parameters; None: not compiled
@@ -146,6 +148,7 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
         compile_seconds=seconds,
         memory=Memory(
             device=known.memory if known else None,
+            room=_room(known) if known else None,
             state=_local_bytes(program.state),
             batch=_local_bytes(program.batch),
             temporary=temporary,
@@ -175,17 +178,42 @@ def _compile(traced: Any) -> tuple[Any, int | None]:
     try:
         return traced.lower().compile(), None
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        needed = bytes_needed(str(error))
+        if needed is None:
             raise
-        found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-        unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        return None, int(float(found[1]) * unit[found[2]]) if found else None
+        return None, needed or None
+
+
+def bytes_needed(error: str) -> int | None:
+    """Bytes that a program needs which is too large for its device; 0: it is, but none are told.
+
+    Args:
+        error: XLA's; it may also be about a kernel's memory on the chip: None, as for all others.
+    """
+    if not re.search("CompileTimeHbmOom|memory space hbm|Out of memory", error):
+        return None
+    number = r"([\d.]+)([KMGT])"
+    told = rf"Used {number} of|total memory required for [\w ]*\({number}\)"
+    found = re.search(told, error)
+    if not found:
+        return 0
+    count, unit = (part for part in found.groups() if part)
+    return int(float(count) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
+
+
+def _room(known: Chip) -> int:
+    """Bytes that JAX takes of a device's memory: of a GPU's three quarters, unless told."""
+    if not known.is_gpu:
+        return known.memory
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    told = [os.environ[name] for name in names if os.environ.get(name)]
+    return int(known.memory * float(told[0] if told else 0.75))
 
 
 def _fits(compiled: bool, used: int | None, known: Chip | None) -> bool | None:
     if not compiled:
         return False
-    return None if known is None or used is None else used <= known.memory
+    return None if known is None or used is None else used <= _room(known)
 
 
 def _local_bytes(tree: Any) -> int:
@@ -242,7 +270,7 @@ def table(found: Estimate) -> str:
         ("  state", f"{_gib(memory.state)}: student, teacher, optimizer"),
         ("  batch", f"{_gib(memory.batch)}"),
         ("  temporary", f"{_gib(memory.temporary)}: activations, gradients, gathered parameters"),
-        ("  peak", f"{_gib(memory.peak)} of {_gib(memory.device)}: {_verdict(memory.fits)}"),
+        ("  peak", f"{_gib(memory.peak)} of {_device(memory)}: {_verdict(memory.fits)}"),
     ]
     if work is not None:
         rows += [
@@ -283,6 +311,12 @@ def _input(times: Times, hosts: int) -> str:
 
 def _gib(size: float | None) -> str:
     return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def _device(memory: Memory) -> str:
+    if memory.room == memory.device:
+        return _gib(memory.device)
+    return f"{_gib(memory.room)} (XLA_CLIENT_MEM_FRACTION of {_gib(memory.device)})"
 
 
 def _verdict(fits: bool | None) -> str:

@@ -7,6 +7,7 @@ from voco_jax.report.chips import Chip
 from voco_jax.report.hlo import Collective
 
 Place = tuple[int, ...]  # of a chip in its torus
+_CUBE = 4  # v4 and v5p: a slice of whole cubes of 4x4x4 is a torus, a smaller one an open mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,15 @@ def link_bandwidth(one: Collective, places: Sequence[Place] | None, chip: Chip) 
     is not closed to a ring or the group has not all of it: half of the ring's devices would be sent
     to through the other half. A permutation between neighbours uses one link.
     """
-    if places is None or chip.wraps == 0:
+    if places is None or chip.is_gpu:
         return chip.link
     if one.kind == "collective-permute":
         return chip.link
+    lengths = [1 + max(along) for along in zip(*places, strict=True)]
+    cubes = all(length % _CUBE == 0 for length in lengths)
     links = 0
-    for axis in range(len(places[0])):
-        length = 1 + max(place[axis] for place in places)
+    for axis, length in enumerate(lengths):
         used = len({places[device][axis] for device in one.group})
-        closed = used == length and length % chip.wraps == 0
+        closed = used == length and length % chip.wraps == 0 and (cubes or chip.wraps != _CUBE)
         links += (2 if closed else 1) if used > 1 else 0
     return max(links, 1) * chip.link
