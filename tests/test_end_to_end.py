@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import monai_reference as reference
 import numpy as np
 import pytest
@@ -104,23 +105,24 @@ def test_exported_weights_are_monais(whole, tmp_path, suffix):
     params, info = read_network(whole, "teacher")
     assert info["step"] == 4
     params.pop("proj_head")
-    crops = np.random.default_rng(0).random((2, 64, 64, 64, 1), dtype=np.float32)
+    params = jax.tree.map(np.float64, params)
+    crops = np.random.default_rng(0).random((2, 64, 64, 64, 1))
     network = SwinUNETREncoder(
         feature_size=12,
         window_size=4,
         depths=(1, 1, 1, 1),
         patch_merging="merging",
         convolution="planes",
+        dtype=np.float64,
     )
-    import jax
-
-    ours = jax.jit(lambda p, x: network.apply({"params": p}, x, False))(params, crops)
+    with jax.enable_x64(True):
+        ours = jax.jit(lambda p, x: network.apply({"params": p}, x, False))(params, crops)
     with torch.no_grad():
-        states, features = reference.encode(model, reference.to_torch(crops))
+        states, features = reference.encode(model.double(), reference.to_torch(crops))
     for found, expected in zip(
         [*ours.hidden_states, *ours.features], [*states, *features], strict=True
     ):
-        np.testing.assert_allclose(np.moveaxis(found, -1, 1), expected.numpy(), atol=1e-4)
+        np.testing.assert_allclose(np.moveaxis(found, -1, 1), expected.numpy(), atol=1e-9)
 
     described = _run(_command("voco_jax.interop.inspect", str(output)))
     assert "feature size" in described.lower()

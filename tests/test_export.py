@@ -75,7 +75,11 @@ def parameters(window_size=4, use_v2=True, depths=(2, 2, 2, 2)):
     ],
 )
 def test_monai_loads_it_and_agrees(tmp_path, monkeypatch, suffix, options):
-    """The card's own snippet, run as it stands; then MONAI's features are ours."""
+    """The card's own snippet, run as it stands; then MONAI's features are ours.
+
+    In float64: encoder10 ends in an InstanceNorm over two voxels, which enlarges rounding up to 300
+    times, by the machine (PyTorch's float32 is 2e-4 from its own float64 there).
+    """
     depths = (2, 1, 1, 1)
     params = parameters(options["window_size"], options["use_v2"], depths)
     settings = config(**options, depths=depths)
@@ -87,23 +91,25 @@ def test_monai_loads_it_and_agrees(tmp_path, monkeypatch, suffix, options):
     assert len(seen["missing"]) == 22
     assert seen["unexpected"] == []
 
-    encoder = SwinUNETREncoder(feature_size=12, depths=depths, convolution="planes", **options)
-    x = crops_by_rule(0, 1, CROP[1:4])
+    encoder = SwinUNETREncoder(
+        feature_size=12, depths=depths, convolution="planes", dtype=np.float64, **options
+    )
+    x = crops_by_rule(0, 1, CROP[1:4]).astype(np.float64)
     kept = {key: tree for key, tree in params.items() if key != "proj_head"}
-    apply = jax.jit(lambda params, x: encoder.apply({"params": params}, x, False))
-    fast = {"xla_backend_optimization_level": 0}  # to compile
-    ours = apply.lower(kept, x).compile(compiler_options=fast)(kept, x)
+    kept = jax.tree.map(np.float64, kept)
+    apply = jax.jit(
+        lambda params, x: encoder.apply({"params": params}, x, False),
+        compiler_options={"xla_backend_optimization_level": 0},  # compiles sooner
+    )
+    with jax.enable_x64(True):
+        ours = jax.device_get(apply(kept, x))
     with torch.no_grad():
-        hidden, features = encode(seen["model"].eval(), image_to_torch(x))
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
-    for mine, theirs in zip(ours.hidden_states, hidden, strict=True):
-        close(np.asarray(mine), from_torch(theirs))
-    # encoder10 ends in an InstanceNorm over two voxels, which enlarges rounding up to 300 times
-    # (PyTorch's float32 is 2e-4 from its own float64 there): it is compared pooled, as it is used.
-    for mine, theirs in zip(ours.features[:4], features[:4], strict=True):
-        close(np.asarray(mine), from_torch(theirs))
+        hidden, features = encode(seen["model"].double().eval(), image_to_torch(x))
+    pairs = zip((*ours.hidden_states, *ours.features), (*hidden, *features), strict=True)
+    for mine, theirs in pairs:
+        np.testing.assert_allclose(mine, from_torch(theirs), rtol=0, atol=1e-9)
     pooled = torch.cat([feature.mean((2, 3, 4)) for feature in features], 1)
-    close(np.asarray(ours.pooled), pooled.numpy())
+    np.testing.assert_allclose(ours.pooled, pooled.numpy(), rtol=0, atol=1e-9)
 
 
 def test_snippet_for_legacy_merging(tmp_path, monkeypatch):
