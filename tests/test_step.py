@@ -1,4 +1,4 @@
-"""Whole training steps: exactly PyTorch's in float64, and the golden files' first in float32.
+"""Whole training steps in float64: exactly PyTorch's, and the golden files' first.
 
 The golden crops leave 1x1x2 voxels to the last stage, where InstanceNorm is nearly a sign and
 multiplies rounding by up to 300, twice; Adam's first updates are nearly signs too. So golden
@@ -210,8 +210,8 @@ def test_golden_step(file, patch_merging, embeddings):
     assert config["batch"] == 1
     subs = reference.crops_by_rule(config["seed"], count, size)
     bases = reference.crops_by_rule(config["seed"] + 1, 16, size)
-    crops = np.concatenate([subs, bases])[..., 0]
-    labels = np.asarray(golden["labels"], np.float32)
+    crops = np.concatenate([subs, bases])[..., 0].astype(np.float64)
+    labels = np.asarray(golden["labels"], np.float64)
     network = VoCoNetwork(
         feature_size=config["feature_size"],
         patch_merging=patch_merging,
@@ -219,22 +219,26 @@ def test_golden_step(file, patch_merging, embeddings):
         convolution="planes",
     )
     template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
-    student, teacher = [reference.load(template, v) for v in _weights(_shapes(template))]
+    student, teacher = [
+        jax.tree.map(np.float64, reference.load(template, v)) for v in _weights(_shapes(template))
+    ]
+    network = network.clone(dtype=jnp.float64)
 
     @jax.jit
     def embed(params):
-        pooled = voco_step.encode(network, params, crops)
+        pooled = voco_step.encode(network, params, crops, passes=len(crops) // 2)
         return voco_step.project(network, params, pooled, labels)
 
-    s, old = embed(student), embed(teacher)
-    t = embed(voco_step.ema(teacher, student, 0.9))
-    terms = losses.voco_10k(
-        x_student=s.x,
-        bases_student=s.bases,
-        x_teacher=t.x,
-        bases_teacher=t.bases,
-        labels=labels,
-    )
+    with jax.enable_x64(True):
+        s, old = embed(student), embed(teacher)
+        t = embed(voco_step.ema(teacher, student, 0.9))
+        terms = losses.voco_10k(
+            x_student=s.x,
+            bases_student=s.bases,
+            x_teacher=t.x,
+            bases_teacher=t.bases,
+            labels=labels,
+        )
     for name, rows in (("student", s), ("teacher", old)):
         both = np.concatenate([rows.x[0], rows.bases[0]])
         assert _distance(both, golden[f"embed_{name}"]) < embeddings, name
