@@ -292,11 +292,28 @@ def test_of_a_gpu_jax_takes_a_part(monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     h200, v5e = chip("NVIDIA H200"), chip("TPU v5 lite")
-    assert estimate._fits(True, 105 * 10**9, h200)
-    assert not estimate._fits(True, 107 * 10**9, h200)
-    assert estimate._fits(True, v5e.memory, v5e)
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
-    assert estimate._fits(True, 130 * 10**9, h200)
+    assert estimate._room(h200) == h200.memory * 3 // 4
+    assert estimate._room(v5e) == v5e.memory
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    assert estimate._room(h200) == h200.memory // 2
+    assert estimate._room(v5e) == v5e.memory
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "half")
+    with pytest.raises(plan.InputError, match=r"XLA_CLIENT_MEM_FRACTION: found 'half', expected"):
+        estimate._room(h200)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "used", "room", "fits"),
+    [
+        (True, 7, 7, True),
+        (True, 8, 7, False),
+        (True, 8, None, None),
+        (False, 8, 7, False),
+        (False, None, 7, False),
+    ],
+)
+def test_a_step_fits_in_what_jax_takes(compiled, used, room, fits):
+    assert estimate._fits(compiled, used, room) is fits
 
 
 def test_chips_are_told_apart():

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from voco_jax.config import Config
+from voco_jax.errors import InputError
 from voco_jax.report import hlo
 from voco_jax.report.chips import Chip, chip
 from voco_jax.report.flops import count_flops
@@ -95,13 +96,15 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
     """Compiles the training step for some devices, which need not be here, and reads the program.
 
     Raises:
-        InputError: settings that do not fit each other or the devices.
+        InputError: settings that do not fit each other or the devices; no such part of a GPU's
+            memory.
     """
     mesh = make_mesh(config.mesh.fsdp, devices)
     program = make_program(config, mesh)
     traced = program.step.trace(program.state, program.batch)
     placed = list(np.ravel(mesh.devices))
     known = chip(str(placed[0].device_kind))
+    room = _room(known) if known else None
     start = time.monotonic()
     compiled, used = _compile(traced)
     seconds = time.monotonic() - start
@@ -127,7 +130,7 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
             unknown_loops=text.unknown_loops,
         )
         if known is not None:
-            places = [tuple(device.coords) for device in placed] if known.wraps else None
+            places = [tuple(device.coords) for device in placed] if not known.is_gpu else None
             times = _times(
                 config,
                 roofline(work.flops, work.traffic, collectives, places, known),
@@ -148,12 +151,12 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
         compile_seconds=seconds,
         memory=Memory(
             device=known.memory if known else None,
-            room=_room(known) if known else None,
+            room=room,
             state=_local_bytes(program.state),
             batch=_local_bytes(program.batch),
             temporary=temporary,
             peak=used,
-            fits=_fits(compiled is not None, used, known),
+            fits=_fits(compiled is not None, used, room),
         ),
         work=work,
         times=times,
@@ -206,14 +209,19 @@ def _room(known: Chip) -> int:
     if not known.is_gpu:
         return known.memory
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    told = [os.environ[name] for name in names if os.environ.get(name)]
-    return int(known.memory * float(told[0] if told else 0.75))
+    for name in names:
+        if found := os.environ.get(name):
+            try:
+                return int(known.memory * float(found))
+            except (ValueError, OverflowError) as error:
+                raise InputError(f"{name}: found {found!r}, expected a number as 0.9") from error
+    return int(known.memory * 0.75)
 
 
-def _fits(compiled: bool, used: int | None, known: Chip | None) -> bool | None:
+def _fits(compiled: bool, used: int | None, room: int | None) -> bool | None:
     if not compiled:
         return False
-    return None if known is None or used is None else used <= _room(known)
+    return None if room is None or used is None else used <= room
 
 
 def _local_bytes(tree: Any) -> int:
