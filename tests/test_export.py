@@ -18,9 +18,9 @@ from voco_jax.errors import InputError
 from voco_jax.interop import export as export_module
 from voco_jax.interop.card import card_path, file_sha256, read_card
 from voco_jax.interop.export import Card, export, main
+from voco_jax.interop.files.weights import read
 from voco_jax.interop.load import load_into
 from voco_jax.interop.names import to_torch, torch_shapes
-from voco_jax.interop.weights import read
 from voco_jax.models.swin import PatchMerging
 from voco_jax.models.swin_unetr import SwinUNETREncoder, VoCoNetwork
 

@@ -176,7 +176,7 @@ def test_json(tmp_path, capsys):
 def test_errors(tmp_path, capsys):
     (tmp_path / "w.pt").write_bytes(b"nonsense")
     assert main([str(tmp_path / "w.pt")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'w.pt'}: found neither")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'w.pt'}: found a file that")
 
 
 def test_command_imports_neither_jax_nor_torch(tmp_path):

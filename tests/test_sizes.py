@@ -16,10 +16,10 @@ from monai.networks.nets import SwinUNETR
 from configs import voco_160k
 from voco_jax.config import parse, to_dict
 from voco_jax.interop.export import Card, export
+from voco_jax.interop.files.weights import read
 from voco_jax.interop.inspect import inspect
 from voco_jax.interop.load import load_into
 from voco_jax.interop.names import to_torch, torch_shapes
-from voco_jax.interop.weights import read
 from voco_jax.models.swin_unetr import VoCoNetwork
 
 INDEX = "relative_position_index"

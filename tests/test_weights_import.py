@@ -6,6 +6,8 @@ import itertools
 import json
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,12 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import SwinUNETR
 from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file as save_torch_file
 
 from voco_jax.errors import InputError
-from voco_jax.interop import weights
+from voco_jax.interop.files import weights
+from voco_jax.interop.files.weights import describe, read
 from voco_jax.interop.load import load_into
 from voco_jax.interop.names import to_torch, torch_shapes
-from voco_jax.interop.weights import describe, read
 from voco_jax.models.swin_unetr import VoCoNetwork
 
 DECODER = ("decoder*", "out.*")
@@ -163,17 +167,19 @@ def test_nesting_without_end(tmp_path):
         read(saved(tmp_path, content))
 
 
-@pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool]
+    "dtype",
+    [
+        *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
+        *(torch.int64, torch.uint16, torch.bool),
+    ],
 )
-def test_dtypes_views_and_parameters(tmp_path, legacy, dtype):
+def test_dtypes_views_and_parameters(tmp_path, dtype):
     values = (torch.randn(4, 6) * 3).to(dtype)
     content = {"out.a": values, "out.b": values.T[1:3], "out.c": torch.tensor(1).to(dtype)}
     if dtype.is_floating_point:
         content["out.d"] = torch.nn.Parameter(values[2])
-    path = saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
-    tensors = read(path)
+    tensors = read(saved(tmp_path, content))
     half = dtype in (torch.float16, torch.bfloat16)
     for name, value in content.items():
         expected = (value.float() if half else value).detach().numpy()
@@ -207,14 +213,28 @@ def test_written_files_come_back_bit_for_bit(tmp_path_factory, shapes, suffix):
         assert back[name].tobytes() == array.tobytes()
 
 
-def test_safetensors_half_precision(tmp_path):
-    bf16 = jax.numpy.asarray([1.5, -2.25, 3e38], jax.numpy.bfloat16)
-    content = {"out.a": np.asarray(bf16), "out.b": np.float16([1.5, 65504])}
-    save_file(content, tmp_path / "w.safetensors")
-    tensors = read(tmp_path / "w.safetensors")
-    assert (tensors["out.a"] == np.asarray(bf16, np.float32)).all()
-    assert (tensors["out.b"] == np.float32([1.5, 65504])).all()
-    assert {array.dtype for array in tensors.values()} == {np.dtype(np.float32)}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_safetensors_half_precision_is_read_as_torch_reads_it(tmp_path, dtype):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    save_torch_file({"out.a": bits.view(dtype).reshape(4, -1)}, tmp_path / "w.safetensors")
+    array = read(tmp_path / "w.safetensors")["out.a"]
+    assert array.dtype == np.float32
+    expected = load_torch_file(tmp_path / "w.safetensors")["out.a"].float().numpy()
+    assert array.shape == expected.shape
+    assert np.isnan(array).any()
+    np.testing.assert_array_equal(array, expected)
+    numbers = ~np.isnan(expected)
+    assert (np.signbit(array) == np.signbit(expected))[numbers].all()  # -0.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2")]
+)
+def test_safetensors_of_other_dtypes(tmp_path, dtype, name):
+    path = tmp_path / "w.safetensors"
+    save_torch_file({"out.\x1ba": torch.ones(2).to(dtype)}, path)
+    with pytest.raises(InputError, match=rf"out\.\\x1ba has dtype {name}, expected one of F64"):
+        describe(path)
 
 
 def test_whole_swin_unetr_and_allow_patterns(tmp_path):
@@ -309,7 +329,6 @@ class Bomb:
         return self.call
 
 
-@pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -323,18 +342,17 @@ class Bomb:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_pickles_that_need_more_than_weights(tmp_path, content, found, legacy):
-    path = saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
+def test_pickles_that_need_more_than_weights(tmp_path, content, found):
+    path = saved(tmp_path, content)
     with pytest.raises(InputError, match="weights_only") as caught:
         read(path)
     assert found in str(caught.value)
     assert "torch.save" in str(caught.value)  # the fix
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_expanded_tensor(tmp_path, legacy):
+def test_expanded_tensor(tmp_path):
     bomb = torch.zeros(1).expand(10**6, 10**6)
-    path = saved(tmp_path, {"out.a": bomb}, _use_new_zipfile_serialization=not legacy)
+    path = saved(tmp_path, {"out.a": bomb})
     with pytest.raises(InputError, match=r"claims shape \(1000000, 1000000\).*\.clone\(\)"):
         read(path)
 
@@ -365,11 +383,44 @@ def test_storage_that_claims_more_than_the_file_has(tmp_path):
         read(path)
 
 
-def test_legacy_storage_that_claims_more_than_the_file_has(tmp_path):
-    path = saved(tmp_path, {"out.a": torch.zeros(77)}, _use_new_zipfile_serialization=False)
-    path.write_bytes(path.read_bytes().replace(b"K\x4dN", b"\x8a\x05\x00\x00\x00\x00\x10N"))
-    with pytest.raises(InputError, match=f"claim {4 * 2**36} bytes"):
-        read(path)
+def pickled(folder, content):
+    """A file of torch.save with another pickle."""
+    path = saved(folder, {"out.a": torch.zeros(1)})
+    return rewritten(path, lambda e: {k: content if "data.pkl" in k else v for k, v in e.items()})
+
+
+DEEP = b")" + b"\x85" * 10**5  # a tuple in a tuple in a tuple
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"}" + DEEP + b"K\x01s",
+        b"}(" + DEEP + b"K\x01u",
+        b"cbuiltins\nset\n](" + DEEP + b"e\x85R",
+        b"ccollections\nCounter\n](" + DEEP + b"e\x85R",
+    ],
+    ids=["setitem", "setitems", "set", "counter"],
+)
+def test_keys_whose_hash_would_end_the_process(tmp_path, content):
+    path = pickled(tmp_path, b"\x80\x02" + content + b".")
+    with pytest.raises(InputError, match="neither text nor number"):
+        describe(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "function"),
+    [
+        (b"}(" + b"".join(b"M" + i.to_bytes(2, "little") + b"N" for i in range(1000)) + b"u", name)
+        for name in (b"collections\nOrderedDict", b"collections\nCounter", b"torch\nSize")
+    ]
+    + [(b"X\xe8\x03\x00\x00" + b"a" * 1000, b"_codecs\nencode")],
+)
+def test_pickle_that_copies_one_value_many_times(tmp_path, value, function):
+    copies = b"h\x01h\x00\x85R" * 2000
+    content = b"\x80\x02" + value + b"q\x00c" + function + b"\nq\x01](" + copies + b"e."
+    with pytest.raises(InputError, match=r"copies its values again|collections\.OrderedDict"):
+        describe(pickled(tmp_path, content))
 
 
 def test_zip_bomb(tmp_path):
@@ -391,13 +442,12 @@ def test_other_archives(tmp_path):
         read(script)
 
 
-@pytest.mark.parametrize("legacy", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_damage_anywhere_is_noticed_or_harmless(tmp_path_factory, legacy, data):
+def test_damage_anywhere_is_noticed_or_harmless(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("damage")
     content = {"state_dict": {"out.a": torch.arange(50.0), "out.b": torch.ones(2, 3).half()}}
-    path = saved(folder, content, _use_new_zipfile_serialization=not legacy)
+    path = saved(folder, content)
     whole = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
@@ -411,8 +461,7 @@ def test_damage_anywhere_is_noticed_or_harmless(tmp_path_factory, legacy, data):
     except InputError:
         return
     assert not truncated
-    if not legacy:  # a zip archive has checksums
-        assert (tensors.get("out.a", np.arange(50)) == np.arange(50)).all()
+    assert (tensors.get("out.a", np.arange(50)) == np.arange(50)).all()
 
 
 def test_damaged_name_in_the_archive(tmp_path):
@@ -432,6 +481,35 @@ def test_files_that_are_something_else(tmp_path, content, suffix):
         read(path)
 
 
+def test_file_from_before_pytorch_1_6(tmp_path):
+    """The message names the format, and its command converts the file."""
+    old = {"swinViT.a": torch.arange(3.0)}
+    path = saved(tmp_path, {"net": old}, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"w\.pt: found the format from before PyTorch 1\.6") as e:
+        read(path)
+    code = re.search(r'python -c "(.*)"', str(e.value))[1]
+    code = code.replace("FILE", str(path)).replace("new.pt", str(tmp_path / "new.pt"))
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (read(tmp_path / "new.pt")["swinViT.a"] == np.arange(3)).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "found an empty file"),
+        (b"\x10" + bytes(7) + b'{"a": {}}', r"found a safetensors file.* rename it"),
+        (b"version https://git-lfs\n", r"starts with b'version https://git-lfs\\n', expected"),
+        (pickle.dumps({"out.a": 1}), "expected the zip archive that torch.save writes"),
+    ],
+)
+def test_what_else_is_called_pt(tmp_path, content, message):
+    path = tmp_path / "w.pt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        describe(path)
+    assert "\n" not in str(caught.value)
+
+
 def safetensors(folder, header, data=b"", *, size=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path = folder / "w.safetensors"
@@ -444,33 +522,71 @@ def entry(shape, begin, end, dtype="F32"):
 
 
 @pytest.mark.parametrize(
-    ("header", "data", "message"),
+    "header",
     [
-        ({"a": entry([10**6, 10**6], 0, 4 * 10**12)}, b"1234", "its tensors take 4000000000000"),
-        ({"a": entry([10**6, 10**6], 0, 4)}, b"1234", "takes bytes 0 to 4"),
-        ({"a": entry([-1, -1], 0, 4)}, b"1234", "takes bytes 0 to 4"),
-        ({"a": entry([1.0], 0, 4)}, b"1234", "takes bytes 0 to 4"),
-        ({"a": entry([2**70], 0, 4)}, b"1234", "takes bytes 0 to 4"),
-        ({"a": entry([1], 4, 8)}, b"12345678", "a starts at 4, expected 0"),
-        ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, b"1234", "b starts at 0, expected 4"),
-        ({"a": entry([1], 0, 4)}, b"12345", "the file has 5"),
-        ({"a": entry([1], 0, 4, "F4")}, b"1234", "dtype F4"),
-        ({"a": {"shape": [1]}}, b"1234", "data_offsets"),
-        (b'{"a": 1, "a": 2}', b"", "stands twice"),
-        (b"[1]", b"", "no dict"),
-        (b"[" * 100_000, b"", "header is damaged"),
-        (b"\xff\xfe", b"", "header is damaged"),
+        {"a": entry([10**6, 10**6], 0, 4 * 10**12)},
+        {"a": entry([10**6, 10**6], 0, 4)},
+        {"a": entry([-1, -1], 0, 4)},
+        {"a": entry([1.0], 0, 4)},
+        {"a": entry([2**70], 0, 4)},
+        {"a": entry([2**32, 2**32], 0, 4)},
+        {"a": entry([1], 0, 4), "b": entry([0, 2**63, 2**63], 4, 4)},
+        {"a": entry([1] * 100_000, 0, 4)},
+        {"a": entry([0], 4, 4)},
+        {"a": entry([1], 0, 4), "b": entry([1], 0, 4)},
+        {"a": entry([1], 4, 8)},
+        {"a": entry([2], 0, 2, "F16")},
+        {"\x1b[2J\n": entry([1], 0, 4, "X9")},
+        {"\x1b[2J\n": entry([1], 4, 8)},
+        {"a": {"shape": [1]}},
+        {"a": entry([1], 0, 4), "__metadata__": {"format": 3}},
+        b"{",
+        b"[1]",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff\xfe",
     ],
+    ids=lambda header: str(header)[:40],
 )
-def test_safetensors_headers(tmp_path, header, data, message):
-    with pytest.raises(InputError, match=message):
-        read(safetensors(tmp_path, header, data))
+def test_safetensors_headers(tmp_path, header):
+    """Each with the four bytes that the first tensor of a sound one would have."""
+    path = safetensors(tmp_path, header, b"1234")
+    with pytest.raises(InputError, match=r"w\.safetensors: its header is damaged \(.*fetch it"):
+        read(path)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_safetensors_header_that_the_others_differ_from(tmp_path):
+    tensors = read(safetensors(tmp_path, {"a": entry([1], 0, 4)}, b"1234"))
+    assert tensors["a"].tobytes() == b"1234"
+    with pytest.raises(InputError, match="its header is damaged"):
+        read(safetensors(tmp_path, {"a": entry([1], 0, 4)}, b"12345"))
 
 
 @pytest.mark.parametrize("size", [2**63, 2**40, 100])
 def test_safetensors_header_longer_than_the_file(tmp_path, size):
     with pytest.raises(InputError, match=f"header claims {size} bytes"):
         read(safetensors(tmp_path, {}, size=size))
+
+
+def test_safetensors_header_of_many_names(tmp_path):
+    """The library would take seconds and hundreds of megabytes for it."""
+    header = {f"swinViT.layers.{i}.weight": entry([1], 4 * i, 4 * i + 4) for i in range(60_000)}
+    path = safetensors(tmp_path, header, bytes(240_000))
+    size = path.stat().st_size - 8 - 240_000
+    with pytest.raises(InputError, match=f"header claims {size} bytes, expected at most 2097152;"):
+        describe(path)
+
+
+def test_safetensors_header_of_ten_gigabytes(tmp_path):
+    path = safetensors(tmp_path, {}, size=10**10)
+    with path.open("r+b") as file:
+        file.truncate(11 * 10**9)  # takes no room on the disk
+    with pytest.raises(InputError, match="header claims 10000000000 bytes, expected at most 20971"):
+        describe(path)
 
 
 def test_missing_file_and_suffix(tmp_path):
@@ -511,3 +627,9 @@ def test_projector_of_another_width_is_left_aside_where_both_patterns_allow_it()
     for allowed in ((projector, ()), ((), projector)):
         with pytest.raises(InputError, match="of another shape"):
             load_into(network(), tensors, *allowed)
+
+
+def test_safetensors_names_come_in_the_order_of_the_file(tmp_path):
+    names = ["out.b", "out.c", "out.a"]
+    header = {name: entry([1], 4 * i, 4 * i + 4) for i, name in enumerate(names)}
+    assert list(read(safetensors(tmp_path, header, bytes(12)))) == names

@@ -17,11 +17,11 @@ import voco_jax
 from voco_jax.errors import InputError
 from voco_jax.interop.architecture import recognise
 from voco_jax.interop.card import card_path, file_sha256, monai_usage
+from voco_jax.interop.files.weights import SAFETENSORS_SUFFIX, write
 from voco_jax.interop.layout import NETWORKS
 from voco_jax.interop.load import INDEX, TABLE
 from voco_jax.interop.match import grouped
 from voco_jax.interop.names import Params, to_torch
-from voco_jax.interop.weights import SAFETENSORS_SUFFIX, write
 
 PROJECTOR = "proj_head"
 EXAMPLE = """example:

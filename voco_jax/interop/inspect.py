@@ -21,9 +21,9 @@ from voco_jax.interop.architecture import (
     recognise,
 )
 from voco_jax.interop.card import card_path, file_sha256, read_card
+from voco_jax.interop.files.weights import describe
 from voco_jax.interop.layout import NETWORKS
 from voco_jax.interop.match import grouped, printable
-from voco_jax.interop.weights import describe
 
 EXAMPLE = """example:
   python -m voco_jax.interop.inspect VoCo_10k.pt

@@ -12,9 +12,9 @@ import numpy as np
 from voco_jax.errors import InputError
 from voco_jax.interop.architecture import Size, causes, recognise, window_of
 from voco_jax.interop.card import check_card
+from voco_jax.interop.files.weights import read_weights
 from voco_jax.interop.match import MatchReport, grouped, printable
 from voco_jax.interop.names import Params, from_torch, torch_shapes
-from voco_jax.interop.weights import read_weights
 
 TABLE = ".relative_position_bias_table"
 INDEX = ".relative_position_index"

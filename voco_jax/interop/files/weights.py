@@ -1,6 +1,5 @@
 """Reading weight files of all kinds into flat names and arrays. Files are untrusted."""
 
-import math
 import os
 from dataclasses import dataclass
 from os import PathLike
@@ -9,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from voco_jax.errors import InputError
-from voco_jax.interop import safetensors_file, torch_file
+from voco_jax.interop.files import pt, safetensors
+from voco_jax.interop.files.tensors import TensorSpec
 from voco_jax.interop.layout import Selection, select
 from voco_jax.interop.match import printable
-from voco_jax.interop.pickles import ITEM_SIZES, TensorSpec
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
@@ -42,12 +41,9 @@ def describe(path: str | PathLike[str], network: str = "teacher") -> Selection:
         InputError: the file is not what it should be; the message says how.
     """
     file = _existing(path)
-    safetensors = _is_safetensors(file)
-    tree = safetensors_file.describe(file) if safetensors else torch_file.describe(file)
+    tree = safetensors.describe(file) if _is_safetensors(file) else pt.describe(file)
     selection = select(tree, TensorSpec, network, str(file))
-    claimed = sum(
-        math.prod(spec.shape) * ITEM_SIZES[spec.dtype] for spec in selection.tensors.values()
-    )
+    claimed = sum(spec.nbytes for spec in selection.tensors.values())
     if claimed > file.stat().st_size:
         raise InputError(
             f"{file}: its tensors claim {claimed} bytes in all, the file has "
@@ -83,10 +79,10 @@ def read_weights(path: str | PathLike[str], network: str = "teacher") -> Weights
     file = _existing(path)
     selection = describe(file, network)
     if _is_safetensors(file):
-        stored = safetensors_file.load(file, selection.sources.values())
+        stored = safetensors.load(file, selection.sources.values())
         tensors = {name: stored[key] for name, key in selection.sources.items()}
         return Weights(tensors=tensors, selection=selection)
-    tree = torch_file.load(file)
+    tree = pt.load(file)
     import torch
 
     loaded = select(tree, torch.Tensor, network, str(file))
@@ -95,7 +91,7 @@ def read_weights(path: str | PathLike[str], network: str = "teacher") -> Weights
             f"{file}: torch reads other keys than its pickle holds; fetch the file again"
         )
     tensors = {
-        name: torch_file.to_numpy(tensor, selection.tensors[name], f"{file}: {printable(name)}")
+        name: pt.to_numpy(tensor, selection.tensors[name], f"{file}: {printable(name)}")
         for name, tensor in loaded.tensors.items()
     }
     return Weights(tensors=tensors, selection=selection)
@@ -112,7 +108,7 @@ def write(tensors: dict[str, np.ndarray], path: Path, suffix: str) -> None:
     Raises:
         InputError: .pt without torch.
     """
-    (safetensors_file if suffix == SAFETENSORS_SUFFIX else torch_file).save(tensors, path)
+    (safetensors if suffix == SAFETENSORS_SUFFIX else pt).save(tensors, path)
 
 
 def _is_safetensors(file: Path) -> bool:

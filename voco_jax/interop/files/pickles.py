@@ -7,26 +7,16 @@ pickle is first read here: opcodes push plain values, nothing is called, and wha
 is compared with what its storage has.
 """
 
+import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from types import NoneType
+from typing import Any
 
 from voco_jax.errors import InputError
+from voco_jax.interop.files.tensors import ITEM_SIZES, TensorSpec
 from voco_jax.interop.match import printable
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """A tensor of a file, not read.
-
-    Attributes:
-        shape: as stored.
-        dtype: PyTorch's name without `torch.`, as `float32`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +34,6 @@ class Storage:
     nbytes: int
 
 
-ITEM_SIZES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-}
-"""Bytes of an element of each dtype that is read."""
-
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -73,9 +46,26 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+_PLAIN = (str, int, float, bool, NoneType)
+"""Types of keys and members of sets: the hash of deeply nested tuples would end the process."""
 _MARK = object()
 _OPAQUE = object()
 """Stands for a harmless value that is of no interest (a set, bytes, a device)."""
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "MARK": lambda: _MARK,
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": lambda: _OPAQUE,
+}
+"""Instructions that push the same value each time."""
+_LITERALS = frozenset(
+    ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+)
+"""Instructions that push their argument."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +77,11 @@ class _Global:
         return printable(f"{self.module}.{self.name}")
 
 
-def read_pickle(stream: BinaryIO, source: str, check: Callable[[Storage], None]) -> Any:
-    """Reads one pickle of a PyTorch file, up to its end.
+def read_pickle(content: bytes, source: str, check: Callable[[Storage], None]) -> Any:
+    """Reads the pickle of a PyTorch file.
 
     Args:
-        stream: positioned at the pickle; afterwards behind it. Its `read(n)` must not take memory
-            for more than it has (`io.BytesIO`, `mmap.mmap`).
+        content: the pickle.
         source: the file, for messages.
         check: called with each storage that the pickle names; raises where the file lacks it.
 
@@ -103,7 +92,7 @@ def read_pickle(stream: BinaryIO, source: str, check: Callable[[Storage], None])
         InputError: it needs more than weights do, claims more than it has, or is damaged.
     """
     try:
-        return _Reader(source, check).run(stream)
+        return _Reader(source, check, len(content)).run(content)
     except InputError:
         raise
     except Exception as error:  # whatever a damaged or hostile pickle makes fail
@@ -114,37 +103,32 @@ def read_pickle(stream: BinaryIO, source: str, check: Callable[[Storage], None])
 
 
 class _Reader:
-    """The opcodes that torch.load(weights_only=True) knows, as a stack machine."""
+    """The instructions that torch.load(weights_only=True) knows, as a stack machine.
 
-    def __init__(self, source: str, check: Callable[[Storage], None]) -> None:
+    Args:
+        source: the file, for messages.
+        check: as in `read_pickle`.
+        budget: items that the calls may copy in all. The pickle's length: every item takes a byte.
+    """
+
+    def __init__(self, source: str, check: Callable[[Storage], None], budget: int) -> None:
         self.source = source
         self.check = check
+        self.budget = budget
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, stream: BinaryIO) -> Any:
+    def run(self, content: bytes) -> Any:
         arg: Any
-        for opcode, arg, _ in pickletools.genops(stream):
+        for opcode, arg, _ in pickletools.genops(content):
             match opcode.name:
                 case "STOP":
                     return self.stack.pop()
                 case "PROTO":
                     pass
-                case "MARK":
-                    self.stack.append(_MARK)
-                case "NONE":
-                    self.stack.append(None)
-                case "NEWTRUE" | "NEWFALSE":
-                    self.stack.append(opcode.name == "NEWTRUE")
-                case (
-                    "BININT"
-                    | "BININT1"
-                    | "BININT2"
-                    | "LONG1"
-                    | "BINFLOAT"
-                    | "BINUNICODE"
-                    | "SHORT_BINSTRING"
-                ):
+                case name if name in _CONSTANTS:
+                    self.stack.append(_CONSTANTS[name]())
+                case name if name in _LITERALS:
                     self.stack.append(arg)
                 case "BINPUT" | "LONG_BINPUT":
                     self.memo[arg] = self.stack[-1]
@@ -153,46 +137,42 @@ class _Reader:
                 case "GLOBAL":
                     module, _, name = arg.partition(" ")
                     self.stack.append(_Global(module.replace("__builtin__", "builtins"), name))
-                case "EMPTY_TUPLE":
-                    self.stack.append(())
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode.name[-1])
-                    self.stack[-count:] = [tuple(self.stack[-count:])]
-                case "TUPLE":
-                    items = self._pop_mark()
-                    self.stack.append(tuple(items))
-                case "EMPTY_LIST":
-                    self.stack.append([])
-                case "APPEND":
-                    item = self.stack.pop()
-                    self.stack[-1].append(item)
-                case "APPENDS":
-                    items = self._pop_mark()
-                    self.stack[-1].extend(items)
-                case "EMPTY_DICT":
-                    self.stack.append({})
-                case "EMPTY_SET":
-                    self.stack.append(_OPAQUE)
-                case "SETITEM":
-                    value, key = self.stack.pop(), self.stack.pop()
-                    self.stack[-1][key] = value
-                case "SETITEMS":
-                    items = self._pop_mark()
-                    self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
-                case "BINPERSID":
-                    self.stack.append(self._storage(self.stack.pop()))
-                case "REDUCE":
-                    arguments, function = self.stack.pop(), self.stack.pop()
-                    self.stack.append(self._call(function, arguments))
-                case "BUILD":
-                    self.stack.pop()
-                    if not isinstance(self.stack[-1], dict):
-                        raise self._refusal("an object that is rebuilt with its own code")
-                case "NEWOBJ":
-                    raise self._refusal(f"an object of type {self.stack[-2]}")
-                case _:
-                    raise self._refusal(f"the pickle instruction {opcode.name}")
+                case name:
+                    self._combine(name)
         raise EOFError("no end of the pickle")
+
+    def _combine(self, instruction: str) -> None:
+        """What takes values from the stack."""
+        match instruction:
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(instruction[-1])
+                self.stack[-count:] = [tuple(self.stack[-count:])]
+            case "TUPLE":
+                self.stack.append(tuple(self._pop_mark()))
+            case "APPEND":
+                item = self.stack.pop()
+                self.stack[-1].append(item)
+            case "APPENDS":
+                items = self._pop_mark()
+                self.stack[-1].extend(items)
+            case "SETITEM":
+                value, key = self.stack.pop(), self.stack.pop()
+                self._set_items([key, value])
+            case "SETITEMS":
+                self._set_items(self._pop_mark())
+            case "BINPERSID":
+                self.stack.append(self._storage(self.stack.pop()))
+            case "REDUCE":
+                arguments, function = self.stack.pop(), self.stack.pop()
+                self.stack.append(self._call(function, arguments))
+            case "BUILD":
+                self.stack.pop()
+                if not isinstance(self.stack[-1], dict):
+                    raise self._refusal("an object that is rebuilt with its own code")
+            case "NEWOBJ":
+                raise self._refusal(f"an object of type {self.stack[-2]}")
+            case _:
+                raise self._refusal(f"the pickle instruction {instruction}")
 
     def _pop_mark(self) -> list[Any]:
         # A stack without a mark raises here, as IndexError.
@@ -200,6 +180,20 @@ class _Reader:
         while (item := self.stack.pop()) is not _MARK:
             items.append(item)
         return items[::-1]
+
+    def _set_items(self, items: list[Any]) -> None:
+        self._check_plain(items[::2])
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _check_plain(self, values: Iterable[Any]) -> None:
+        if not all(isinstance(value, _PLAIN) for value in values):
+            raise self._refusal("a key or member of a set that is neither text nor number")
+
+    def _spend(self, copied: Sized) -> None:
+        """One value that is called upon often would take more memory than the file has."""
+        self.budget -= len(copied)
+        if self.budget < 0:
+            raise ValueError("it copies its values again and again")
 
     def _refusal(self, need: str) -> InputError:
         return InputError(
@@ -210,11 +204,7 @@ class _Reader:
         )
 
     def _storage(self, persistent: Any) -> Storage:
-        if persistent[0] == "module":
-            raise self._refusal(f"an object of type {persistent[1]}")
-        kind, storage_type, key, _, count, *view = persistent
-        if kind != "storage" or any(item is not None for item in view):
-            raise self._refusal("a storage of a form that PyTorch left in 2017")
+        _, storage_type, key, _, count = persistent
         if not isinstance(storage_type, _Global) or type(count) is not int or count < 0:
             raise ValueError(f"storage {key!r} of {storage_type} with {count!r} elements")
         if storage_type == _Global("torch.storage", "UntypedStorage"):
@@ -231,17 +221,24 @@ class _Reader:
         if not isinstance(function, _Global):
             raise ValueError("something that is no function is called")
         match (function.module, function.name):
-            case ("collections", "OrderedDict" | "Counter"):
-                return dict(*arguments)
-            case ("torch", "Size"):
-                return tuple(*arguments)
-            case ("torch", "device") | ("builtins", "set") | ("_codecs", "encode"):
+            case ("collections", "OrderedDict") if not arguments:
+                return {}
+            case ("torch", "device"):
+                return _OPAQUE
+            case (
+                ("collections", "Counter")
+                | ("torch", "Size")
+                | ("builtins", "set")
+                | ("_codecs", "encode")
+            ):
+                self._spend(arguments[0])
+                self._check_plain(arguments[0])
                 return _OPAQUE
             case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state"):
                 if not isinstance(arguments[0], TensorSpec):
                     raise ValueError("a parameter without a tensor")
                 return arguments[0]
-            case ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2"):
+            case ("torch._utils", "_rebuild_tensor_v2"):
                 storage, offset, shape, strides, *_ = arguments
                 return self._tensor(storage, offset, shape, strides, storage.dtype)
             case ("torch._utils", "_rebuild_tensor_v3"):
@@ -254,14 +251,14 @@ class _Reader:
     ) -> TensorSpec:
         if dtype not in ITEM_SIZES:
             raise self._refusal(f"a tensor of type {printable(str(dtype))}")
+        self._spend(shape)
+        self._spend(strides)
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError(f"a tensor of shape {shape} with strides {strides}")
         spec = TensorSpec(shape=tuple(shape), dtype=dtype)
         capacity = storage.nbytes // ITEM_SIZES[dtype]
-        count = 1
-        for extent in shape:
-            count *= extent
+        count = math.prod(shape)
         steps = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
         if count and (count > capacity or offset + steps >= capacity):
             raise InputError(

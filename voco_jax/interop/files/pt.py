@@ -1,26 +1,24 @@
 """PyTorch's weight files (.pt, .pth, .ckpt, .bin), which anyone may have written.
 
-Files of `torch.save` are uncompressed zip archives since PyTorch 1.6 and bare pickles before.
+Files of `torch.save` are uncompressed zip archives since PyTorch 1.6.
 """
 
-import io
-import mmap
-import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
 from voco_jax.errors import InputError
+from voco_jax.interop.files.pickles import Storage, read_pickle
+from voco_jax.interop.files.tensors import TensorSpec
 from voco_jax.interop.match import printable
-from voco_jax.interop.pickles import Storage, TensorSpec, read_pickle
 
 ZIP_START = b"PK\x03\x04"
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-"""The first pickle of a file from before PyTorch 1.6."""
+OLD_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+"""At the start of a file from before PyTorch 1.6, within its first pickle."""
 
 
 def describe(path: Path) -> Any:
@@ -30,7 +28,34 @@ def describe(path: Path) -> Any:
     Raises:
         InputError: not a PyTorch file, damaged, in need of code, or claims more than it has.
     """
-    return _describe_zip(path) if _is_zip(path) else _describe_legacy(path)
+    _check_start(path)
+    with _archive(path) as archive:
+        entries = archive.infolist()
+        _check_entries(path, entries)
+        sizes = {entry.filename: entry.file_size for entry in entries}
+        pickles = [name for name in sizes if name.endswith("data.pkl") and name.count("/") == 1]
+        folder = entries[0].filename.partition("/")[0]
+        if pickles != [f"{folder}/data.pkl"]:
+            raise InputError(
+                f"{path}: found a zip archive without one {folder}/data.pkl, expected what "
+                "torch.save writes"
+            )
+        if f"{folder}/constants.pkl" in sizes:
+            raise InputError(
+                f"{path}: found a TorchScript program, expected weights; save the network's "
+                "state_dict() alone"
+            )
+        content = archive.read(pickles[0])
+
+    def check(storage: Storage) -> None:
+        found = sizes.get(f"{folder}/data/{storage.key}")
+        if found != storage.nbytes:
+            raise InputError(
+                f"{path}: storage {printable(storage.key)} claims {storage.nbytes} bytes, the "
+                f"file has {'none' if found is None else found} for it; fetch the file again"
+            )
+
+    return read_pickle(content, str(path), check)
 
 
 def load(path: Path) -> Any:
@@ -46,11 +71,9 @@ def load(path: Path) -> Any:
             f"{path}: a PyTorch file needs torch, which is not installed: pip install torch, "
             "or convert the file to .safetensors"
         ) from error
-    zipped = _is_zip(path)
-    if zipped:
-        _check_sums(path)
+    _check_sums(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds; all mean that the file is unusable
         reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise InputError(
@@ -92,10 +115,27 @@ def save(tensors: dict[str, np.ndarray], path: Path) -> None:
         torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
 
 
-def _is_zip(path: Path) -> bool:
-    """As torch decides it."""
+def _check_start(path: Path) -> None:
     with path.open("rb") as file:
-        return file.read(len(ZIP_START)) == ZIP_START
+        start = file.read(24)
+    if start.startswith(ZIP_START):  # as torch decides it
+        return
+    if OLD_MAGIC in start:
+        raise InputError(
+            f"{path}: found the format from before PyTorch 1.6, expected the zip archive of newer "
+            "ones; convert it: python -c \"import torch; torch.save(torch.load('FILE', "
+            "map_location='cpu', weights_only=True), 'new.pt')\""
+        )
+    if start[8:9] == b"{":
+        raise InputError(
+            f"{path}: found a safetensors file, expected PyTorch's zip archive; rename it to "
+            ".safetensors"
+        )
+    found = f"a file that starts with {start!r}" if start else "an empty file"
+    raise InputError(
+        f"{path}: found {found}, expected the zip archive that torch.save writes; fetch it again, "
+        "or write it with torch.save"
+    )
 
 
 @contextmanager
@@ -107,39 +147,9 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
         raise
     except Exception as error:  # zipfile raises many kinds where an archive is damaged
         raise InputError(
-            f"{path}: truncated or damaged, found an unreadable zip archive ({error}), expected "
-            "a whole one; fetch the file again"
+            f"{path}: truncated or damaged, found an unreadable zip archive "
+            f"({printable(str(error))[:200]}), expected an intact one; fetch the file again"
         ) from error
-
-
-def _describe_zip(path: Path) -> Any:
-    with _archive(path) as archive:
-        entries = archive.infolist()
-        _check_entries(path, entries)
-        sizes = {entry.filename: entry.file_size for entry in entries}
-        pickles = [name for name in sizes if name.endswith("data.pkl") and name.count("/") == 1]
-        folder = entries[0].filename.partition("/")[0]
-        if pickles != [f"{folder}/data.pkl"]:
-            raise InputError(
-                f"{path}: found a zip archive without one {folder}/data.pkl, expected what "
-                "torch.save writes"
-            )
-        if f"{folder}/constants.pkl" in sizes:
-            raise InputError(
-                f"{path}: found a TorchScript program, expected weights; save the network's "
-                "state_dict() alone"
-            )
-        content = archive.read(pickles[0])
-
-    def check(storage: Storage) -> None:
-        found = sizes.get(f"{folder}/data/{storage.key}")
-        if found != storage.nbytes:
-            raise InputError(
-                f"{path}: storage {printable(storage.key)} claims {storage.nbytes} bytes, the "
-                f"file has {'none' if found is None else found} for it; fetch the file again"
-            )
-
-    return read_pickle(io.BytesIO(content), str(path), check)
 
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
@@ -176,53 +186,3 @@ def _check_sums(path: Path) -> None:
             f"{path}: {printable(bad)} does not have its checksum, the file was damaged on its "
             "way; fetch it again (or save it again, where checksums were switched off)"
         )
-
-
-def _describe_legacy(path: Path) -> Any:
-    total = path.stat().st_size
-    if not total:
-        raise InputError(f"{path}: the file is empty; fetch it again")
-    claimed: dict[str, int] = {}
-    left = total
-
-    def check(storage: Storage) -> None:
-        nonlocal left
-        if storage.key not in claimed:
-            claimed[storage.key] = storage.nbytes
-            left -= storage.nbytes
-        if left < 0 or claimed[storage.key] != storage.nbytes:
-            raise InputError(
-                f"{path}: its tensors claim {storage.nbytes} bytes in storage "
-                f"{printable(storage.key)}, more than the file of {total} bytes has for it; fetch "
-                "the file again"
-            )
-
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        stream = cast(BinaryIO, mapped)
-        try:
-            magic = read_pickle(stream, str(path), check)
-        except InputError as error:
-            raise InputError(
-                f"{path}: found neither a zip archive nor a pickle, expected a file of torch.save "
-                "(a .safetensors file must be called so)"
-            ) from error
-        if magic != LEGACY_MAGIC:
-            raise InputError(
-                f"{path}: found a pickle that is not PyTorch's, expected a file of torch.save"
-            )
-        read_pickle(stream, str(path), check)  # protocol version
-        read_pickle(stream, str(path), check)  # the writing system
-        tree = read_pickle(stream, str(path), check)
-        keys = read_pickle(stream, str(path), check)
-        if not isinstance(keys, list) or {str(key) for key in keys} != claimed.keys():
-            raise InputError(f"{path}: its list of storages is damaged; fetch the file again")
-        for key in keys:
-            count = int.from_bytes(stream.read(8), "little", signed=True)
-            size = claimed[str(key)]
-            if count < 0 or count > size or stream.tell() + size > total:
-                raise InputError(
-                    f"{path}: storage {printable(str(key))} claims {size} bytes, the file has "
-                    f"{total - stream.tell()} for it; fetch the file again"
-                )
-            stream.seek(size, os.SEEK_CUR)
-    return tree
