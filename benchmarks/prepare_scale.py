@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from voco_jax.data.array import ARRAY, chunk_name  # noqa: E402
 from voco_jax.data.cache import Cache, CacheWriter  # noqa: E402
 from voco_jax.data.datalists import collect, scan  # noqa: E402
-from voco_jax.data.jobs import missing_from, stamp_of  # noqa: E402
+from voco_jax.data.jobs import missing_from, signature_of  # noqa: E402
 from voco_jax.data.manifest import MANIFEST, Entry, line_of  # noqa: E402
 from voco_jax.data.prepare import CHAIN_10K  # noqa: E402
 
@@ -67,7 +67,7 @@ def make_files(root: Path, cache: Path, names: list[str]) -> None:
                 slot=slot,
                 section="training",
                 path=str(path),
-                stamp=stamp_of(path),
+                stamp=signature_of(path),
                 axes="LPS",
                 shape=(512, 512, 300 + slot % 100),
                 spacing=(0.7421875, 0.7421875, 1.25),

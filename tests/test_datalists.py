@@ -191,7 +191,7 @@ def test_scan_looks_into_few_files(tmp_path, monkeypatch):
     (tmp_path / "a.nii").touch()
     opened = []
     monkeypatch.setattr(
-        "voco_jax.data.datalists.is_dicom", lambda path: opened.append(path) or False
+        "voco_jax.data.formats.dicom.is_dicom", lambda path: opened.append(path) or False
     )
     assert len(scan(tmp_path)) == 1
     assert len(opened) <= 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scans import body
 
 from benchmarks import fuzz
-from voco_jax.data.readers import VolumeError, load
+from voco_jax.data.formats.readers import VolumeError, load
 from voco_jax.data.volumes import prepare_volume
 
 HEADERS = {

@@ -16,8 +16,9 @@ from voco_jax.data import manifest
 from voco_jax.data.array import write_volume
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.datalists import collect, read_list, scan
+from voco_jax.data.formats.remote import local_copy, remote_signature
 from voco_jax.data.prepare import CHAIN_10K, main, prepare
-from voco_jax.data.storage import Folder, local_copy, remote_stamp
+from voco_jax.data.storage import Folder
 from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.errors import InputError
 
@@ -191,13 +192,13 @@ def test_volumes_of_several_objects_are_fetched_whole(bucket):
         "series": ["1.dcm", "2.dcm"],
         "b.nii": ["b.nii"],
     }.items():
-        before = remote_stamp(f"{store.path}/{name}")
+        before = remote_signature(f"{store.path}/{name}")
         found, folder = fetched(name)
         assert found == expected
         assert not folder.exists()
         last = f"{name}/{expected[-1]}" if name == "series" else expected[-1]
         store.write(last, b"another")
-        assert remote_stamp(f"{store.path}/{name}") != before
+        assert remote_signature(f"{store.path}/{name}") != before
     ids = {volume.id for volume in scan(store.path)}
     assert "several/series" in ids
     assert "several/b.nii" in ids

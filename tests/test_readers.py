@@ -3,6 +3,9 @@ import gzip
 import os
 import pickle
 import struct
+import subprocess
+import sys
+import time
 import tracemalloc
 import zlib
 
@@ -17,8 +20,9 @@ from scans import body, save, save_series
 
 from voco_jax.data.cache import Cache
 from voco_jax.data.datalists import scan
+from voco_jax.data.formats import readers
+from voco_jax.data.formats.readers import StoredVolume, VolumeError, file_signature, load
 from voco_jax.data.prepare import CHAIN_10K, prepare
-from voco_jax.data.readers import VolumeError, load, stamp
 from voco_jax.errors import InputError
 
 FORMATS = ("nii", "nii.gz", "img", "hdr", "nrrd", "nhdr", "mha", "mhd")
@@ -255,7 +259,7 @@ def test_data_files_stay_in_the_folder_of_their_header(tmp_path, format, name):
     (folder / "out").symlink_to("..")
     path.write_text(path.read_text().replace("a.raw", name))
     assert reason(path).startswith("outside its folder: ")
-    assert stamp(path) == (path.stat().st_size, path.stat().st_mtime_ns)
+    assert file_signature(path) == (path.stat().st_size, path.stat().st_mtime_ns)
 
 
 def test_data_files_that_are_none(tmp_path):
@@ -300,13 +304,20 @@ def test_what_is_unsupported(tmp_path):
     for path, old, new, message in [
         (nrrd, "encoding: raw", "encoding: bzip2", "unsupported NRRD: encoding 'bzip2'"),
         (nrrd, "encoding: raw", "encoding: raw\nline skip: 2", "unsupported NRRD: encoding 'raw'"),
-        (nrrd, "(2,0,0)", "(nan,0,0)", "absurd spacing: (nan,0,0)"),
+        (nrrd, "(2,0,0)", "(nan,0,0)", "absurd spacing: nanx2.5x3 mm"),
         (nrrd, "(0,0,3)", "(0,2,3)", "gantry tilt: the axes are 33.7"),
         (nrrd, "(0,0,3)", "(0,0,0)", "absurd spacing: 2x2.5xnan"),
         (nrrd, "NRRD0004", "NRRX0004", "not an NRRD"),
         (nrrd, "sizes: 20 18 12", "sizes: 200000 200000 200000", "absurd size"),
         (nrrd, "sizes: 20 18 12", "sizes: 20 18 120", "truncated: found"),
-        (nrrd, "dimension: 3", "dimension: 2", "unreadable: "),
+        (nrrd, "dimension: 3", "dimension: 2", "unreadable: dimension 2 and 3 sizes"),
+        (nrrd, "endian: little\n", "", "unreadable: endian is ''"),
+        (nrrd, "type: short", "type: char", "not a grey image: voxels are 'char'"),
+        (nrrd, "space:", "spaces:", "unreadable: 'spaces: left-posterior-superior'"),
+        (nrrd, "left-posterior-superior", "PIR", "unsupported NRRD: space 'PIR'"),
+        (nrrd, "encoding: raw", "encoding: raw\nspacings: 2 2 2", "absurd spacing: space, space d"),
+        (nrrd, "encoding: raw", "encoding: raw\nencoding: raw", "unreadable: in its header pynrrd"),
+        (nrrd, "space directions", "space origins", "unreadable: 'space origins: "),
         (meta, "NDims", "NDims2", "not a MetaImage"),
         (meta, "ElementSpacing", "ElementSpacing2", "absurd spacing: none in its header"),
         (
@@ -345,6 +356,174 @@ def test_what_is_unsupported(tmp_path):
         assert reason(write(tmp_path / f"d.{format}", four)).startswith(("not 3-D", "not a grey"))
 
 
+NRRD = "NRRD0005\ntype: short\ndimension: 3\nsizes: 5 4 3\nencoding: raw\nendian: little\n"
+OBLIQUE = "(1.6,1.2,0.1) (-0.9,1.2,0) (0,-0.1,3)"  # up to 4 degrees from right angles
+UPRIGHT = "(0,1.7320508,1) (2.1,0,0) (0,-1.5,2.5980762)"
+PLACED = f"space directions: {UPRIGHT}\nspace origin: (1.5,-20,300.25)\n"
+
+
+def nrrd(path, header, content):
+    path.write_bytes(header.encode(errors="surrogateescape") + b"\n" + content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lines", "change"),
+    [
+        *((f"space: {name}\n{PLACED}", {}) for name in ("RAS", "LAS", "LPS", "ras", "scanner-xyz")),
+        *(
+            (f"space: {name}\n{PLACED}", {})
+            for side in ("right-anterior", "left-anterior", "left-posterior")
+            for name in (f"{side}-superior", f"{side}-Superior".replace("-", " "))
+        ),
+        ("space: leftanteriorsuperior\n" + PLACED, {}),
+        ("space: 3D-right-handed\n" + PLACED, {}),
+        ("space dimension: 3\n" + PLACED, {}),
+        ("space: RAS\n" + PLACED.splitlines()[0] + "\n", {}),
+        ("space: RAS\nspacedirections: ( 2, 0,0) (0 ,3 , 0)(0,0,4 )\nspaceorigin: (1, 2, 3)\n", {}),
+        ("spacings: 1.25 2 0.7\n", {}),
+        ("spacings: 1.25 2 0.7\naxis mins: -10 20 30\n", {}),
+        ("spacings: 1.25 2 0.7\naxismins: -10 20 30\ncenterings: node cell ???\n", {}),
+        ("Spacings: 1.25 2 0.7\nspace:=RAS\n# spacings: 1 1 1\ncontent: a: b\nold min: 0\n", {}),
+        (
+            "spacings: 1.25 2 0.7 3 4\naxis mins: 1 2 3 0 0\n",
+            {"dimension: 3": "dimension: 5", "sizes: 5 4 3": "sizes: 5 4 3 1 1"},
+        ),
+        (  # as ITK writes four axes
+            "space dimension: 4\nspace directions: (2,0,0,0) (0,0,3,0) (0,-4,0,0) (0,0,0,5)\n"
+            "space origin: (1,2,3,4)\n",
+            {"dimension: 3\nsizes: 5 4 3": "dimension: 4\nsizes: 5 4 3 1"},
+        ),
+        (
+            "spacings: 1.25 2 0.7 nan\n",
+            {"dimension: 3": "dimension: 4", "sizes: 5 4 3": "sizes: 5 4 3 1"},
+        ),
+        (
+            f"space: RAS\nkinds: stub domain space domain\n{PLACED.replace(': (0,', ': none (0,')}",
+            {"dimension: 3": "dimension: 4", "sizes: 5 4 3": "sizes: 1 5 4 3"},
+        ),
+        ("spacings: 1.25 2 0.7\n", {"endian: little": "endian: big"}),
+        ("spacings: 1.25 2 0.7\n", {"type: short": "type: unsigned int", "little": "BIG"}),
+        ("spacings: 1.25 2 0.7\n", {"type: short": "type: double", "little": "big"}),
+        ("spacings: 1.25 2 0.7\n", {"type: short": "type: uint8_t", "endian: little\n": ""}),
+        ("spacings: 1.25 2 0.7\nbyteskip: 7\n", {}),
+        ("spacings: 1.25 2 0.7\nbyte skip: -1\n", {"\n": "\r\n"}),
+    ],
+)
+def test_nrrd_headers_agree_with_itk(tmp_path, lines, change):
+    """Every space, vectors and plain spacings, axes of one voxel, byte orders: as ITK reads it."""
+    header = NRRD + lines
+    for old, new in change.items():
+        assert old in header
+        header = header.replace(old, new)
+    path = nrrd(tmp_path / "a.nrrd", header, np.random.default_rng(0).bytes(5 * 4 * 3 * 8 + 7))
+    source, itk = load(path), SimpleITK.ReadImage(str(path))
+    expected = np.squeeze(SimpleITK.GetArrayFromImage(itk)).T
+    assert source.voxels.shape == (5, 4, 3)
+    assert source.voxels.dtype.itemsize == expected.dtype.itemsize
+    np.testing.assert_array_equal(source.voxels, expected)
+    count = itk.GetDimension()
+    steps = np.reshape(itk.GetDirection(), (count, count)) * itk.GetSpacing()
+    to_ras = np.diag([-1, -1, 1])
+    np.testing.assert_allclose(source.affine[:3, :3], to_ras @ steps[:3, :3], rtol=1e-15)
+    np.testing.assert_array_equal(source.affine[:3, 3], to_ras @ itk.GetOrigin()[:3])
+
+
+LONG = 2**20 - 300
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("#" + "x" * 2 * LONG, "absurd header: no end in the first"),
+        ("a:=b\n" * (LONG // 5), "absurd spacing: none"),
+        ("spacings: 1 1 1\n" * (LONG // 16), "unreadable: in its header pynrrd found NRRDError"),
+        ("no field\n" * (LONG // 9), "unreadable: 'no field'"),
+        ("spacings: " + "1 " * (LONG // 2), "absurd header: its spacings is"),
+        ("space: RAS\nspace directions: " + "(1) " * (LONG // 4), "absurd header: its space dir"),
+        ("space: RAS\nspace directions: " + " " * LONG, "unreadable: in its header pynrrd"),
+        ("space: RAS\nspace directions: " + "(1) " * 999, "unreadable: space directions has"),
+        ("space: RAS\nspace directions: " + "((((" * 99, "unreadable: in its header pynrrd"),
+        ("space: RAS\nspace directions: none none none", "unsupported NRRD: space 'RAS' of 0"),
+        ("space: RAS\nspace directions: (1e308,0,0) (0,1,0) (0,0,1)", "absurd spacing: nanx1x1"),
+        ("space: RAS\nspace directions: (inf,0,0) (0,1,0) (0,0,1)", "absurd spacing: nanx1x1"),
+        ("space: RAS\nspace directions: (1,0,0) none (0,0,1)", "absurd spacing: 1xnanx1"),
+        (f"space: RAS\n{PLACED}".replace("300.25", "-inf"), "absurd spacing: "),
+        (f"space: RAS\n{PLACED}".replace("300.25", "1e300"), "absurd spacing: "),
+        (f"space: RAST\n{PLACED}", "unsupported NRRD: space 'RAST'"),
+        (f"space dimension: {'9' * 99}\n{PLACED}", "unsupported NRRD: space"),
+        (PLACED, "absurd spacing: space directions in its header"),
+        ("space: RAS\nspacings: 1 1 1", "absurd spacing: space, spacings in its header"),
+        (f"space: RAS\nspace directions: {OBLIQUE}", "gantry tilt: "),
+        ("spacings: inf 1 1", "absurd spacing: [[inf"),
+        ("spacings: nan 1 1", "absurd spacing: nanx1x1"),
+        ("spacings: 1e300 1 1", "absurd spacing: [[1e+300"),
+        ("spacings: -1e-9 1 1", "absurd spacing: 1e-09x1x1"),
+        ("spacings: 1 1", "unreadable: spacings has [2] values"),
+        ("spacings: one 1 1", "unreadable: in its header pynrrd found ValueError"),
+        ("spacings: \udcff 1 1", "unreadable: in its header pynrrd found ValueError"),
+        ("spacings: 1 1 1\nkinds: domain vector domain", "not a grey image: axis 1 is a 'vector'"),
+        (
+            f"spacings: 1 1 1\nbyte skip: {'9' * 4000}",
+            "unsupported NRRD: encoding 'raw', byte skip",
+        ),
+        (f"spacings: 1 1 1\nbyte skip: {'9' * 5000}", "unreadable: in its header pynrrd"),
+        ("spacings: 1 1 1\nbyte skip: 9000000000000000", "absurd size: "),
+        ("spacings: 1 1 1\nbyte skip: -2", "unsupported NRRD: encoding 'raw', byte skip -2"),
+        ("spacings: 1 1 1\nlineskip: 1", "unsupported NRRD: encoding 'raw', byte skip 0, line s"),
+        ("spacings: 1 1 1\ndata file: LIST\na.raw\nb.raw", "several data files: found 'LIST'"),
+        ("spacings: 1 1 1\ndata file: LIST 2\n" + "a\n" * (LONG // 2), "several data files"),
+        ("spacings: 1 1 1\ndata file: %n%n%s", "several data files"),
+        ("spacings: 1 1 1\ndata file: /etc/passwd", "outside its folder"),
+        ("spacings: 1 1 1\ndata file: a\0b", "outside its folder"),
+        ("spacings: 1 1 1\ndata file: .", "not a file"),
+        ("spacings: 1 1 1\ndata file: " + "a/" * 5000, "missing file"),
+    ],
+    ids=lambda value: value[:40].encode(errors="replace").decode() if value else None,
+)
+def test_hostile_nrrd_headers(tmp_path, lines, expected):
+    path = nrrd(tmp_path / "a.nrrd", f"{NRRD}{lines.strip()}\n", bytes(120))
+    start = time.process_time()
+    message = reason(path)
+    file_signature(path)
+    assert time.process_time() - start < 10  # 1 MiB of fields takes below one second
+    assert message.startswith(expected), message
+    assert len(message) < 500
+    message.encode()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("5 4 3", "1e300 4 3", "not 3-D: shape -"),
+        ("5 4 3", "nan 4 3", "not 3-D: shape -"),
+        ("5 4 3", "-5 -4 3", "not 3-D: shape -5x-4x3"),
+        ("5 4 3", "9223372036854775807 2 2", "not 3-D: shape -"),
+        ("5 4 3", "4294967296 4294967296 4294967296", "absurd size: "),
+        ("5 4 3", "1300 1300 1300", "absurd size: "),
+        ("5 4 3", "1290 1290 1290", "truncated: found"),
+        ("5 4 3", "60", "unreadable: dimension 3 and 1 sizes"),
+        ("dimension: 3", "dimension: " + "9" * 4000, "unreadable: dimension 9999"),
+        ("dimension: 3", "dimension: 1e99", "unreadable: in its header pynrrd found ValueError"),
+        ("dimension: 3\n", "", "unreadable: no dimension in its header"),
+        ("NRRD0005", "NRRD0009", "unreadable: in its header pynrrd found NRRDError"),
+        ("NRRD0005", "NRRD0005" + "5" * LONG, "unreadable: in its header pynrrd found NRRDError"),
+        ("type: short", "type: " + "s" * 9999, "not a grey image: voxels are 'sss"),
+        ("type: short", "type: block", "not a grey image: voxels are 'block'"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_hostile_nrrd_sizes_and_types(tmp_path, old, new, expected):
+    header = NRRD.replace(old, new) + "spacings: 1 1 1\n"
+    path = nrrd(tmp_path / "a.nrrd", header, bytes(120))
+    tracemalloc.start()
+    message = reason(path)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    assert message.startswith(expected), message
+    assert len(message) < 500
+
+
 def test_bombs_take_no_memory(tmp_path):
     """Zeros that unpack to more than the header says, and headers that say more than there is."""
     text = (
@@ -365,10 +544,10 @@ def test_bombs_take_no_memory(tmp_path):
 # ---- whether files have changed
 
 
-def test_stamp(tmp_path):
+def test_file_signature(tmp_path):
     save(tmp_path / "a.nii.gz", body())
     stat = (tmp_path / "a.nii.gz").stat()
-    assert stamp(tmp_path / "a.nii.gz") == (stat.st_size, stat.st_mtime_ns)
+    assert file_signature(tmp_path / "a.nii.gz") == (stat.st_size, stat.st_mtime_ns)
     write(tmp_path / "p.img", image())
     write(tmp_path / "m.mhd", image())
     write(tmp_path / "n.nhdr", image())
@@ -380,14 +559,14 @@ def test_stamp(tmp_path):
         ("n.nhdr", "n.raw"),
         ("series", "series/0003.dcm"),
     ):
-        before = stamp(tmp_path / path)
+        before = file_signature(tmp_path / path)
         os.utime(tmp_path / part, ns=(0, before[1] + 5))
-        assert stamp(tmp_path / path) == (before[0], before[1] + 5)
+        assert file_signature(tmp_path / path) == (before[0], before[1] + 5)
         with open(tmp_path / part, "ab") as file:
             file.write(b"12")
-        assert stamp(tmp_path / path)[0] == before[0] + 2
+        assert file_signature(tmp_path / path)[0] == before[0] + 2
     with pytest.raises(OSError, match="No such file"):
-        stamp(tmp_path / "none")
+        file_signature(tmp_path / "none")
 
 
 def test_every_format_is_found_prepared_and_watched(tmp_path):
@@ -406,6 +585,43 @@ def test_every_format_is_found_prepared_and_watched(tmp_path):
         os.utime(data / part, (10**9, 2 * 10**9))
     again = prepare(volumes, tmp_path / "cache", chain, workers=0, progress=False)
     assert (again.done, again.skipped) == (4, 3)
+
+
+def test_a_new_format_is_a_line_in_the_table(tmp_path, monkeypatch):
+    """Scans, reads and watches it; text files of numbers stand for one."""
+
+    def load_text(path):
+        voxels = np.loadtxt(path).reshape(3, 4, 5)
+        return StoredVolume(path, voxels, 1.0, 0.0, np.diag([1.0, 2, 3, 1]), "RAS")
+
+    text = readers.Format(
+        suffixes=(".txt",), load=load_text, files=lambda path: [path, path.with_suffix(".log")]
+    )
+    (tmp_path / "a.TXT").write_text("7 " * 60)
+    (tmp_path / "a.log").write_text("12345")
+    assert reason(tmp_path / "a.TXT").startswith("not a NIfTI")
+    monkeypatch.setattr(readers, "FORMATS", (*readers.FORMATS, text))
+    (volume,) = scan(tmp_path)
+    assert volume.path == tmp_path / "a.TXT"
+    assert (load(volume.path).voxels == 7).all()
+    assert file_signature(volume.path)[0] == 120 + 5
+    with pytest.raises(OSError, match="No such file"):
+        (tmp_path / "a.log").unlink() or file_signature(volume.path)
+    (tmp_path / "a.TXT").write_text("seven")
+    assert reason(volume.path).startswith("unreadable: ValueError: could not convert")
+
+
+def test_nifti_needs_no_other_library(tmp_path):
+    """SimpleITK takes a quarter of a second to import, pynrrd less."""
+    save(tmp_path / "a.nii", body())
+    code = (
+        "import sys; from voco_jax.data.datalists import scan; "
+        "from voco_jax.data.formats.readers import file_signature, load; "
+        f"path = scan({str(tmp_path)!r})[0].path; load(path); file_signature(path); "
+        "print([name for name in ('SimpleITK', 'nrrd', 'jax') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 # ---- NIfTI files

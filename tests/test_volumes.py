@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scans import body, save
 
+from voco_jax.data.formats.readers import VolumeError, load
 from voco_jax.data.prepare import CHAIN_10K
-from voco_jax.data.readers import VolumeError, load
 from voco_jax.data.resample import resize
 from voco_jax.data.volumes import (
     dequantise,

@@ -21,8 +21,8 @@ from voco_jax.config import Chain
 from voco_jax.data.array import ARRAY, chunk_name, write_volume
 from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
+from voco_jax.data.formats.readers import VolumeError, load
 from voco_jax.data.progress import say
-from voco_jax.data.readers import VolumeError, load
 from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.errors import InputError
 

@@ -11,17 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from voco_jax.data.dicom import SUFFIXES as DICOM_SUFFIXES
-from voco_jax.data.dicom import is_dicom, may_be_slice
-from voco_jax.data.itk_files import META_SUFFIXES, NRRD_SUFFIXES
-from voco_jax.data.nifti import PAIR_SUFFIXES
+from voco_jax.data.formats.readers import SUFFIXES, volumes_in
 from voco_jax.data.storage import Folder, is_remote, split_url
 from voco_jax.errors import InputError
 
 Section = Literal["training", "validation"]
 SECTIONS: tuple[Section, ...] = ("training", "validation")
-SUFFIXES = (".nii", ".nii.gz", *PAIR_SUFFIXES, *NRRD_SUFFIXES, *META_SUFFIXES)
-_PROBES = 3  # files without a suffix that are looked into, in a folder that may be a DICOM series
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,9 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
 def scan(folder: str | Path) -> list[Volume]:
     """Finds all volumes below a folder, as training volumes.
 
-    Files are found by suffix (SUFFIXES; of a NIfTI pair the .hdr counts, of .nhdr and .mhd the
-    header); a folder with DICOM files is one volume. Names that begin with a dot are left aside.
+    Files are found by suffix (of `readers.FORMATS`; of a NIfTI pair the .hdr counts, of .nhdr and
+    .mhd the header); a folder with DICOM files is one volume. Names that begin with a dot are left
+    aside. In object stores, DICOM files are found by suffix only.
 
     Args:
         folder: searched recursively; links to files are followed if they stay below the folder,
@@ -100,26 +96,13 @@ def scan(folder: str | Path) -> list[Volume]:
             the folder.
     """
     if is_remote(folder):
-        return _scan_remote(Folder.at(folder))
-    root = os.path.realpath(folder)
-    if not os.path.isdir(root):
-        raise InputError(f"{folder}: not a folder, expected one with CT volumes")
-    found: list[tuple[str, Path]] = []
-    for directory, files, links in _walk(root, folder):
-        inside = os.path.relpath(directory, root)
-        prefix = "" if inside == "." else f"{inside}/"
-        found += [
-            (prefix + name, Path(_inside(f"{directory}/{name}", root, prefix + name, folder)))
-            if name in links  # the folder itself is no link, nor is any on the way to it
-            else (prefix + name, Path(directory, name))
-            for name in _volume_files(files)
-        ]
-        if _is_series(directory, files):
-            found.append((inside, Path(directory)))
+        root, looked_at, found = _scan_remote(Folder.at(folder))
+    else:
+        root, looked_at, found = _scan_local(folder)
     if not found:
         raise InputError(
-            f"{folder}: found no CT volume in it or below it, expected {', '.join(SUFFIXES)} files "
-            "or folders with DICOM files; name the folder that holds them"
+            f"{folder}: found no CT volume among {looked_at}, expected names that end in "
+            f"{', '.join(SUFFIXES)}; name the folder that holds them"
         )
     name = os.path.basename(root)
     return [Volume(f"{name}/{inside}", path, "training") for inside, path in sorted(found)]
@@ -239,6 +222,45 @@ def _volume(image: str, root: str, section: Section, where: str, folders: dict[s
     return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", path, section)
 
 
+def _scan_local(folder: str | Path) -> tuple[str, str, list[tuple[str, Path | str]]]:
+    """A folder's real path; what was looked at; of each volume its path inside and its real one."""
+    root = os.path.realpath(folder)
+    if not os.path.isdir(root):
+        raise InputError(f"{folder}: not a folder, expected one with CT volumes")
+    found: list[tuple[str, Path | str]] = []
+    count = 0
+    for directory, files, links in _walk(root, folder):
+        count += len(files)
+        for name in volumes_in(files, directory):
+            inside = _joined(os.path.relpath(directory, root), name)
+            path = Path(directory, name)
+            if name in links:  # the folder itself is no link, nor is any on the way to it
+                path = Path(_inside(f"{directory}/{name}", root, inside, folder))
+            found.append((inside, path))
+    return root, f"{count} files in it and below it", found
+
+
+def _scan_remote(folder: Folder) -> tuple[str, str, list[tuple[str, Path | str]]]:
+    """As `_scan_local`, of an object store."""
+    names: dict[str, list[str]] = {}
+    try:
+        keys = folder.all_names()
+    except OSError as error:
+        raise InputError(f"{folder.path}: cannot list these objects: {error}") from error
+    for key in keys:
+        parent, _, name = key.rpartition("/")
+        if not any(part.startswith(".") for part in key.split("/")):
+            names.setdefault(parent or ".", []).append(name)
+    inside = [_joined(parent, name) for parent in names for name in volumes_in(names[parent])]
+    found: list[tuple[str, Path | str]] = [(key, _joined(folder.path, key)) for key in inside]
+    return folder.path, f"{len(keys)} objects", found
+
+
+def _joined(folder: str, name: str) -> str:
+    """The path of a folder's file; "." is the folder itself."""
+    return "/".join(part for part in (folder, name) if part != ".") or "."
+
+
 def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[str]]]:
     """Each folder below a real path, with its files and which of them are links; none is opened."""
     waiting = [root]
@@ -265,26 +287,6 @@ def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[st
         yield directory, files, links
 
 
-def _volume_files(names: list[str]) -> list[str]:
-    """Of the files of one folder, those that are volumes; one of each pair."""
-    found = [name for name in names if name.lower().endswith(SUFFIXES)]
-    headers = {_stem(name) for name in found if ".hdr" in name[-7:].lower()}
-    return [name for name in found if ".img" not in name[-7:].lower() or _stem(name) not in headers]
-
-
-def _stem(name: str) -> str:
-    name = name[:-3] if name.lower().endswith(".gz") else name
-    return name[:-4]
-
-
-def _is_series(directory: str, names: list[str]) -> bool:
-    """Whether some of a folder's files are DICOM; those named .dcm are taken at their word."""
-    if any(name.lower().endswith(DICOM_SUFFIXES) for name in names):
-        return True
-    unnamed = sorted(name for name in names if may_be_slice(name) and name != "DICOMDIR")
-    return any(is_dicom(f"{directory}/{name}") for name in unnamed[:_PROBES])
-
-
 def _inside(path: str, root: str, name: str, folder: str | Path) -> str:
     resolved = os.path.realpath(path)
     if os.path.commonpath([root, resolved]) != root:
@@ -293,30 +295,3 @@ def _inside(path: str, root: str, name: str, folder: str | Path) -> str:
             "scan another folder"
         )
     return resolved
-
-
-def _scan_remote(folder: Folder) -> list[Volume]:
-    """As `scan`, of an object store: by suffix; a folder with .dcm objects is one series."""
-    try:
-        keys = folder.all_names()
-    except OSError as error:
-        raise InputError(f"{folder.path}: cannot list these objects: {error}") from error
-    names = set()
-    for key in keys:
-        parts = PurePosixPath(key)
-        if any(part.startswith(".") for part in parts.parts):
-            continue
-        if key.lower().endswith(".dcm"):
-            names.add(parts.parent.as_posix())
-        elif key.lower().endswith(SUFFIXES) and not key.lower().endswith((".img", ".img.gz")):
-            names.add(key)
-    if not names:
-        raise InputError(
-            f"{folder.path}: found no CT volume among {len(keys)} objects, expected "
-            f"{', '.join(SUFFIXES)} or folders with .dcm; name the prefix that holds them"
-        )
-    name = split_url(folder.path)[1]
-    return [
-        Volume(f"{name}/{key}", folder.path if key == "." else f"{folder.path}/{key}", "training")
-        for key in sorted(names)
-    ]

@@ -13,9 +13,10 @@ from voco_jax.config import Chain
 from voco_jax.data.array import largest, write_volume
 from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
+from voco_jax.data.formats.readers import VolumeError, file_signature
+from voco_jax.data.formats.remote import local_copy, remote_signature
 from voco_jax.data.manifest import Entry, holds
-from voco_jax.data.readers import VolumeError, stamp
-from voco_jax.data.storage import Folder, is_remote, local_copy, remote_stamp
+from voco_jax.data.storage import Folder, is_remote
 from voco_jax.data.volumes import prepare_volume, quantise
 
 _LOOKS = 32  # at files, at the same time: network file systems and object stores answer slowly
@@ -43,7 +44,7 @@ def prepare_one(job: Job) -> Entry | str:
     """
     volume, chain = job.volume, job.chain
     try:
-        found = stamp_of(volume.path)  # before reading: a file changed meanwhile is done again
+        found = signature_of(volume.path)  # before reading: a file changed meanwhile is done again
     except OSError:
         found = ""  # prepare_volume says what is wrong
     try:
@@ -87,36 +88,36 @@ def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
     known = [volume for volume in volumes if volume.id in cache.entries]
     parts = [known[start : start + _PART] for start in range(0, len(known), _PART)]
     with ThreadPoolExecutor(_LOOKS) as threads:
-        looks = itertools.chain.from_iterable(threads.map(_stamps, parts))
-        stamps = {volume.id: stamp for volume, stamp in zip(known, looks, strict=True)}
+        looks = itertools.chain.from_iterable(threads.map(_signatures, parts))
+        signatures = {volume.id: look for volume, look in zip(known, looks, strict=True)}
     missing = []
     for volume in volumes:
         entry = cache.entries.get(volume.id)
         # None: the file is gone, as on a machine that has only the cache: what we have counts.
-        if entry is None or stamps[volume.id] not in (None, entry.stamp):
+        if entry is None or signatures[volume.id] not in (None, entry.stamp):
             missing.append(volume)
         elif entry.section != volume.section:
             cache.add(dataclasses.replace(entry, section=volume.section))
     return missing
 
 
-def stamp_of(path: Path | str) -> str:
+def signature_of(path: Path | str) -> str:
     """Another text once a volume's file has changed.
 
     Raises:
         OSError: there is no such file.
     """
     if is_remote(path):
-        return remote_stamp(str(path))
-    size, changed = stamp(path)
+        return remote_signature(str(path))
+    size, changed = file_signature(path)
     return f"{size} bytes, {changed} ns"
 
 
-def _stamps(volumes: Sequence[Volume]) -> list[str | None]:
+def _signatures(volumes: Sequence[Volume]) -> list[str | None]:
     found: list[str | None] = []
     for volume in volumes:
         try:
-            found.append(stamp_of(volume.path))
+            found.append(signature_of(volume.path))
         except OSError:
             found.append(None)
     return found

@@ -13,9 +13,9 @@ import nibabel
 import numpy as np
 
 from voco_jax.config import Chain
-from voco_jax.data.readers import StoredVolume, VolumeError, load
+from voco_jax.data.formats.readers import StoredVolume, VolumeError, load
+from voco_jax.data.formats.stored import MAX_BYTES
 from voco_jax.data.resample import center_crop, pad, resample, resampled_size, resize
-from voco_jax.data.stored import MAX_BYTES
 
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]  # first and last + 1 voxel, x y z
 

@@ -8,15 +8,17 @@ rest must be one series on one regular grid; missing slices at either end cannot
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from voco_jax.data.itk_files import affine_of, itk_message, itk_reader, pixel_dtype
-from voco_jax.data.stored import (
+from voco_jax.data.formats.stored import (
     StoredVolume,
     VolumeError,
+    affine_from_lps,
     axes_of,
     check_affine,
     check_size,
@@ -26,6 +28,7 @@ from voco_jax.data.stored import (
 
 MAGIC_AT, MAGIC = 128, b"DICM"
 SUFFIXES = (".dcm", ".dicom", ".ima")
+_PROBES = 3  # files without a suffix that are looked into, in a folder that may be a series
 LOCALISER_SLICES = 3  # scouts have one to three
 # Of the typical distance of two slices. A missing slice doubles it; positions that were rounded to
 # 0.1 mm change 1.25 mm by 8 %.
@@ -91,7 +94,27 @@ def is_dicom(path: str | Path) -> bool:
         return False
 
 
-def may_be_slice(name: str) -> bool:
+def series_in(names: Sequence[str], folder: str | None) -> list[str]:
+    """Whether a folder is a series; see `readers.Format.volumes`.
+
+    Files named .dcm are taken at their word; a few without a suffix are looked into.
+    """
+    if any(name.lower().endswith(SUFFIXES) for name in names):
+        return ["."]
+    unnamed = sorted(name for name in names if _may_be_slice(name) and name != "DICOMDIR")
+    probes = unnamed[:_PROBES] if folder else []
+    return ["."] if any(is_dicom(f"{folder}/{name}") for name in probes) else []
+
+
+def series_files(folder: Path) -> list[Path]:
+    """The files in a folder, or the folder if there is none."""
+    with os.scandir(folder) as entries:
+        return [Path(e) for e in entries if not e.name.startswith(".") and not e.is_dir()] or [
+            folder
+        ]
+
+
+def _may_be_slice(name: str) -> bool:
     """Whether a file's name is one that slices have: .dcm, no suffix, or a number as suffix."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix in (*SUFFIXES, "") or suffix[1:].isdigit()
@@ -103,7 +126,7 @@ def _images(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         listed = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
     for name in listed:
-        if not may_be_slice(name):
+        if not _may_be_slice(name):
             continue
         with open(file_inside(folder, name, folder), "rb") as file:
             head = file.read(_HEAD)
@@ -128,8 +151,8 @@ def _images(folder: Path) -> list[str]:
 
 def _slice(folder: Path, name: str) -> _Slice:
     try:
-        reader = itk_reader(folder / name, "GDCMImageIO")
-        dtype = pixel_dtype(folder, reader)
+        reader = _reader(folder / name)
+        dtype = _dtype(folder, reader)
     except VolumeError as error:
         raise VolumeError(folder, f"{error.reason} ({name})") from error
     size = tuple(reader.GetSize())
@@ -158,6 +181,68 @@ def _slice(folder: Path, name: str) -> _Slice:
     return _Slice(
         name, tags["0020|000e"], (size[0], size[1]), (columns, rows), directions, position, dtype
     )
+
+
+def _reader(path: Path) -> Any:
+    """SimpleITK's reader after it has read a file's header.
+
+    Args:
+        path: the file.
+
+    Raises:
+        VolumeError: ITK cannot read the header.
+    """
+    import SimpleITK  # a quarter of a second: not for those who have NIfTI only
+
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")  # no other one looks at the file
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        reason = f"unreadable: {_message(error)}; copy it again or convert it"
+        raise VolumeError(path, reason) from error
+    return reader
+
+
+def _message(error: RuntimeError) -> str:
+    """What ITK says, in one line: the innermost message, without places in its source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not re.search(r"xx:\d+|^Reason: ", line)]
+    message = re.sub(r"(itk::|ITK |sitk::)ERROR: (\w+\(0x\w+\): )?", "", (lines or ["?"])[-1])
+    return f"ITK found: {message[:300]}"
+
+
+def _dtype(path: Path, reader: Any) -> np.dtype:
+    """The numpy type of an image's voxels.
+
+    Raises:
+        VolumeError: colours, vectors, complex numbers, labels.
+    """
+    import SimpleITK
+
+    kinds = {
+        SimpleITK.sitkInt8: "i1",
+        SimpleITK.sitkUInt8: "u1",
+        SimpleITK.sitkInt16: "i2",
+        SimpleITK.sitkUInt16: "u2",
+        SimpleITK.sitkInt32: "i4",
+        SimpleITK.sitkUInt32: "u4",
+        SimpleITK.sitkInt64: "i8",
+        SimpleITK.sitkUInt64: "u8",
+        SimpleITK.sitkFloat32: "f4",
+        SimpleITK.sitkFloat64: "f8",
+    }
+    pixel = reader.GetPixelID()
+    if pixel not in kinds or reader.GetNumberOfComponents() != 1:
+        name = SimpleITK.GetPixelIDValueAsString(pixel)
+        raise VolumeError(
+            path,
+            f"not a grey image: voxels are {name}, {reader.GetNumberOfComponents()} numbers each, "
+            "expected HU, one number each",
+        )
+    return np.dtype(kinds[pixel])
 
 
 def _numbers(folder: Path, name: str, what: str, text: str, count: int) -> np.ndarray:
@@ -210,7 +295,7 @@ def _grid(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]
         step = (positions[-1] - positions[0]) / (len(slices) - 1)
         _check_steps(folder, slices, positions, normal)
     steps = np.stack([across * first.spacing[0], down * first.spacing[1], step], axis=1)
-    return slices, affine_of(tuple(positions[0]), steps)
+    return slices, affine_from_lps(positions[0], steps)
 
 
 def _check_steps(
@@ -252,11 +337,11 @@ def _voxels(folder: Path, slices: list[_Slice], shape: tuple[int, int, int]) -> 
     check_size(folder, shape, np.dtype(f"V{biggest}"), 0, 2**62, False)
     voxels = np.empty(shape[::-1], dtype)
     for index, one in enumerate(slices):
-        reader = itk_reader(folder / one.name, "GDCMImageIO")
+        reader = _reader(folder / one.name)
         try:
             image = reader.Execute()
         except RuntimeError as error:
-            reason = f"damaged slice: {one.name}: {itk_message(error)}; copy it again"
+            reason = f"damaged slice: {one.name}: {_message(error)}; copy it again"
             raise VolumeError(folder, reason) from error
         plane = np.squeeze(SimpleITK.GetArrayViewFromImage(image))
         if plane.shape != voxels.shape[1:]:

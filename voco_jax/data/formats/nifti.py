@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,7 +12,7 @@ from isal import igzip
 from nibabel.nifti1 import Nifti1PairHeader
 from nibabel.nifti2 import Nifti2PairHeader
 
-from voco_jax.data.stored import (
+from voco_jax.data.formats.stored import (
     StoredVolume,
     VolumeError,
     axes_of,
@@ -74,8 +75,8 @@ def pair(path: Path) -> tuple[Path, Path]:
         VolumeError: the other one is missing or leads out of the folder.
     """
     packed = ".gz" if path.name.lower().endswith(".gz") else ""
-    stem = path.name.removesuffix(path.name[-3:]) if packed else path.name
-    stem, own = stem[:-4], stem[-4:].lower()
+    stem = _stem(path.name)
+    own = path.name[len(stem) :][:4].lower()
     other = ".img" if own == ".hdr" else ".hdr"
     names = [
         f"{stem}{suffix}{end}" for end in (packed, "", ".gz") for suffix in (other, other.upper())
@@ -83,6 +84,23 @@ def pair(path: Path) -> tuple[Path, Path]:
     present = [name for name in names if os.path.lexists(path.parent / name)]
     partner = file_inside(path.parent, present[0] if present else names[0], path)
     return (path, partner) if own == ".hdr" else (partner, path)
+
+
+def pair_files(path: Path) -> list[Path]:
+    """Both files of a pair; see `pair`."""
+    return list(pair(path))
+
+
+def pairs_in(names: Sequence[str], folder: str | None) -> list[str]:
+    """The headers in a folder, and data files without one; see `readers.Format.volumes`."""
+    found = [name for name in names if name.lower().endswith(PAIR_SUFFIXES)]
+    headers = {_stem(name) for name in found if ".hdr" in name[-7:].lower()}
+    return [name for name in found if ".img" not in name[-7:].lower() or _stem(name) not in headers]
+
+
+def _stem(name: str) -> str:
+    name = name[:-3] if name.lower().endswith(".gz") else name
+    return name[:-4]
 
 
 def _unpacked(file: IO[bytes]) -> tuple[Any, bool]:

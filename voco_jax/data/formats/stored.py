@@ -6,6 +6,7 @@ file outside its own folder.
 
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ SPACING_MM = (0.05, 25.0)  # smallest and largest plausible voxel
 # Axes further from a right angle are a failure: 1 degree moves the end of a 300 mm scan by 5 mm,
 # about one slice; headers that were rounded to a few digits stay far below.
 TILT_DEGREES = 1.0
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's and DICOM's x is to the left, y to the back
 _BLOCK = 8 * 2**20
 
 
@@ -59,6 +61,22 @@ class StoredVolume:
         if (self.slope, self.intercept) == (1.0, 0.0):
             return stored.astype(np.float32)
         return (stored * np.float64(self.slope) + self.intercept).astype(np.float32)
+
+
+def affine_from_lps(origin: Sequence[float] | np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Voxel index to mm, in the axes of NIfTI, from ITK's and DICOM's.
+
+    Args:
+        origin: of the first voxel, mm, x to the left, y to the back, z up.
+        steps: 3 3, mm; column i is the way from a voxel to the next along axis i.
+
+    Returns:
+        4 4; x to the right, y to the front, z up.
+    """
+    affine = np.eye(4)
+    affine[:3, :3] = steps
+    affine[:3, 3] = origin
+    return _LPS_TO_RAS @ affine
 
 
 def axes_of(affine: np.ndarray) -> str:

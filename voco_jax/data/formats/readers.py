@@ -1,0 +1,150 @@
+"""One CT, in any of the formats that are read, as a `StoredVolume`: the table of all formats."""
+
+import contextlib
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isal import igzip_lib
+
+from voco_jax.data.formats import dicom
+from voco_jax.data.formats.dicom import load_series, series_files, series_in
+from voco_jax.data.formats.meta_image import load_meta, meta_files
+from voco_jax.data.formats.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair_files, pairs_in
+from voco_jax.data.formats.nrrd import load_nrrd, nrrd_files
+from voco_jax.data.formats.stored import StoredVolume, VolumeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How the volumes of one format are found and read.
+
+    Args:
+        suffixes: of its files, in small letters.
+        load: reads a volume; whatever it raises, `load` below turns into a VolumeError.
+        files: all files of a volume on this machine; VolumeError where a header is wrong.
+        detached: those suffixes whose volumes have other files of the same name beside them.
+        volumes: of the names of the files in a folder, those that are volumes; ".": the folder
+            itself. It is told the folder too, or None: nothing can be looked into. None: every
+            file with one of the suffixes is a volume.
+        is_folder: whether a volume is a folder.
+    """
+
+    suffixes: tuple[str, ...]
+    load: Callable[[Path], StoredVolume]
+    files: Callable[[Path], list[Path]] = lambda path: [path]
+    detached: tuple[str, ...] = ()
+    volumes: Callable[[Sequence[str], str | None], list[str]] | None = None
+    is_folder: bool = False
+
+
+FORMATS = (
+    Format(suffixes=(".nii", ".nii.gz"), load=load_nifti),  # and files of any other name
+    Format(
+        suffixes=PAIR_SUFFIXES,
+        load=load_pair,
+        files=pair_files,
+        detached=PAIR_SUFFIXES,
+        volumes=pairs_in,
+    ),
+    Format(suffixes=(".nrrd", ".nhdr"), load=load_nrrd, files=nrrd_files, detached=(".nhdr",)),
+    Format(suffixes=(".mha", ".mhd"), load=load_meta, files=meta_files, detached=(".mhd",)),
+    Format(
+        suffixes=dicom.SUFFIXES,
+        load=load_series,
+        files=series_files,
+        volumes=series_in,
+        is_folder=True,
+    ),
+)
+SUFFIXES = tuple(suffix for one in FORMATS for suffix in one.suffixes)
+DETACHED = tuple(suffix for one in FORMATS for suffix in one.detached)
+
+# isal's stubs call its exception an instance.
+_DAMAGED: tuple[type[Exception], ...] = (
+    gzip.BadGzipFile,
+    igzip_lib.IsalError,  # type: ignore[assignment]
+    zlib.error,
+)
+
+
+def load(path: str | Path) -> StoredVolume:
+    """Reads one volume, with all checks that need no look at the numbers.
+
+    Args:
+        path: a file or folder of one of FORMATS; of a pair, either file. A file of any other name
+            is taken for NIfTI.
+
+    Returns:
+        The volume as stored. Trailing axes of size 1 are dropped.
+
+    Raises:
+        VolumeError: missing, unreadable, truncated, another format, not 3-D, absurd spacing or
+            size.
+    """
+    path = Path(path)
+    try:
+        return _format_of(path).load(path)
+    except VolumeError:
+        raise
+    except FileNotFoundError as error:
+        raise VolumeError(path, "missing file: there is no such file") from error
+    except EOFError as error:
+        raise VolumeError(path, "truncated gzip: the file ends early; copy it again") from error
+    except _DAMAGED as error:
+        raise VolumeError(path, f"damaged gzip: {error}; copy it again") from error
+    except OSError as error:
+        raise VolumeError(path, f"unreadable: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise VolumeError(path, "out of memory: use fewer workers") from error
+    except Exception as error:  # whatever a library makes of a strange header
+        raise VolumeError(path, f"unreadable: {type(error).__name__}: {error}") from error
+
+
+def file_signature(path: str | Path) -> tuple[int, int]:
+    """Tells whether a volume's files have changed since; opens none, but a header's data file name.
+
+    Args:
+        path: as of `load`.
+
+    Returns:
+        Sum of the sizes in bytes and newest time of change in ns, over all files of the volume.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    path = Path(path)
+    found = [os.stat(path)]
+    with contextlib.suppress(VolumeError):  # `load` says what is wrong with it
+        found = [os.stat(file) for file in _format_of(path).files(path)]
+    return sum(file.st_size for file in found), max(file.st_mtime_ns for file in found)
+
+
+def volumes_in(names: Sequence[str], folder: str | None = None) -> list[str]:
+    """Which of the files in a folder are volumes.
+
+    Args:
+        names: of the files.
+        folder: their folder; None: it is not on this machine, nothing can be looked into.
+
+    Returns:
+        Their names; ".": the folder itself is one volume.
+    """
+    found = []
+    for one in FORMATS:
+        if one.volumes:
+            found += one.volumes(names, folder)
+        else:
+            found += [name for name in names if name.lower().endswith(one.suffixes)]
+    return found
+
+
+def _format_of(path: Path) -> Format:
+    name, is_folder = path.name.lower(), path.is_dir()
+    for one in FORMATS:
+        if one.is_folder == is_folder and (is_folder or name.endswith(one.suffixes)):
+            return one
+    return FORMATS[0]
