@@ -21,7 +21,7 @@ SIZES = {
     "L": {"model.feature_size": 96, "mesh.fsdp": 4},
     "H": {"model.feature_size": 192, "mesh.fsdp": 16},
 }
-FEWER = {("H", "v5e"): 3}  # crops a pass, where a chip's memory has no room for nine
+FEWER = {("H", "v5e"): 3}  # crops a microbatch, where a chip's memory has no room for nine
 SLICES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v4:4x4x4")
 
 
@@ -44,18 +44,20 @@ def plan(size: str, topology: str, path: Path) -> None:
 
 def row(size: str, topology: str, found: dict[str, Any]) -> str:
     """One line of the table."""
-    memory, work, times = found["memory"], found["work"], found["times"]
+    memory, work, times = found["memory"], found["work"], found["roofline"]
     peak = "?" if memory["peak"] is None else f"{memory['peak'] / 2**30:.1f}"
     cells = [size, topology, str(found["devices"]), str(found["fsdp"])]
-    cells += [f"{memory['state'] / 2**30:.2f}", f"{peak} of {memory['device'] / 2**30:.0f}"]
+    cells += [f"{memory['state'] / 2**30:.2f}", f"{peak} of {memory['capacity'] / 2**30:.0f}"]
     if work is None or times is None:
         return "| " + " | ".join([*cells, "does not fit"]) + " |"
     sent = sum(kind["sent"] for kind in work["collectives"].values())
     cells += [f"{work['flops'] / 1e12:.1f}", f"{work['traffic'] / 1e9:.0f}", f"{sent / 1e6:.0f}"]
-    cells += [f"{times[name] * 1e3:.1f}" for name in ("compute", "memory", "links")]
-    by_compute = times["compute"] / (times["compute"] + times["links"])
-    cells += [times["wall"], f"{times['efficiency']:.1%}", f"{by_compute:.1%}"]
-    cells += [f"{times['volumes_per_second'] / found['hosts']:.0f}", f"{times['days']:.2f}"]
+    cells += [f"{times[name] * 1e3:.1f}" for name in ("compute", "memory", "communication")]
+    compute_bound = times["compute"] / (times["compute"] + times["communication"])
+    cells += [times["bottleneck"], f"{times['weak_scaling_efficiency']:.1%}"]
+    rates = found["throughput"]
+    cells += [f"{compute_bound:.1%}", f"{rates['volumes_per_second'] / found['hosts']:.0f}"]
+    cells.append(f"{rates['days']:.2f}")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -79,8 +81,8 @@ def main() -> None:
                 rows.append(row(size, topology, json.loads(path.read_text())))
     print(
         "| | slice | chips | fsdp | state, GiB | peak, GiB | TFLOP | traffic, GB | sent, MB | "
-        "compute, ms | memory, ms | links, ms | wall | efficiency | by compute | "
-        "volumes/s a host | days |"
+        "compute, ms | memory, ms | communication, ms | bottleneck | efficiency | "
+        "efficiency, compute-bound | volumes/s a host | days |"
     )
     print("|" + " --- |" * 17)
     print(*rows, sep="\n")

@@ -12,7 +12,7 @@ import pytest
 
 from voco_jax.errors import InputError
 from voco_jax.models import attention, attention_gpu
-from voco_jax.report.flops import count_flops
+from voco_jax.plan.flops import count_flops
 from voco_jax.training import kernels
 from voco_jax.training.mesh import make_mesh
 

@@ -31,7 +31,7 @@ from voco_jax.benchmark.volumes import files_of, first_volumes, opened
 from voco_jax.config import parse
 from voco_jax.errors import InputError
 from voco_jax.interop.names import to_torch
-from voco_jax.report.estimate import flops_needed
+from voco_jax.plan.estimate import model_flops
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.program import make_network
 from voco_jax.voco import augment
@@ -218,10 +218,10 @@ def measured(built, tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", [{"attention": "fused"}, {"convolution": "planes", "remat": True}])
-def test_needed_flops_are_the_same_in_every_form(form, built, measured):
+def test_model_flops_are_the_same_in_every_form(form, built, measured):
     model = dataclasses.replace(CONFIG.model, **form)
     config = dataclasses.replace(CONFIG, model=model)
-    assert flops_needed(config, built.mesh) == measured[0].flops_needed
+    assert model_flops(config, built.mesh) == measured[0].flops_needed
 
 
 def test_every_convolution_of_the_encoder_is_timed():

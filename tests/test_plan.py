@@ -17,12 +17,15 @@ from conftest import FEW_STEPS
 from jax.sharding import AbstractMesh, PartitionSpec
 from tiny import tiny_config
 
-from voco_jax import plan
 from voco_jax.config import parse
-from voco_jax.report import estimate, gpu_targets, hlo
-from voco_jax.report.chips import Chip, chip
-from voco_jax.report.flops import count_flops
-from voco_jax.report.roofline import link_bandwidth, roofline
+from voco_jax.errors import InputError
+from voco_jax.plan import command, devices, estimate, gpu_targets, hlo
+from voco_jax.plan.chips import Chip, chip
+from voco_jax.plan.collectives import Collective, find_collectives, first_group
+from voco_jax.plan.flops import count_flops
+from voco_jax.plan.roofline import bandwidth, roofline
+from voco_jax.plan.table import table
+from voco_jax.plan.traffic import count_traffic
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.optimizer import AmsgradState
 from voco_jax.training.program import make_program
@@ -30,7 +33,9 @@ from voco_jax.voco.step import State
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "voco_10k.py")
-CHIP = Chip("test", flops=1e12, memory=2**30, bandwidth=1e9, link=1e8, wraps=4)
+CHIP = Chip(
+    "test", flops=1e12, memory=2**30, memory_bandwidth=1e9, link_bandwidth=1e8, wraparound=4
+)
 
 # A loop of 6 rounds (from 2 to 8) with one collective inside, an asynchronous pair, a
 # reduce-scatter as TPUs write it, and groups in each notation.
@@ -91,13 +96,13 @@ source_target_pairs={{0,1},{1,2}}
 def test_collectives_are_counted_with_their_loops_and_pairs_once():
     found = hlo.parse(PROGRAM)
     assert (found.devices, found.unknown_loops) == (16, 0)
-    assert found.collectives() == [
-        hlo.Collective("all-reduce", 6, 64 * 8 * 4, (0, 1, 2, 3)),
-        hlo.Collective("all-gather", 1, 4 * 32 * 2, (0, 4, 8, 12)),
-        hlo.Collective("collective-permute", 1, 32 * 2, (0, 1)),
-        hlo.Collective("reduce-scatter", 1, 64 * 8 * 4, (0, 1, 2, 3)),
+    assert find_collectives(found) == [
+        Collective("all-reduce", 6, 64 * 8 * 4, (0, 1, 2, 3)),
+        Collective("all-gather", 1, 4 * 32 * 2, (0, 4, 8, 12)),
+        Collective("collective-permute", 1, 32 * 2, (0, 1)),
+        Collective("reduce-scatter", 1, 64 * 8 * 4, (0, 1, 2, 3)),
     ]
-    assert [one.sent for one in found.collectives()] == [
+    assert [one.sent for one in find_collectives(found)] == [
         6 * 2048 * 2 * 3 / 4,  # an all-reduce is a reduce-scatter and an all-gather
         256 * 3 / 4,
         64,
@@ -108,13 +113,13 @@ def test_collectives_are_counted_with_their_loops_and_pairs_once():
 def test_trip_counts_that_xla_noted_win():
     noted = 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
     found = hlo.parse(PROGRAM.replace("body=%body", noted))
-    assert found.collectives()[0].times == 5
+    assert find_collectives(found)[0].count == 5
 
 
 def test_loops_of_unknown_length_are_reported():
     found = hlo.parse(PROGRAM.replace("direction=LT", "direction=NE"))
     assert found.unknown_loops == 1
-    assert found.collectives()[0].times == 1
+    assert find_collectives(found)[0].count == 1
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,7 @@ def test_loops_of_unknown_length_are_reported():
     ],
 )
 def test_groups_in_all_notations(groups, first):
-    assert hlo.first_group(f"channel_id=1, {groups}, to_apply=%add", 8) == first
+    assert first_group(f"channel_id=1, {groups}, to_apply=%add", 8) == first
 
 
 def test_traffic_of_slices_updates_and_on_chip_arrays():
@@ -166,7 +171,7 @@ ENTRY %main (p: f32[8,128], q: f32[4,128], i.1: s32[]) -> f32[8,128] {
     negate, thin = 4 * row, 8 * 128 * 4  # the result stays on the chip; 3 columns take 128
     fetched, top = thin, row
     update = row + row + index  # one row is read, one is written in place
-    assert hlo.parse(text).traffic() == negate + thin + fetched + top + update
+    assert count_traffic(hlo.parse(text)) == negate + thin + fetched + top + update
 
 
 def test_program_text_of_this_jax_is_read():
@@ -177,11 +182,11 @@ def test_program_text_of_this_jax_is_read():
     traced = jax.jit(step).trace(w, x)
     assert count_flops(traced.jaxpr.jaxpr) == 5 * 2 * 4 * 8 * 8
     found = hlo.parse(traced.lower().compile().as_text())
-    loops = [times for _, one, times in found.runs if one.opcode in ("tanh", "dot", "fusion")]
+    loops = [count for _, one, count in found.executed if one.opcode in ("tanh", "dot", "fusion")]
     assert 5 in loops
     assert found.unknown_loops == 0
-    assert found.collectives() == []
-    assert found.traffic() >= 4 * (w.size + x.size)
+    assert find_collectives(found) == []
+    assert count_traffic(found) >= 4 * (w.size + x.size)
 
 
 def test_flops_of_convolutions_and_recomputation():
@@ -216,14 +221,50 @@ def test_flops_of_what_each_device_does_by_itself():
 
 def test_roofline_by_hand():
     # 2 TFLOP at 1 TFLOP/s, 1 GB at 1 GB/s, 100 MB over a ring of 4 with two links of 100 MB/s.
-    one = hlo.Collective("all-gather", 1, 10**8, (0, 1, 2, 3))
-    places = [(x, y) for x in range(4) for y in range(4)]
-    found = roofline(2e12, 1e9, [one], places, CHIP)
-    assert (found.compute, found.memory, found.links) == (2.0, 1.0, pytest.approx(0.375))
-    assert (found.step, found.wall) == (2.0, "compute")
-    assert found.efficiency == pytest.approx(2 / 2.375)
-    assert roofline(1e9, 2e9, [one], places, CHIP).wall == "memory"
-    assert roofline(1e9, 1e6, [one], places, CHIP).wall == "links"
+    one = Collective("all-gather", 1, 10**8, (0, 1, 2, 3))
+    coords = [(x, y) for x in range(4) for y in range(4)]
+    found = roofline(2e12, 1e9, [one], coords, CHIP)
+    assert (found.compute, found.memory, found.communication) == (2.0, 1.0, pytest.approx(0.375))
+    assert (found.step, found.bottleneck) == (2.0, "compute")
+    assert found.weak_scaling_efficiency == pytest.approx(2 / 2.375)
+    assert roofline(1e9, 2e9, [one], coords, CHIP).bottleneck == "memory"
+    assert roofline(1e9, 1e6, [one], coords, CHIP).bottleneck == "communication"
+
+
+def test_table_says_what_was_estimated():
+    one = Collective("all-gather", 3, 10**8, (0, 1))
+    times = roofline(2e12, 4e9, [one], None, CHIP)  # 2 s, 4 s, and 3 x 100 MB / 2 at 100 MB/s
+    found = estimate.Estimate(
+        device="test",
+        devices=2,
+        hosts=2,
+        batch_size=8,
+        fsdp=2,
+        feature_size=12,
+        crops_per_pass=0,
+        remat=False,
+        teacher="network",
+        parameters=10**7,
+        total_steps=43200,
+        compile_seconds=3.0,
+        memory=estimate.Memory(2**31, 2**30, 2**28, 0, 2**29, 2**31, False),
+        work=estimate.Work(2e12, 1.5e12, 4 * 10**9, estimate._by_kind([one, one]), 0),
+        roofline=times,
+        throughput=estimate._throughput(parse(tiny_config()), times.step, 0.0),
+    )
+    text = table(found)
+    for row in (
+        "fsdp                state sharded over 2",
+        "microbatches        all crops at a time, remat False",
+        "  peak              2.00 GiB of 1.00 GiB (XLA_CLIENT_MEM_FRACTION of 2.00 GiB)",
+        "of 2.00 GiB): does not fit; try a larger mesh.fsdp",
+        "  FLOPs             2.00 T, 1.50 T without recomputation",
+        "  all-gather        6 x, 600.0 MB, sends 300.0 MB",
+        "step, at least      4000.00 ms; bottleneck: memory",
+        "  communication     1500.00 ms",
+        "weak scaling        72.7% efficiency",
+    ):
+        assert row in text
 
 
 @pytest.mark.parametrize(
@@ -237,16 +278,16 @@ def test_roofline_by_hand():
     ],
 )
 def test_links_of_a_torus(kind, group, links):
-    places = [(x, y) for x in range(4) for y in range(4)]
-    one = hlo.Collective(kind, 1, 1, tuple(group))
-    assert link_bandwidth(one, places, CHIP) == links * CHIP.link
-    open_mesh = Chip("test", 1, 1, 1, CHIP.link, wraps=16)
-    assert link_bandwidth(one, places, open_mesh) == math.ceil(links / 2) * CHIP.link
-    assert link_bandwidth(one, None, CHIP) == CHIP.link
+    coords = [(x, y) for x in range(4) for y in range(4)]
+    one = Collective(kind, 1, 1, tuple(group))
+    assert bandwidth(one, coords, CHIP) == links * CHIP.link_bandwidth
+    open_mesh = Chip("test", 1, 1, 1, CHIP.link_bandwidth, wraparound=16)
+    assert bandwidth(one, coords, open_mesh) == math.ceil(links / 2) * CHIP.link_bandwidth
+    assert bandwidth(one, None, CHIP) == CHIP.link_bandwidth
 
 
 @pytest.mark.parametrize(
-    ("wraps", "lengths", "links"),
+    ("wraparound", "lengths", "links"),
     [
         (4, (4, 4, 4), 6),
         (4, (2, 4, 4), 3),  # v4, v5p: less than a cube is no torus
@@ -255,10 +296,10 @@ def test_links_of_a_torus(kind, group, links):
         (16, (8, 8, 1), 2),
     ],
 )
-def test_rings_of_a_slice(wraps, lengths, links):
-    places = list(itertools.product(*map(range, lengths)))
-    one = hlo.Collective("all-reduce", 1, 1, tuple(range(len(places))))
-    found = link_bandwidth(one, places, Chip("test", 1, 1, 1, 1.0, wraps))
+def test_rings_of_a_slice(wraparound, lengths, links):
+    coords = list(itertools.product(*map(range, lengths)))
+    one = Collective("all-reduce", 1, 1, tuple(range(len(coords))))
+    found = bandwidth(one, coords, Chip("test", 1, 1, 1, 1.0, wraparound))
     assert found == links
 
 
@@ -292,18 +333,18 @@ def test_of_a_gpu_jax_takes_a_part(monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
     h200, v5e = chip("NVIDIA H200"), chip("TPU v5 lite")
-    assert estimate._room(h200) == h200.memory * 3 // 4
-    assert estimate._room(v5e) == v5e.memory
+    assert estimate._usable(h200) == h200.memory * 3 // 4
+    assert estimate._usable(v5e) == v5e.memory
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
-    assert estimate._room(h200) == h200.memory // 2
-    assert estimate._room(v5e) == v5e.memory
+    assert estimate._usable(h200) == h200.memory // 2
+    assert estimate._usable(v5e) == v5e.memory
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "half")
-    with pytest.raises(plan.InputError, match=r"XLA_CLIENT_MEM_FRACTION: found 'half', expected"):
-        estimate._room(h200)
+    with pytest.raises(InputError, match=r"XLA_CLIENT_MEM_FRACTION: found 'half', expected"):
+        estimate._usable(h200)
 
 
 @pytest.mark.parametrize(
-    ("compiled", "used", "room", "fits"),
+    ("compiled", "used", "usable", "fits"),
     [
         (True, 7, 7, True),
         (True, 8, 7, False),
@@ -312,8 +353,8 @@ def test_of_a_gpu_jax_takes_a_part(monkeypatch):
         (False, None, 7, False),
     ],
 )
-def test_a_step_fits_in_what_jax_takes(compiled, used, room, fits):
-    assert estimate._fits(compiled, used, room) is fits
+def test_a_step_fits_in_what_jax_takes(compiled, used, usable, fits):
+    assert estimate._fits(compiled, used, usable) is fits
 
 
 def test_chips_are_told_apart():
@@ -338,7 +379,7 @@ def test_largest_batch_is_found_in_few_tries(most, start):
         tried.append(volumes)
         return volumes <= most
 
-    assert plan.largest(fits, start, 64) == min(most, 64)
+    assert command.largest(fits, start, 64) == min(most, 64)
     assert len(tried) == len(set(tried))
     assert len(tried) <= 14
     assert max(tried) <= 64
@@ -364,7 +405,7 @@ def test_largest_batch_is_found_in_few_tries(most, start):
 )
 def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
     flags = ["--config", CONFIG, "--topology", "cpu:1", *arguments]
-    assert plan.main(flags) == 2
+    assert command.main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -372,9 +413,9 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
 
 
 def test_missing_libtpu_is_named_with_its_fix(monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(plan.InputError, match=r"not installed: pip install libtpu"):
-        plan._devices("v5e:2x2")
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"not installed: pip install libtpu"):
+        devices.find_devices("v5e:2x2")
 
 
 @pytest.mark.parametrize("packages", [(), ("jax_plugins",)])
@@ -383,9 +424,9 @@ def test_missing_cuda_plugin_is_named_with_its_fix(monkeypatch, packages):
         if name.partition(".")[0] not in packages:
             raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(plan.importlib.util, "find_spec", find_spec)
-    with pytest.raises(plan.InputError, match=r"not installed: pip install jax-cuda12-plugin=="):
-        plan._devices("h200:8")
+    monkeypatch.setattr(devices.importlib.util, "find_spec", find_spec)
+    with pytest.raises(InputError, match=r"not installed: pip install jax-cuda12-plugin=="):
+        devices.find_devices("h200:8")
 
 
 @pytest.mark.parametrize("name", gpu_targets.NAMES)
@@ -397,7 +438,7 @@ def test_distant_gpus_are_chips_with_known_peaks(name):
     known = chip(kind)
     assert known.name.lower().startswith(name)
     assert int(memory) == pytest.approx(known.memory, rel=0.08)  # sheets give rounded GB
-    assert int(bandwidth) == pytest.approx(known.bandwidth, rel=1e-3)
+    assert int(bandwidth) == pytest.approx(known.memory_bandwidth, rel=1e-3)
 
 
 def test_batch_size_by_flags_and_config():
@@ -407,19 +448,19 @@ def test_batch_size_by_flags_and_config():
 
     def size(devices, **flags):
         options = argparse.Namespace(**{"batch_size": None, "batch_per_device": None} | flags)
-        return plan._batch_size(options, config, devices)
+        return command._batch_size(options, config, devices)
 
     assert size(1) == size(2) == config.batch_size
     assert size(16) == 16
     assert size(16, batch_size=32) == 32
     assert size(16, batch_per_device=3) == 48
-    with pytest.raises(plan.InputError, match=r"found 3 volumes for 2 devices"):
+    with pytest.raises(InputError, match=r"found 3 volumes for 2 devices"):
         size(2, batch_size=3)
 
 
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as ended:
-        plan.main(["--help"])
+        command.main(["--help"])
     assert ended.value.code == 0
     assert "--topology v5e:16x16" in capsys.readouterr().out
 
@@ -435,12 +476,12 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
         "model.feature_size": 12,
         "mesh.fsdp": 2,
     }
-    command = [sys.executable, "-m", "voco_jax.plan", "--config", "configs/demo.py"]
-    command += ["--topology", "cpu:4", "--json", str(tmp_path / "plan.json")]
-    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    call = [sys.executable, "-m", "voco_jax.plan", "--config", "configs/demo.py"]
+    call += ["--topology", "cpu:4", "--json", str(tmp_path / "plan.json")]
+    call += [f"--config.{name}={value}" for name, value in settings.items()]
     environment = {**os.environ, "XLA_FLAGS": FEW_STEPS}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "4 x cpu, 1 hosts" in done.stdout
@@ -450,8 +491,8 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
     assert found["overrides"]["model.depths"] == [1, 1, 1, 1]
     memory, work = found["memory"], found["work"]
     assert memory["peak"] > memory["state"] > found["parameters"] * 4  # five copies, some halved
-    assert memory["fits"] is memory["device"] is memory["room"] is found["times"] is None
-    assert work["flops"] >= work["flops_needed"] > 1e9
+    assert memory["fits"] is memory["capacity"] is memory["usable"] is found["roofline"] is None
+    assert work["flops"] >= work["model_flops"] > 1e9
     assert work["unknown_loops"] == 0
     # Every gradient is summed over the devices, and the sharded parameters are gathered.
     assert work["collectives"]["all-reduce"]["size"] > 4 * found["parameters"] / 2

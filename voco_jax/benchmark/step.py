@@ -28,8 +28,8 @@ from voco_jax.config import Config
 from voco_jax.data.crops import draw_origins, overlap_labels
 from voco_jax.data.progress import say
 from voco_jax.data.volumes import quantise
-from voco_jax.report.estimate import flops_needed
-from voco_jax.report.flops import count_flops
+from voco_jax.plan.estimate import model_flops
+from voco_jax.plan.flops import count_flops
 from voco_jax.training import mesh as meshes
 from voco_jax.training.program import make_program
 from voco_jax.voco.step import State
@@ -150,7 +150,7 @@ def run(built: Built, steps: int, warmup: int, ceiling: float | None) -> Measure
         return metrics["loss"]
 
     found = spread(time_calls(step, jax.block_until_ready, warmup, steps))
-    needed = flops_needed(built.config, built.mesh)
+    needed = model_flops(built.config, built.mesh)
     sizes = built.compiled.memory_analysis()
     device = built.mesh.devices.flat[0]
     stats = device.memory_stats() or {}

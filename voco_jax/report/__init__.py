@@ -1,1 +1,1 @@
-"""Pictures, and estimates from compiled programs."""
+"""Pictures of crops, positions and whole caches."""

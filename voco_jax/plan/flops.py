@@ -1,7 +1,7 @@
 """FLOPs of a traced function: those of its matrix products and convolutions, loops included.
 
 XLA's own count takes the body of a loop once, whatever its trip count (`HloCostAnalysis` says so),
-and the step loops over passes; here each body counts as often as it runs.
+and the step loops over microbatches; here each body counts as often as it runs.
 """
 
 import math
@@ -18,7 +18,7 @@ def count_flops(jaxpr: core.Jaxpr) -> int:
 
     Returns:
         FLOPs of one call on all devices together; additions, norms and the like are left out. Of
-        a branch the dearest side counts, of a `while` whose trip count is unknown one round.
+        a branch the costliest side counts, of a `while`, whose trip count is unknown, one round.
     """
     return sum(_count(equation) for equation in jaxpr.eqns)
 

@@ -22,24 +22,24 @@ class Chip:
         name: for people.
         flops: peak of bf16 matrix products, FLOP/s.
         memory: bytes.
-        bandwidth: of the memory, bytes/s.
-        link: bytes/s in one direction; of a GPU all its NVLinks together.
-        wraps: a TPU's torus closes along an axis whose length is a multiple of this: of v5e and
-            v6e the pod's full 16; of v4 and v5p 4, if all three are (slices of whole cubes). 0:
-            every device reaches every other through a switch.
+        memory_bandwidth: bytes/s.
+        link_bandwidth: bytes/s in one direction; of a GPU all its NVLinks together.
+        wraparound: a TPU's torus closes along an axis whose length is a multiple of this: of v5e
+            and v6e the pod's full 16; of v4 and v5p 4, if all three are (slices of whole cubes).
+            0: every device reaches every other through a switch.
     """
 
     name: str
     flops: float
     memory: int
-    bandwidth: float
-    link: float
-    wraps: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    wraparound: int
 
     @property
     def is_gpu(self) -> bool:
         """Else a TPU."""
-        return self.wraps == 0
+        return self.wraparound == 0
 
 
 # By the start of JAX's `device_kind`.
