@@ -1,8 +1,4 @@
-"""Pre-trains a 3D medical image encoder with VoCo.
-
-Examples:
-  python main.py --config configs/demo.py --workdir runs/demo
-  python main.py --config configs/voco_10k.py --workdir runs/voco_10k --config.batch_size=8
+"""Trains what a config file says: pre-trains a 3D medical image encoder with VoCo.
 
 Every setting of the config file can be overridden as --config.section.field=value. The same
 command again resumes from the last checkpoint. On TPU pods and SLURM the processes of a run find
@@ -12,24 +8,18 @@ Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the sa
 130 interrupted, other: a crash.
 """
 
+import faulthandler
 import os
 import signal
 import sys
 import threading
 import traceback
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from absl import app, flags
-from ml_collections import config_flags
-
-from voco_jax.config import check_field
+from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that the run writes.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes of this run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _COMPILED = "~/.cache/voco_jax/xla"  # as in launch/
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _CRASHED = (
@@ -37,28 +27,46 @@ _CRASHED = (
     "one's log: when one dies the others lose their connection. The same command resumes from the "
     "newest good checkpoint"
 )
+_EXAMPLES = """
+--config configs/demo.py --workdir runs/demo
+--config configs/voco_10k.py --workdir runs/voco_10k --config.batch_size=8
+"""
 
 
-def main(arguments: list[str]) -> None:
+def methods() -> dict[str, Any]:
+    """What trains each `task` that a config can name: a `voco_jax.training.task.Method`."""
+    # Imported here: worker processes import this file too, and need none of it.
+    from voco_jax.voco import task as voco
+
+    return {"voco": voco.METHOD}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Flags, then the run; the user's mistakes are one line and exit status 2."""
+    parser = command_parser("main.py", __doc__, _EXAMPLES)
+    add = parser.add_argument
+    add("--config", required=True, metavar="PY", help="config file")
+    add("--workdir", required=True, metavar="DIR", help="folder for everything that the run writes")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0")
+    add("--processes", type=int, metavar="N", help="of this run")
+    add("--process_id", type=int, metavar="I", help="of this process, from 0")
+    faulthandler.enable()  # JAX's client ends a process with a signal: say where it was
+    try:
+        options, overrides = parse_arguments(parser, arguments)
+        if not options.workdir:
+            raise InputError("--workdir: found '', expected a folder; is a variable not set?")
+        experiment = load(options.config, overrides, options.workdir)
+    except InputError as error:
+        sys.exit(_fail(error, 2))
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(_COMPILED))
     _leave_on_sigterm()
-    # Imported here: worker processes import this file too, and need none of it.
     from voco_jax.training import distributed
-    from voco_jax.training.pretrain import DivergedError, PreemptedError, run
+    from voco_jax.training.loop import DivergedError, PreemptedError, run
 
     try:
-        if len(arguments) > 1:
-            raise InputError(f"arguments: found {arguments[1:]}, expected only flags (see --help)")
-        if _CONFIG.value is None or _WORKDIR.value is None:
-            raise InputError("--config and --workdir: give both, see --help for an example")
-        try:
-            config = _CONFIG.value.to_dict()
-        except OSError as error:  # config_flags tells only now that the file did not load
-            raise InputError(f"--config: {' '.join(str(error).split())}") from error
-        distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-        run(config, _WORKDIR.value)
+        distributed.start(options.coordinator, options.processes, options.process_id)
+        run(experiment, options.workdir, methods()[experiment.task])
     except InputError as error:
         _leave(_fail(error, 2))
     except DivergedError as error:
@@ -101,22 +109,6 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
-    """Absl's parser; a wrong flag or config field is one line."""
-    try:
-        for argument in arguments[1:]:
-            if argument.startswith("--config."):
-                check_field(argument.removeprefix("--config.").split("=")[0])
-        return flags.FLAGS(arguments)
-    except InputError as error:
-        sys.exit(_fail(error, 2))
-    except (flags.Error, LookupError, OSError, TypeError, ValueError) as error:
-        message = str(error)
-        if "Error whilst parsing config file" in message:  # and its whole traceback
-            message = message.strip().splitlines()[-1].removeprefix("voco_jax.errors.InputError: ")
-        sys.exit(_fail(f"flags: {message} (see --help)", 2))
-
-
 def _fail(error: object, status: int) -> int:
     distributed = sys.modules.get("voco_jax.training.distributed")  # absent: flags are wrong
     print(f"error: {distributed.label() if distributed else ''}{error}", file=sys.stderr)
@@ -124,4 +116,4 @@ def _fail(error: object, status: int) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    main()

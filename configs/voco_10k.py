@@ -24,8 +24,9 @@ LISTS = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Every setting there is; their meanings are in voco_jax/config.py."""
+    """Every setting there is; their meanings are in voco_jax/config/."""
     config = ml_collections.ConfigDict()
+    config.task = "voco"
     config.recipe = "voco_10k"
     config.seed = 0
     config.total_steps = 250_000
@@ -72,6 +73,7 @@ def get_config() -> ml_collections.ConfigDict:
         "shift": 0.1,
     }
     config.model = {
+        "encoder": "swin_unetr",
         "feature_size": 48,
         "depths": (2, 2, 2, 2),
         "num_heads": (3, 6, 12, 24),

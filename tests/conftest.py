@@ -1,6 +1,7 @@
 """Shared set-up: one CPU backend, absl flags for grain's workers, the shared data folder."""
 
 import os
+from collections import Counter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -9,7 +10,7 @@ from pathlib import Path
 import jaxlib
 
 if jaxlib.__version__.startswith("0.10."):  # another XLA may refuse to start with these
-    # Tests compile more than they compute: see voco_jax.training.program.compiler_options.
+    # Tests compile more than they compute: see voco_jax.training.compile.compiler_options.
     sooner = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {sooner}"
 
@@ -31,8 +32,21 @@ def shared_file(*parts: str) -> Path:
     """A file of the data folder beside the checkout; skips the test where it is absent."""
     path = SHARED.joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"needs {Path('shared', *parts)} beside the checkout")
+        pytest.skip(f"need shared/{parts[0]} beside the checkout")
     return path
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    """How many tests were skipped and why: a run that left much out must not look like a full one.
+
+    Every reason completes "N of them ...", as "need shared/ct beside the checkout".
+    """
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    count = len(skipped)
+    terminalreporter.write_line(f"{count} test{'s' * (count != 1)} skipped{': ' * bool(why)}{why}")
 
 
 @pytest.fixture

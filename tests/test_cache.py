@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from chains import CHAIN_10K
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from voco_jax.data.array import CHUNK, LARGEST, write_volume
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.crops import draw_corner
 from voco_jax.data.manifest import Entry
-from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.data.verify import verify
 from voco_jax.errors import InputError
 

@@ -3,12 +3,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from chains import CHAIN_10K
 from PIL import Image
 
 from voco_jax.data.array import write_volume
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.manifest import Entry
-from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.report import contact_sheet
 from voco_jax.report.contact_sheet import main, robust_scores, survey
 

@@ -89,12 +89,12 @@ def test_sigterm_before_the_first_step_ends_at_once(tmp_path):
 
 
 def test_one_process_agrees_with_itself():
-    assert distributed.is_first()
+    assert distributed.is_process_0()
     assert distributed.broadcast("Größe") == "Größe"
-    assert distributed.on_first(lambda: "text") == "text"
+    assert distributed.run_on_process_0(lambda: "text") == "text"
     np.testing.assert_array_equal(distributed.gather(np.arange(3)), [[0, 1, 2]])
     with pytest.raises(InputError, match="mend it"):
-        distributed.everywhere(lambda: (_ for _ in ()).throw(InputError("mend it")))
+        distributed.run_on_all(lambda: (_ for _ in ()).throw(InputError("mend it")))
 
 
 TWO = """
@@ -106,7 +106,7 @@ assert distributed.broadcast(f"from {sys.argv[2]}") == "from 0"
 print("joined", flush=True)
 if sys.argv[2] == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-distributed.meet()
+distributed.barrier()
 """
 
 
@@ -121,3 +121,4 @@ def test_the_other_ends_soon_when_one_is_killed():
     assert started[0].returncode != 0
     assert "joined" in output
     assert "Terminating process because" in output or "error" in output.lower(), output
+    assert "AttributeError" not in output

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-from monai_reference import crops_by_rule, encode, from_torch, weight_by_rule
+from monai_reference import crops_by_rule, encode, weight_by_rule
+from monai_reference import from_torch as image_from_torch
 from monai_reference import to_torch as image_to_torch
+from networks import network, settings, shapes, swin_unetr
 
 from voco_jax.errors import InputError
 from voco_jax.interop import export as export_module
@@ -20,18 +22,19 @@ from voco_jax.interop.card import card_path, file_sha256, read_card
 from voco_jax.interop.export import Card, export, main
 from voco_jax.interop.files.weights import read
 from voco_jax.interop.load import load_into
-from voco_jax.interop.names import to_torch, torch_shapes
+from voco_jax.interop.names import from_torch, to_torch, torch_shapes
 from voco_jax.models.swin import PatchMerging
-from voco_jax.models.swin_unetr import SwinUNETREncoder, VoCoNetwork
 
 CROP = (1, 32, 32, 64, 1)
 
 
 def config(*, window_size=4, use_v2=True, patch_merging="merging", depths=(2, 2, 2, 2)):
     return {
+        "task": "voco",
         "recipe": "voco_10k",
         "total_steps": 100,
         "model": {
+            "encoder": "swin_unetr",
             "feature_size": 12,
             "depths": list(depths),
             "num_heads": [3, 6, 12, 24],
@@ -51,20 +54,25 @@ def card(settings):
 @functools.cache
 def parameters(window_size=4, use_v2=True, depths=(2, 2, 2, 2)):
     """Our network's parameters, by the golden files' rule."""
-    model = VoCoNetwork(
-        feature_size=12,
-        depths=depths,
-        window_size=window_size,
-        use_v2=use_v2,
-        projector_size=16,
+    template = shapes(
+        network(
+            feature_size=12,
+            depths=depths,
+            window_size=(window_size,) * 3,
+            use_v2=use_v2,
+            projector_size=16,
+        )
     )
-    crops = jax.ShapeDtypeStruct((2, *CROP[1:]), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), crops)["params"]
     values = {
         name: weight_by_rule(name, shape).astype(np.float32)
-        for name, shape in torch_shapes(shapes).items()
+        for name, shape in torch_shapes(template).items()
     }
-    return load_into(shapes, values)[0]
+    return from_torch(values, template)[0]
+
+
+def load(params, path, *allowed, **changes):
+    """Into a model of window 4."""
+    return load_into(params, path, *allowed, model=settings(window_size=(4, 4, 4), **changes))
 
 
 @pytest.mark.parametrize(
@@ -82,16 +90,16 @@ def test_monai_loads_it_and_agrees(tmp_path, monkeypatch, suffix, options):
     """
     depths = (2, 1, 1, 1)
     params = parameters(options["window_size"], options["use_v2"], depths)
-    settings = config(**options, depths=depths)
-    exported = export(params, tmp_path / f"voco{suffix}", card(settings))
+    exported = export(params, tmp_path / f"voco{suffix}", card(config(**options, depths=depths)))
     monkeypatch.chdir(tmp_path)
     seen = {}
-    exec(exported.usage, seen)
+    exec(exported.usage.snippet, seen)
     assert all(key.startswith(("decoder", "out.")) for key in seen["missing"])
     assert len(seen["missing"]) == 22
     assert seen["unexpected"] == []
 
-    encoder = SwinUNETREncoder(
+    options["window_size"] = (options["window_size"],) * 3
+    encoder = swin_unetr(
         feature_size=12, depths=depths, convolution="planes", dtype=np.float64, **options
     )
     x = crops_by_rule(0, 1, CROP[1:4]).astype(np.float64)
@@ -107,23 +115,23 @@ def test_monai_loads_it_and_agrees(tmp_path, monkeypatch, suffix, options):
         hidden, features = encode(seen["model"].double().eval(), image_to_torch(x))
     pairs = zip((*ours.hidden_states, *ours.features), (*hidden, *features), strict=True)
     for mine, theirs in pairs:
-        np.testing.assert_allclose(mine, from_torch(theirs), rtol=0, atol=1e-9)
+        np.testing.assert_allclose(mine, image_from_torch(theirs), rtol=0, atol=1e-9)
     pooled = torch.cat([feature.mean((2, 3, 4)) for feature in features], 1)
     np.testing.assert_allclose(ours.pooled, pooled.numpy(), rtol=0, atol=1e-9)
 
 
 def test_snippet_for_legacy_merging(tmp_path, monkeypatch):
     """With the snippet's merging today's MONAI computes what our legacy merging does."""
-    settings = config(patch_merging="legacy")
-    exported = export(parameters(), tmp_path / "voco.pt", card(settings), with_projector=True)
+    legacy = card(config(patch_merging="legacy"))
+    exported = export(parameters(), tmp_path / "voco.pt", legacy, with_projector=True)
     monkeypatch.chdir(tmp_path)
     seen = {}
-    exec(exported.usage, seen)
+    exec(exported.usage.snippet, seen)
     assert seen["unexpected"] == []
     theirs = seen["model"].swinViT.layers2[0].downsample
     assert type(theirs).__name__ == "LegacyPatchMerging"
     x = np.random.default_rng(0).standard_normal((2, 4, 6, 2, 24)).astype(np.float32)
-    ours = PatchMerging(24, "legacy").apply(
+    ours = PatchMerging(24, "legacy", np.float32).apply(
         {"params": parameters()["swinViT"]["layers2_0"]["downsample"]}, x
     )
     with torch.no_grad():
@@ -146,9 +154,7 @@ def test_it_comes_back_bit_for_bit(tmp_path, suffix, with_projector):
     assert exported.tensors == len(tensors)
     assert exported.parameters == sum(array.size for array in kept.values())
     missing = () if with_projector else ("proj_head.*",)
-    back, report = load_into(
-        parameters(), path, missing, window_size=(4, 4, 4), patch_merging="merging"
-    )
+    back, report = load(parameters(), path, missing)
     assert not report.unexpected
     assert report.notes == ()
     assert to_torch(back).keys() == ours.keys()
@@ -158,14 +164,14 @@ def test_an_encoder_without_convolutions_says_so(tmp_path, monkeypatch):
     """As the paper's recipe trains it: the card's snippet leaves MONAI's convolutions at random."""
     params = parameters(use_v2=False)
     swin = {"swinViT": params["swinViT"]}
-    settings = config(use_v2=False)
+    changed = config(use_v2=False)
     with pytest.raises(InputError, match="not of the config's model: conv_encoders differ"):
-        export(swin, tmp_path / "voco.pt", card(settings))
-    settings["model"]["conv_encoders"] = False
-    exported = export(swin, tmp_path / "voco.pt", card(settings))
+        export(swin, tmp_path / "voco.pt", card(changed))
+    changed["model"]["conv_encoders"] = False
+    exported = export(swin, tmp_path / "voco.pt", card(changed))
     monkeypatch.chdir(tmp_path)
     seen = {}
-    exec(exported.usage, seen)
+    exec(exported.usage.snippet, seen)
     assert {name.split(".")[0].rstrip("0123456789") for name in seen["missing"]} == {
         "encoder",
         "decoder",
@@ -173,10 +179,10 @@ def test_an_encoder_without_convolutions_says_so(tmp_path, monkeypatch):
     }
     assert "start at random" in read_card(exported.weights)["monai_note"]
     with pytest.raises(InputError, match=r"has no convolution encoders: .* missing 'encoder\*'"):
-        load_into(parameters(use_v2=False), exported.weights, ["proj_head.*"])
+        load(parameters(use_v2=False), exported.weights, ["proj_head.*"])
     whole = export(params, tmp_path / "whole.pt", card(config(use_v2=False)))
     with pytest.raises(InputError, match=r"set model\.conv_encoders=True or allow unexpected"):
-        load_into(swin, whole.weights)
+        load(swin, whole.weights)
 
 
 def test_card(tmp_path):
@@ -186,10 +192,12 @@ def test_card(tmp_path):
     found = json.loads((tmp_path / "voco.pt.json").read_text())
     expected = {
         "file": "voco.pt",
+        "task": "voco",
         "recipe": "voco_10k",
         "network": "teacher",
         "step": 40,
         "total_steps": 100,
+        "encoder": "swin_unetr",
         "feature_size": 12,
         "in_channels": 1,
         "use_v2": True,
@@ -218,8 +226,8 @@ def test_card(tmp_path):
     ],
 )
 def test_monai_versions(tmp_path, merging, window, versions):
-    settings = config(window_size=window, patch_merging=merging)
-    export(parameters(window), tmp_path / "voco.safetensors", card(settings))
+    changed = config(window_size=window, patch_merging=merging)
+    export(parameters(window), tmp_path / "voco.safetensors", card(changed))
     assert read_card(tmp_path / "voco.safetensors")["monai_versions"] == versions
 
 
@@ -227,17 +235,17 @@ def test_card_guards_the_weights(tmp_path):
     path = tmp_path / "voco.safetensors"
     export(parameters(), path, card(config()))
     with pytest.raises(InputError, match="card says patch merging 'merging', the model has 'leg"):
-        load_into(parameters(), path, ["proj_head.*"], patch_merging="legacy")
+        load(parameters(), path, ["proj_head.*"], patch_merging="legacy")
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match="SHA-256 is not the one in"):
-        load_into(parameters(), path, ["proj_head.*"])
+        load(parameters(), path, ["proj_head.*"])
     card_path(path).write_text("[1]")
     with pytest.raises(InputError, match="expected the JSON card"):
-        load_into(parameters(), path, ["proj_head.*"])
+        load(parameters(), path, ["proj_head.*"])
     card_path(path).unlink()
-    _, report = load_into(parameters(), path, ["proj_head.*"], patch_merging="legacy")
+    _, report = load(parameters(), path, ["proj_head.*"], patch_merging="legacy")
     assert any("does not say which patch merging" in note for note in report.notes)
 
 
@@ -316,7 +324,8 @@ def test_command_errors(tmp_path, capsys, checkpoint):
 def test_help_shows_an_example():
     command = [sys.executable, "-m", "voco_jax.interop.export", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "python -m voco_jax.interop.export --checkpoint runs/demo --output voco.pt" in printed
+    example = "python -m voco_jax.interop.export --checkpoint runs/demo --config configs/demo.py"
+    assert example in printed
 
 
 def test_safetensors_without_torch(tmp_path, monkeypatch):

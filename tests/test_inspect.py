@@ -11,9 +11,9 @@ import torch
 from monai.networks.nets import SwinUNETR
 from safetensors.numpy import save_file
 
-from voco_jax.interop.architecture import Architecture, encoder_shapes, window_of
 from voco_jax.interop.card import card_path, file_sha256
 from voco_jax.interop.inspect import inspect, main
+from voco_jax.models.swin_unetr_pytorch import Architecture, encoder_shapes, window_of
 
 
 @functools.cache
@@ -65,7 +65,6 @@ def test_published_size_has_published_count():
         num_heads=(3, 6, 12, 24),
         window_size=(7, 7, 7),
         conv_encoders=True,
-        projector_size=None,
         decoder=False,
         out_channels=None,
     )
@@ -132,8 +131,8 @@ def test_incomplete_and_strange(tmp_path, capsys):
 def test_another_network(tmp_path, capsys):
     torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "w.pt")
     text = said(capsys, tmp_path / "w.pt")
-    assert "none of SwinUNETR's" in text
-    assert "nothing: names and shapes are not those of MONAI's SwinUNETR" in text
+    assert "encoder        none of swin_unetr\n" in text
+    assert "nothing: names and shapes are not those of a complete encoder" in text
 
 
 def test_model_size_b(tmp_path, capsys):

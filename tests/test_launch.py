@@ -35,13 +35,7 @@ SCHEMA = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
 FLAGS = ["--config", "configs/demo.py", "--config.crops.grid=(2, 1, 1)", '--workdir=it\'s "$HOME"']
 
 # Without the convolution encoders a step compiles in half the time.
-TINY = {
-    **processes.SETTINGS,
-    "total_steps": 6,
-    "batch_size": 2,
-    "checkpoint.every_steps": 2,
-    "model.conv_encoders": False,
-}
+RUN = {**processes.SETTINGS, "total_steps": 6, "batch_size": 2, "model.conv_encoders": False}
 
 # A shell cannot trap what its parent ignores, and tests run in the background ignore SIGINT.
 BASH = """
@@ -129,7 +123,7 @@ def test_shellcheck_finds_nothing(script):
     beside = Path(sys.executable).with_name("shellcheck")
     shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
     if shellcheck is None:
-        pytest.skip("shellcheck is not installed (requirements-dev.txt has it)")
+        pytest.skip("need shellcheck (requirements-dev.txt has it)")
     done = subprocess.run([shellcheck, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert os.access(script, os.X_OK)
@@ -338,8 +332,8 @@ def test_two_processes_train_stop_and_one_goes_on(stubs):
     settings |= {name: os.environ[name] for name in compiling if name in os.environ}
     settings |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": 1}
     workdir, whole = stubs.folder / "run", stubs.folder / "whole"
-    flags = ["--config=configs/demo.py", f"--workdir={workdir}"]
-    flags += [f"--config.{name}={value}" for name, value in TINY.items()]
+    flags = ["--config=configs/tiny.py", f"--workdir={workdir}"]
+    flags += [f"--config.{name}={value}" for name, value in RUN.items()]
 
     process = stubs.start("slurm.sh", *flags, **settings)
     _until(lambda: max(processes.losses(workdir), default=0) >= 2, process)
@@ -351,7 +345,7 @@ def test_two_processes_train_stop_and_one_goes_on(stubs):
     assert "2 x cpu" in output
     reached = max(processes.losses(workdir))
 
-    (one,) = processes.start(workdir, devices=2, settings={**TINY, "mesh.fsdp": 2})
+    (one,) = processes.start(workdir, devices=2, settings={**RUN, "mesh.fsdp": 2})
     (output,) = processes.finish([one])
     assert one.returncode == 0, output
     assert f"resuming at step {reached}" in output
@@ -361,7 +355,7 @@ def test_two_processes_train_stop_and_one_goes_on(stubs):
     assert process.returncode == 0, output
     assert "2 x cpu" in output
     found, expected = processes.losses(workdir), processes.losses(whole)
-    assert sorted(found) == sorted(expected) == list(range(1, TINY["total_steps"] + 1))
+    assert sorted(found) == sorted(expected) == list(range(1, RUN["total_steps"] + 1))
     for step, loss in expected.items():
         assert abs(found[step] / loss - 1) < 1e-5
 
@@ -481,7 +475,7 @@ def test_a_tpu_worker_ends_what_a_lost_connection_left(stubs):
     """A process that holds the lock gets SIGTERM, and its end is waited for."""
     settings = _tpu(stubs, ["ACTIVE"], [0])
     if shutil.which("fuser") is None or shutil.which("flock") is None:
-        pytest.skip("needs fuser and flock")
+        pytest.skip("need fuser and flock")
     home = stubs.folder / "worker0"
     left = stubs.add(
         "left",
@@ -648,7 +642,7 @@ def test_the_image_has_all_that_main_needs(tmp_path):
         else:
             shutil.copy(ROOT / source, tmp_path / target)
     assert (tmp_path / "requirements.txt").exists()
-    code = "import configs.demo, voco_jax.training.pretrain"
+    code = "import configs.demo, voco_jax.voco.task"
     for command in ([*entry[1:], "--help"], ["-c", code]):
         done = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True

@@ -38,7 +38,7 @@ def test_all_rows_are_this_process_and_come_back():
     mesh = meshes.make_mesh()
     assert meshes.local_rows(6, mesh) == (0, 1, 2, 3, 4, 5)
     batch = {"labels": np.arange(12, dtype=np.float32).reshape(6, 2)}
-    placed = meshes.to_devices(batch, 6, mesh)
+    placed = meshes.to_devices(batch, meshes.batch_sharding(mesh), 6)
     np.testing.assert_array_equal(meshes.fetch(placed, mesh)["labels"], batch["labels"])
 
 

@@ -11,13 +11,14 @@ import nibabel
 import numpy as np
 import object_stores
 import pytest
+from chains import CHAIN_10K
 
 from voco_jax.data import manifest
 from voco_jax.data.array import write_volume
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.datalists import collect, read_list, scan
 from voco_jax.data.formats.remote import local_copy, remote_signature
-from voco_jax.data.prepare import CHAIN_10K, main, prepare
+from voco_jax.data.prepare import main, prepare
 from voco_jax.data.storage import Folder
 from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.errors import InputError
@@ -94,10 +95,10 @@ def test_from_and_to_an_object_store(bucket, files, tmp_path, capsys):
     Folder.at(path).write("volumes/" + chunk_file("", changed.entries[2].slot)[-9:], b"x" * 99)
     capsys.readouterr()
     assert main(["--verify", "--cache", path]) == 1
-    assert "2 volumes whole, 1 not" in capsys.readouterr().out
+    assert "2 volumes intact, 1 not" in capsys.readouterr().out
     assert counts(run(volumes, path)) == (1, 2, 1)
     assert main(["--verify", "--cache", path]) == 0
-    assert "3 volumes whole, 0 not" in capsys.readouterr().out
+    assert "3 volumes intact, 0 not" in capsys.readouterr().out
     assert Folder.at(path).read("prepare.lock") is None
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from configs import voco_10k
-from voco_jax.config import Optimizer, parse
+from voco_jax.config.common import Optimizer
+from voco_jax.config.load import parse
 from voco_jax.training.optimizer import make_optimizer, schedule
 
 

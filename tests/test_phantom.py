@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 import pytest
+from chains import CHAIN_10K
 
 from voco_jax.data.datalists import read_list
 from voco_jax.data.phantom import make_phantoms, phantom
-from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.data.volumes import load, orient_ras, prepare_volume
 
 SHAPE = (80, 80, 40)

@@ -15,9 +15,9 @@ import optax
 import pytest
 from conftest import FEW_STEPS
 from jax.sharding import AbstractMesh, PartitionSpec
-from tiny import tiny_config
 
-from voco_jax.config import parse
+from configs import tiny
+from voco_jax.config.load import parse
 from voco_jax.errors import InputError
 from voco_jax.plan import command, devices, estimate, gpu_targets, hlo
 from voco_jax.plan.chips import Chip, chip
@@ -28,8 +28,8 @@ from voco_jax.plan.table import table
 from voco_jax.plan.traffic import count_traffic
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.optimizer import AmsgradState
-from voco_jax.training.program import make_program
 from voco_jax.voco.step import State
+from voco_jax.voco.task import make_program
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "voco_10k.py")
@@ -240,7 +240,7 @@ def test_table_says_what_was_estimated():
         hosts=2,
         batch_size=8,
         fsdp=2,
-        feature_size=12,
+        encoder="swin_unetr",
         crops_per_pass=0,
         remat=False,
         teacher="network",
@@ -250,7 +250,7 @@ def test_table_says_what_was_estimated():
         memory=estimate.Memory(2**31, 2**30, 2**28, 0, 2**29, 2**31, False),
         work=estimate.Work(2e12, 1.5e12, 4 * 10**9, estimate._by_kind([one, one]), 0),
         roofline=times,
-        throughput=estimate._throughput(parse(tiny_config()), times.step, 0.0),
+        throughput=estimate._throughput(parse(tiny.get_config()), times.step, 0.0),
     )
     text = table(found)
     for row in (
@@ -442,7 +442,7 @@ def test_distant_gpus_are_chips_with_known_peaks(name):
 
 
 def test_batch_size_by_flags_and_config():
-    settings = tiny_config()
+    settings = tiny.get_config()
     settings.batch_size = 2
     config = parse(settings)
 
@@ -466,19 +466,9 @@ def test_help_has_examples(capsys):
 
 
 def test_plan_of_a_small_step_on_four_devices(tmp_path):
-    settings = {
-        "data.sources.ct.chain.volume_size": "(64,32,64)",
-        "crops.grid": "(2,1,1)",
-        "crops.sub_volumes": 1,
-        "model.depths": "(1,1,1,1)",
-        "model.use_v2": False,
-        "model.projector_size": 32,
-        "model.feature_size": 12,
-        "mesh.fsdp": 2,
-    }
-    call = [sys.executable, "-m", "voco_jax.plan", "--config", "configs/demo.py"]
+    call = [sys.executable, "-m", "voco_jax.plan", "--config", "configs/tiny.py"]
     call += ["--topology", "cpu:4", "--json", str(tmp_path / "plan.json")]
-    call += [f"--config.{name}={value}" for name, value in settings.items()]
+    call += ["--config.mesh.fsdp=2", "--config.model.num_heads=(3, 6, 12, 24)"]
     environment = {**os.environ, "XLA_FLAGS": FEW_STEPS}
     done = subprocess.run(
         call, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -488,7 +478,7 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
     assert "time                unknown" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["devices"], found["batch_size"], found["fsdp"]) == (4, 4, 2)
-    assert found["overrides"]["model.depths"] == [1, 1, 1, 1]
+    assert found["overrides"] == {"mesh.fsdp": "2", "model.num_heads": "(3, 6, 12, 24)"}
     memory, work = found["memory"], found["work"]
     assert memory["peak"] > memory["state"] > found["parameters"] * 4  # five copies, some halved
     assert memory["fits"] is memory["capacity"] is memory["usable"] is found["roofline"] is None
@@ -515,7 +505,7 @@ def _names_for_export():
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.usefixtures("_names_for_export")
 def test_step_exports_for_accelerators_that_are_not_here(platform):
-    settings = tiny_config()
+    settings = tiny.get_config()
     settings.model.convolution = "lax"
     program = make_program(parse(settings), make_mesh(devices=jax.devices()[:1]))
     exported = jax.export.export(program.step, platforms=[platform])(program.state, program.batch)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from voco_jax.data.crops import overlap_labels
-from voco_jax.evaluation.position import collapse_warning, measure
 from voco_jax.report.positions import draw_positions
+from voco_jax.voco.position import collapse_warning, measure
 
 
 def test_perfect_predictions():

@@ -14,19 +14,19 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from chains import CHAIN_10K
 from conftest import shared_file
 
-from configs import voco_10k
-from voco_jax.config import parse
 from voco_jax.data import jobs as jobs_module
 from voco_jax.data import prepare as prepare_module
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.datalists import Volume, read_list, scan
 from voco_jax.data.jobs import prepare_one
-from voco_jax.data.prepare import CHAIN_10K, PrepareError, main, prepare
+from voco_jax.data.prepare import PrepareError, main, prepare
 from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.errors import InputError
 
+ROOT = Path(__file__).resolve().parents[1]
 CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(24, 24, 16))
 FLAGS = ["--size", "24", "24", "16"]
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -216,9 +216,10 @@ def test_command(data, tmp_path, capsys):
         (["--scan", "nowhere", "--cache", "c"], "nowhere: not a folder"),
         (["--config", "none.py"], "none.py: no such config file"),
         (
-            ["--config", "x.py", "--scan", "DATA"],
-            "give only --source, --cache, --workers and --strict",
+            ["--config", str(ROOT / "configs/voco_160k.py"), "--scan", "DATA"],
+            "expected one: choose it with --source",
         ),
+        (["--config", str(ROOT / "configs/demo.py"), "--config.seed=x"], "seed: found 'x'"),
     ],
 )
 def test_bad_commands(data, tmp_path, monkeypatch, capsys, arguments, message):
@@ -236,10 +237,6 @@ def test_help_shows_an_example(capsys):
     assert (
         "--datalist lists/btcv.json --root data/BTCV --cache cache/voco" in capsys.readouterr().out
     )
-
-
-def test_the_10k_chain_is_the_default():
-    assert parse(voco_10k.get_config()).data.sources["ct"].chain == CHAIN_10K
 
 
 def start(arguments, **options):
@@ -354,7 +351,7 @@ def test_verify_finds_damage_and_a_rerun_repairs_it(data, tmp_path, monkeypatch,
     path, verify = tmp_path / "cache", ["--verify", "--cache", str(tmp_path / "cache")]
     prepare(scan(data), path, chain, 0, progress=False)
     assert main(verify) == 0
-    assert "5 volumes whole, 0 not" in capsys.readouterr().out
+    assert "5 volumes intact, 0 not" in capsys.readouterr().out
     zero, one, two, three, _ = Cache.open(path, chain).entries
     files = [Path(chunk_file(str(path), entry.slot)) for entry in (zero, one, two, three)]
     files[0].write_bytes(flipped(files[0].read_bytes()))
@@ -366,19 +363,19 @@ def test_verify_finds_damage_and_a_rerun_repairs_it(data, tmp_path, monkeypatch,
 
     assert main(verify) == 1
     out = capsys.readouterr().out
-    assert "1 volumes whole, 4 not" in out
+    assert "1 volumes intact, 4 not" in out
     words = {"resize": "DATA_LOSS: .*checksum", "random_crop": ".*(Digest|Blosc)"}[fit]
     assert re.search(rf"data/0.nii.gz: {files[0]} cannot be read: {words}", out), out
     assert f"data/1.nii.gz: {files[1]} is missing" in out
     assert f"data/2.nii.gz: {files[2]} has the checksum {three.checksum}, expected" in out
     assert "prepare again, with the same lists or folders" in out
     assert main(verify) == 0  # of what is left
-    assert "1 volumes whole, 0 not" in capsys.readouterr().out
+    assert "1 volumes intact, 0 not" in capsys.readouterr().out
 
     again = prepare(scan(data), path, chain, 0, progress=False)
     assert counts(again) == (4, 1, 0)
     assert main(verify) == 0
-    assert "5 volumes whole, 0 not" in capsys.readouterr().out
+    assert "5 volumes intact, 0 not" in capsys.readouterr().out
     assert len({entry.slot for entry in Cache.open(path, chain).entries}) == 5
     assert len(list((path / "volumes").glob("c.*"))) == 5
 
@@ -410,8 +407,6 @@ def test_a_volume_larger_than_its_place_is_a_failure(data, tmp_path, monkeypatch
 
 
 def test_config_file(data, tmp_path, capsys):
-    if not (REPOSITORY / "configs/voco_10k.py").exists():
-        pytest.skip("needs configs/voco_10k.py")
     (tmp_path / "list.json").write_text(json.dumps({"training": ["0.nii.gz", "1.nii.gz"]}))
     (tmp_path / "config.py").write_text(
         "from configs import voco_10k\n"
@@ -425,6 +420,24 @@ def test_config_file(data, tmp_path, capsys):
     arguments = ["--config", str(tmp_path / "config.py"), "--cache", str(cache), "--workers", "0"]
     assert main(arguments) == 0, capsys.readouterr().err
     assert Cache.open(cache, CHAIN_10K).entries[0].id == "data/0.nii.gz"
+
+
+def test_flags_beside_a_config_file(data, tmp_path, capsys):
+    """As configs/voco_10k.py advises; a flag for what the file says; a scan with its chain."""
+    config = ["--config", str(ROOT / "configs" / "voco_10k.py"), "--workers", "0"]
+    small = ["--size", "24", "24", "16"]
+    source = "--config.data.sources.ct."
+    for number, flags in enumerate(
+        [
+            [f"{source}lists=()", f"{source}roots={data}"],
+            ["--scan", str(data), f"{source}chain.window=(-1000, 500)"],
+        ]
+    ):
+        cache = tmp_path / f"cache_{number}"
+        assert main([*config, *flags, *small, "--cache", str(cache)]) == 0, capsys.readouterr().err
+        window = (-175.0, 250.0) if number == 0 else (-1000.0, 500.0)
+        chain = dataclasses.replace(CHAIN, window=window)
+        assert len(Cache.open(cache, chain).entries) == len(list(data.glob("*.nii.gz")))
 
 
 @pytest.mark.filterwarnings("ignore")

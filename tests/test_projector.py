@@ -26,7 +26,7 @@ class TorchProjector(torch.nn.Module):
 
 def test_projector_equals_torch():
     theirs = TorchProjector(20, 16)
-    ours = Projector(20, 16)
+    ours = Projector(20, 16, jnp.float32)
     x = reference.noise((9, 20))
     variables = jax.eval_shape(ours.init, jax.random.key(0), x)
     assert set(variables) == {"params"}
@@ -54,10 +54,10 @@ def test_bfloat16_products_keep_float32_parameters_and_output():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     out = ours.apply(variables, x)
     assert out.dtype == jnp.float32
-    assert reference.relative_error(out, Projector(20, 16).apply(variables, x)) < 0.03
+    assert reference.relative_error(out, Projector(20, 16, jnp.float32).apply(variables, x)) < 0.03
 
 
 @pytest.mark.parametrize(("shape", "message"), [((1, 20), "at least 2"), ((4, 19), "20")])
 def test_wrong_batches_are_errors(shape: tuple[int, int], message: str):
     with pytest.raises(ValueError, match=message):
-        Projector(20, 16).init(jax.random.key(0), jnp.zeros(shape))
+        Projector(20, 16, jnp.float32).init(jax.random.key(0), jnp.zeros(shape))

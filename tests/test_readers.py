@@ -13,6 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from chains import CHAIN_10K
 from conftest import shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from voco_jax.data.cache import Cache
 from voco_jax.data.datalists import scan
 from voco_jax.data.formats import readers
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, file_signature, load
-from voco_jax.data.prepare import CHAIN_10K, prepare
+from voco_jax.data.prepare import prepare
 from voco_jax.errors import InputError
 
 FORMATS = ("nii", "nii.gz", "img", "hdr", "nrrd", "nhdr", "mha", "mhd")

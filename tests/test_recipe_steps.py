@@ -16,12 +16,12 @@ import pytest
 import torch
 import voco_reference as oracle
 from conftest import shared_file
+from networks import network, shapes
 
 from configs import voco_10k
-from voco_jax.config import parse
+from voco_jax.config.load import parse
 from voco_jax.data.crops import base_origins, cut, overlap_labels
 from voco_jax.data.volumes import prepare_volume, quantise
-from voco_jax.models.swin_unetr import VoCoNetwork
 from voco_jax.training.optimizer import scale_by_amsgrad
 from voco_jax.voco import losses
 from voco_jax.voco import step as voco_step
@@ -65,17 +65,17 @@ def _network():
     The smallest: Swin without v2 blocks and without the convolution encoders, which compiles in
     half the time. To a step they make no difference, and test_step.py has them.
     """
-    network = VoCoNetwork(
-        feature_size=12,
-        window_size=4,
-        depths=(1, 1, 1, 1),
-        use_v2=False,
-        conv_encoders=False,
-        projector_size=16,
-    )
-    template = reference.abstract(network, jnp.zeros((2, *ENCODER_SIZE, 1)), False)
+    options = {
+        "feature_size": 12,
+        "window_size": (4, 4, 4),
+        "depths": (1, 1, 1, 1),
+        "use_v2": False,
+        "conv_encoders": False,
+        "projector_size": 16,
+    }
+    template = shapes(network(**options), ENCODER_SIZE)
     networks = (_parameters(template, prefix) for prefix in ("", "teacher."))
-    return network.clone(dtype=jnp.float64), *networks
+    return network(**options, dtype=jnp.float64), *networks
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import voco_reference as oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from voco_jax.config import load, parse
+from voco_jax.config.load import parse, read
 from voco_jax.data.crops import draw_origins, overlap_labels
 from voco_jax.errors import InputError
 from voco_jax.voco import losses
@@ -266,14 +266,14 @@ CONFIGS = ("configs/voco_10k.py", "configs/voco_paper.py", "configs/voco_160k.py
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_config_files_parse(path):
-    config = parse(load(path))
+    config = parse(read(path))
     assert (config.teacher.scope == "none") == (path == CONFIGS[1])
     assert losses.RECIPES[config.recipe].inter == (path == CONFIGS[2])
 
 
 def test_settings_of_the_recipes():
     """The published ones that differ from voco_10k's, which test_config.py checks."""
-    paper, v2 = parse(load(CONFIGS[1])), parse(load(CONFIGS[2]))
+    paper, v2 = parse(read(CONFIGS[1])), parse(read(CONFIGS[2]))
     assert not paper.model.use_v2
     assert not paper.model.conv_encoders
     assert paper.model.projector_size == 2048
@@ -296,12 +296,12 @@ def test_settings_of_the_recipes():
 
 @pytest.mark.parametrize(("size", "features"), [("b", 48), ("l", 96), ("h", 192)])
 def test_sizes_of_the_160k_release(size, features):
-    assert parse(load(f"{CONFIGS[2]}:{size}")).model.feature_size == features
+    assert parse(read(f"{CONFIGS[2]}:{size}")).model.feature_size == features
 
 
 def test_unknown_size_is_one_line():
     with pytest.raises(InputError, match=r"found size 'x', expected one of b, l, h") as caught:
-        load(f"{CONFIGS[2]}:x")
+        read(f"{CONFIGS[2]}:x")
     assert "\n" not in str(caught.value)
 
 
@@ -319,7 +319,7 @@ def test_unknown_size_is_one_line():
     ],
 )
 def test_contradictions_name_the_field(path, changes, message):
-    config = ml_collections.ConfigDict(load(CONFIGS[path]))
+    config = ml_collections.ConfigDict(read(CONFIGS[path]))
     config.update(changes)
     with pytest.raises(InputError, match=message) as caught:
         parse(config)
@@ -327,6 +327,6 @@ def test_contradictions_name_the_field(path, changes, message):
 
 
 def test_a_single_volume_without_the_inter_term():
-    config = ml_collections.ConfigDict(load(CONFIGS[2]))
+    config = ml_collections.ConfigDict(read(CONFIGS[2]))
     config.update({"batch_size": 1, "loss": {"inter": 0.0}})
     assert parse(config).batch_size == 1

@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from chains import CHAIN_10K
 from conftest import shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import regions
-from voco_jax.config import Chain
-from voco_jax.data.prepare import CHAIN_10K
+from voco_jax.config.common import Chain
 from voco_jax.data.resample import center_crop, pad, resample
 from voco_jax.data.volumes import AIR, VolumeError, load, orient_ras, prepare_volume
 

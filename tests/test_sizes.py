@@ -7,20 +7,19 @@ read by the inspect command from files of full length whose numbers are a hole i
 import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
+from networks import network, shapes
 
 from configs import voco_160k
-from voco_jax.config import parse, to_dict
+from voco_jax.config.load import parse, to_dict
 from voco_jax.interop.export import Card, export
 from voco_jax.interop.files.weights import read
 from voco_jax.interop.inspect import inspect
 from voco_jax.interop.load import load_into
 from voco_jax.interop.names import to_torch, torch_shapes
-from voco_jax.models.swin_unetr import VoCoNetwork
 
 INDEX = "relative_position_index"
 COUNTS = {"b": 53_164_146, "l": 211_999_362, "h": 847_276_194}  # encoder, without buffers
@@ -30,9 +29,9 @@ COUNTS = {"b": 53_164_146, "l": 211_999_362, "h": 847_276_194}  # encoder, witho
 def template(size):
     """Our parameters' shapes and dtypes, with the projector of the 160k release."""
     model = parse(voco_160k.get_config(size)).model
-    network = VoCoNetwork(feature_size=model.feature_size, projector_size=model.projector_size)
-    crops = jax.ShapeDtypeStruct((2, 64, 64, 64, 1), np.float32)
-    return jax.eval_shape(lambda x: network.init(jax.random.key(0), x, False), crops)["params"]
+    return shapes(
+        network(feature_size=model.feature_size, projector_size=model.projector_size), (64, 64, 64)
+    )
 
 
 @functools.cache
@@ -73,8 +72,8 @@ def test_names_shapes_and_counts_are_monais(tmp_path, size, features):
     assert ours == flat
     assert projector["proj_head.layer1.0.weight"] == (1024, 24 * features)
 
-    for name, shapes, channels in (("SSL", encoder_only(theirs), None), ("omni", theirs, 21)):
-        found = inspect(hollow(tmp_path / f"{name}.safetensors", shapes))
+    for name, stored, channels in (("SSL", encoder_only(theirs), None), ("omni", theirs, 21)):
+        found = inspect(hollow(tmp_path / f"{name}.safetensors", stored))
         expected = {
             "model_size": size.upper(),
             "feature_size": features,
@@ -120,8 +119,13 @@ def test_b_in_and_out_bit_for_bit(tmp_path, published):
     parameters = {name: value for name, value in flat.items() if not name.endswith(INDEX)}
     missing = [name for name in torch_shapes(template("b")) if name.startswith("proj_head.")]
     torch.save(published, tmp_path / "VoComni_B.pt")
+    config = parse(voco_160k.get_config("b"))
+    options = {"allow_missing": ["proj_head.*"], "model": config.model}
     params, report = load_into(
-        template("b"), tmp_path / "VoComni_B.pt", ["proj_head.*"], ["decoder*", "out.*"]
+        template("b"),
+        tmp_path / "VoComni_B.pt",
+        allow_unexpected=["decoder*", "out.*"],
+        **options,
     )
     (tmp_path / "VoComni_B.pt").unlink()
     assert sorted(report.matched) == sorted(parameters)
@@ -129,14 +133,13 @@ def test_b_in_and_out_bit_for_bit(tmp_path, published):
     del params["proj_head"]
     assert_same(to_torch(params), parameters)
 
-    settings = to_dict(parse(voco_160k.get_config("b")))
-    card = Card(config=settings, step=1, network="student", data_fingerprint="f1e2")
+    card = Card(config=to_dict(config), step=1, network="student", data_fingerprint="f1e2")
     for suffix in (".pt", ".safetensors"):
         path = tmp_path / f"VoCo_B_SSL_head{suffix}"
         exported = export(params, path, card)
         assert exported.parameters == COUNTS["b"]
         assert_same(read(path), flat)
-        back, report = load_into(template("b"), path, ["proj_head.*"])
+        back, report = load_into(template("b"), path, **options)
         assert not report.unexpected
         del back["proj_head"]
         assert_same(to_torch(back), parameters)

@@ -3,19 +3,20 @@
 import dataclasses
 
 import pytest
-from tiny import tiny_config
 
-from voco_jax.config import Config, check_field, parse
+from configs import tiny
+from voco_jax.config.load import override, parse
+from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.prepare import prepare
+from voco_jax.data.sources import describe_volumes, open_caches, read_volumes, write_volumes
 from voco_jax.errors import InputError
-from voco_jax.training.sources import describe_volumes, open_caches, read_volumes, write_volumes
 
 
 def _two(folder) -> dict:
     """The tiny config with two sources of the same files, one of them with a wider window."""
-    config = tiny_config()
+    config = tiny.get_config()
     config.data.phantoms = 0
     config.data.held_out = 0.4
     values = config.to_dict()
@@ -29,7 +30,7 @@ def _two(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Config:
+def config(tmp_path_factory) -> Pretraining:
     folder = tmp_path_factory.mktemp("sources")
     make_phantoms(folder / "ct", 5, seed=0, shape=(40, 40, 24))
     found = parse(_two(folder))
@@ -39,9 +40,9 @@ def config(tmp_path_factory) -> Config:
 
 
 def test_each_source_has_its_chain_and_weight(config, tmp_path):
-    caches = open_caches(config)
-    write_volumes(caches, config, tmp_path)
-    training, held_out = read_volumes(caches, config, tmp_path)
+    caches = open_caches(config.data)
+    write_volumes(caches, config.data, config.seed, tmp_path)
+    training, held_out = read_volumes(caches, config.data, tmp_path)
     assert [(part.source, len(part.entries), part.weight) for part in training] == [
         ("narrow", 3, 8.0),
         ("wide", 3, 2.0),
@@ -57,24 +58,24 @@ def test_each_source_has_its_chain_and_weight(config, tmp_path):
 
 
 def test_a_held_out_volume_is_not_trained_on_in_another_source(config, tmp_path):
-    caches = open_caches(config)
-    write_volumes(caches, config, tmp_path)
-    held_out = read_volumes(caches, config, tmp_path)[1][0].entries
+    caches = open_caches(config.data)
+    write_volumes(caches, config.data, config.seed, tmp_path)
+    held_out = read_volumes(caches, config.data, tmp_path)[1][0].entries
     # One file by another root has another id.
     renamed = tuple(dataclasses.replace(e, id=f"other/{e.id}") for e in held_out)
     only = dataclasses.replace(caches["wide"], entries=renamed)  # one of these is trained on
     with pytest.raises(InputError, match=r"1 volumes are held out of narrow and trained on in"):
-        write_volumes({**caches, "wide": only}, config, tmp_path)
+        write_volumes({**caches, "wide": only}, config.data, config.seed, tmp_path)
 
 
 def test_a_changed_volume_of_any_source_is_named(config, tmp_path):
-    caches = open_caches(config)
-    write_volumes(caches, config, tmp_path)
+    caches = open_caches(config.data)
+    write_volumes(caches, config.data, config.seed, tmp_path)
     entry, *others = caches["wide"].entries
     changed = (dataclasses.replace(entry, checksum="0"), *others)
     caches["wide"] = dataclasses.replace(caches["wide"], entries=changed)
     with pytest.raises(InputError, match=r"wide: 1 volumes that this run began with"):
-        read_volumes(caches, config, tmp_path)
+        read_volumes(caches, config.data, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +104,12 @@ def test_one_clear_error_names_the_source(tmp_path, change, message):
         parse(values)
 
 
-def test_settings_of_a_source_exist_by_name():
-    check_field("data.sources.chest.chain.window")
-    check_field("data.sources.chest")
-    with pytest.raises(InputError, match=r"data.sources.chest.chain.windo: no such field"):
-        check_field("data.sources.chest.chain.windo")
+def test_settings_of_a_source_are_set_by_name(tmp_path):
+    values = _two(tmp_path)
+    changed = override(values, {"data.sources.wide.chain.window": "(-900, 400)"})
+    assert parse(changed).data.sources["wide"].chain.window == (-900.0, 400.0)
+    assert parse(values).data.sources["wide"].chain.window == (-1000.0, 500.0)
+    with pytest.raises(InputError, match=r"data.sources.wide.chain.windo: no such field, did you"):
+        override(values, {"data.sources.wide.chain.windo": "1"})
+    with pytest.raises(InputError, match=r"data.sources.chest.weight: no such field"):
+        override(values, {"data.sources.chest.weight": "1"})

@@ -20,8 +20,8 @@ import optax
 import pytest
 import torch
 from conftest import shared_file
+from networks import network, shapes
 
-from voco_jax.models.swin_unetr import VoCoNetwork
 from voco_jax.training.optimizer import scale_by_amsgrad
 from voco_jax.voco import losses
 from voco_jax.voco import step as voco_step
@@ -61,9 +61,9 @@ class TorchVoCo(torch.nn.Module):
 def _torch_steps(config, patch_merging, values, crops, labels):
     """Losses, first gradients and final parameters."""
     networks = {name: TorchVoCo(config, patch_merging) for name in ("student", "teacher")}
-    for name, network in networks.items():
+    for name, model in networks.items():
         state = {key: torch.from_numpy(value) for key, value in values[name].items()}
-        assert not network.net.load_state_dict(state, strict=False).unexpected_keys
+        assert not model.net.load_state_dict(state, strict=False).unexpected_keys
     student, teacher = networks["student"], networks["teacher"]
     count, labels = labels.shape[1], torch.from_numpy(labels[0]).double()
     x = reference.to_torch(crops).double()
@@ -88,7 +88,7 @@ def _torch_steps(config, patch_merging, values, crops, labels):
         gradients = gradients or {k: v.copy() for k, v in reference.gradients(student.net).items()}
         optimizer.step()
         history.append([float(pos.detach()), float(neg.detach()), float(reg.detach())])
-    final = {name: reference.parameters(network.net) for name, network in networks.items()}
+    final = {name: reference.parameters(model.net) for name, model in networks.items()}
     return np.array(history), gradients, final
 
 
@@ -128,10 +128,11 @@ def _first_gradients(state):
     return reference.flatten(jax.tree.map(lambda m: np.asarray(m) / 0.1, state.optimizer[0].mu))
 
 
-def _run(network, rate, params, batch, count, passes):
+def _run(network, rate, params, batch, count, microbatches):
     """Losses and first gradients of `count` steps, and the last state."""
     optimizer = _optimizer(rate)
-    state = voco_step.State(jnp.zeros((), jnp.int32), *params, optimizer.init(params[0]))
+    student, teacher = params
+    state = voco_step.State(jnp.zeros((), jnp.int32), student, teacher, optimizer.init(student))
     size = batch["subs"].shape[2:]
     step = jax.jit(
         voco_step.make_train_step(
@@ -142,7 +143,7 @@ def _run(network, rate, params, batch, count, passes):
             momentum=0.9,
             draw=None,
             seed=0,
-            passes=passes,
+            microbatches=microbatches,
         )
     )
     history, gradients = [], {}
@@ -155,15 +156,14 @@ def _run(network, rate, params, batch, count, passes):
 
 def test_steps_are_pytorchs_in_float64():
     config, size = TINY, TINY_SIZE
-    network = VoCoNetwork(
-        feature_size=12,
-        window_size=4,
-        depths=(1, 1, 1, 1),
-        patch_merging="merging",
-        projector_size=16,
-        convolution="planes",
-    )
-    template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
+    options = {
+        "feature_size": 12,
+        "window_size": (4, 4, 4),
+        "depths": (1, 1, 1, 1),
+        "projector_size": 16,
+        "convolution": "planes",
+    }
+    template = shapes(network(**options), size)
     student, teacher = _weights(_shapes(template))
     exact_losses, exact_gradients, exact = _pytorch_in_float64()
     crops = reference.crops_by_rule(0, 5, size)[..., 0]
@@ -174,7 +174,12 @@ def test_steps_are_pytorchs_in_float64():
             for values in (student, teacher)
         ]
         losses, gradients, state = _run(
-            network.clone(dtype=jnp.float64), config["lr"], wide, batch, config["steps"], passes=5
+            network(**options, dtype=jnp.float64),
+            config["lr"],
+            wide,
+            batch,
+            config["steps"],
+            microbatches=5,
         )
     np.testing.assert_allclose(losses, exact_losses, rtol=1e-5)
     floor = 1e-6 * max(np.linalg.norm(value) for value in exact_gradients.values())
@@ -212,22 +217,22 @@ def test_golden_step(file, patch_merging, embeddings):
     bases = reference.crops_by_rule(config["seed"] + 1, 16, size)
     crops = np.concatenate([subs, bases])[..., 0].astype(np.float64)
     labels = np.asarray(golden["labels"], np.float64)
-    network = VoCoNetwork(
-        feature_size=config["feature_size"],
-        patch_merging=patch_merging,
-        projector_size=config["hidden"],
-        convolution="planes",
-    )
-    template = reference.abstract(network, jnp.zeros((2, *size, 1)), False)
+    options = {
+        "feature_size": config["feature_size"],
+        "patch_merging": patch_merging,
+        "projector_size": config["hidden"],
+        "convolution": "planes",
+    }
+    template = shapes(network(**options), size)
     student, teacher = [
         jax.tree.map(np.float64, reference.load(template, v)) for v in _weights(_shapes(template))
     ]
-    network = network.clone(dtype=jnp.float64)
+    wide = network(**options, dtype=jnp.float64)
 
     @jax.jit
     def embed(params):
-        pooled = voco_step.encode(network, params, crops, passes=len(crops) // 2)
-        return voco_step.project(network, params, pooled, labels)
+        pooled = voco_step.encode(wide, params, crops, microbatches=len(crops) // 2)
+        return voco_step.project(wide, params, pooled, labels)
 
     with jax.enable_x64(True):
         s, old = embed(student), embed(teacher)

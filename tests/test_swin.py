@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.nets import swin_unetr as monai_swin
+from networks import swin_unetr
 
-from voco_jax.models import swin, windows
+from voco_jax.models import swin, swin_unetr_pytorch, windows
+from voco_jax.models.attention import attend
+from voco_jax.types import Size
 
 MERGINGS = {
     "legacy": reference.LegacyPatchMerging,
@@ -18,9 +21,9 @@ MERGINGS = {
 
 
 @pytest.mark.parametrize("window", [(7, 7, 7), (4, 4, 4), (2, 3, 5)])
-def test_relative_positions_equal_monai(window: windows.Size3):
+def test_relative_positions_equal_monai(window: Size):
     attention = monai_swin.WindowAttention(6, 3, window)
-    index = swin.relative_position_index(window)
+    index = swin_unetr_pytorch.relative_position_index(window)
     np.testing.assert_array_equal(index, attention.relative_position_index.numpy())
     table = reference.noise((int(index.max()) + 1, 3))
     for tokens in (index.shape[0], 8, 1):
@@ -30,7 +33,7 @@ def test_relative_positions_equal_monai(window: windows.Size3):
 
 
 @pytest.mark.parametrize("size", [(12, 12, 12), (12, 8, 4), (8, 4, 2)])
-def test_shift_regions_equal_monai(size: windows.Size3):
+def test_shift_regions_equal_monai(size: Size):
     window, shift = windows.fit_window(size, (4, 4, 4), shifted=True)
     assert (window, shift) == monai_swin.get_window_size(size, (4, 4, 4), (2, 2, 2))
     regions = windows.shift_regions(size, window, shift)
@@ -58,7 +61,7 @@ def test_windows_come_back():
 @pytest.mark.parametrize("patch_merging", list(MERGINGS))
 def test_patch_merging_equals_monai(patch_merging: str):
     theirs = MERGINGS[patch_merging](6)
-    ours = swin.PatchMerging(6, patch_merging)
+    ours = swin.PatchMerging(6, patch_merging, jnp.float32)
     x = reference.noise((2, 4, 2, 6, 6))
     params = reference.abstract(ours, x)
     params = reference.load(params, reference.parameters(theirs))
@@ -68,15 +71,15 @@ def test_patch_merging_equals_monai(patch_merging: str):
 
 @pytest.mark.parametrize("size", [(9, 8, 3), (4, 4, 4), (6, 2, 2)])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_block_equals_monai_with_padding_and_shrunken_windows(size: windows.Size3, shifted: bool):
+def test_block_equals_monai_with_padding_and_shrunken_windows(size: Size, shifted: bool):
     full = (4, 4, 4)
     shift = (2, 2, 2) if shifted else (0, 0, 0)
-    theirs = monai_swin.SwinTransformerBlock(10, 5, full, shift, mlp_ratio=3.0, qkv_bias=False)
+    theirs = monai_swin.SwinTransformerBlock(10, 5, full, shift)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             value = reference.weight_by_rule(name, tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(value))
-    ours = swin.SwinTransformerBlock(10, 5, full, shifted, mlp_ratio=3.0, qkv_bias=False)
+    ours = swin.SwinTransformerBlock(10, 5, full, shifted, 0.0, attend, jnp.float32)
     x = reference.noise((2, *size, 10))
     params = reference.abstract(ours, x, False)
     params = reference.load(params, reference.parameters(theirs))
@@ -90,8 +93,8 @@ def test_block_equals_monai_with_padding_and_shrunken_windows(size: windows.Size
 
 def test_drop_path():
     x = jnp.asarray(reference.noise((512, 2, 2, 2, 6)))
-    block = swin.SwinTransformerBlock(6, 2, (4, 4, 4), shifted=False, drop_path=0.4)
-    kept = swin.SwinTransformerBlock(6, 2, (4, 4, 4), shifted=False)
+    block = swin.SwinTransformerBlock(6, 2, (4, 4, 4), False, 0.4, attend, jnp.float32)
+    kept = block.clone(drop_path=0.0)
     variables = {"params": reference.load_by_rule(reference.abstract(block, x, False))}
     np.testing.assert_array_equal(block.apply(variables, x, False), kept.apply(variables, x, False))
 
@@ -117,8 +120,9 @@ def test_recomputing_changes_nothing(drop_path: float):
     with jax.enable_x64(True):
         x = reference.noise((2, 6, 6, 4, 6)).astype(np.float64)
         for remat in (False, True):
+            rates = (0.0, drop_path)
             stage = swin.BasicLayer(
-                6, 2, 3, (4, 4, 4), "merging", (0.0, drop_path), remat=remat, dtype=jnp.float64
+                6, 2, 3, (4, 4, 4), "merging", rates, remat, attend, jnp.float64
             )
             params = reference.load_by_rule(reference.abstract(stage, x, False))
             variables = {"params": jax.tree.map(np.float64, params)}
@@ -133,9 +137,8 @@ def test_recomputing_changes_nothing(drop_path: float):
 
 
 def test_drop_path_rates_rise_from_zero():
-    model = swin.SwinTransformer(12, (1, 2, 1, 1), (3, 3, 3, 3), (4, 4, 4), "merging", False,
-                                 drop_path_rate=0.4)  # fmt: skip
-    bound = model.bind({"params": {}})
+    model = swin_unetr(depths=(1, 2, 1, 1), drop_path_rate=0.4)
+    bound = model.bind({"params": {}}).swinViT
     stages = [bound.layers1, bound.layers2, bound.layers3, bound.layers4]
     rates = [block.drop_path for (stage,) in stages for block in stage.blocks]
     np.testing.assert_allclose(rates, torch.linspace(0, 0.4, 5).numpy(), rtol=1e-6)

@@ -22,21 +22,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_file
+from networks import network, shapes, swin_unetr
 
-from voco_jax.models.swin_unetr import (
-    EncoderOutput,
-    SwinUNETREncoder,
-    VoCoNetwork,
-    check_crop_size,
-)
+from configs import tiny
+from voco_jax.config.load import parse
+from voco_jax.errors import InputError
+from voco_jax.models.network import EncoderOutput, Network
+from voco_jax.models.swin_unetr import SwinUNETREncoder, check_crop_size
+from voco_jax.training.mesh import make_mesh
+from voco_jax.voco.task import make_network
 
-SMALL: dict[str, Any] = {"feature_size": 12, "window_size": 4, "convolution": "planes"}
+SMALL: dict[str, Any] = {"feature_size": 12, "window_size": (4, 4, 4), "convolution": "planes"}
 SMALL_SIZE = (32, 32, 64)
-
-
-def shapes(model: SwinUNETREncoder | VoCoNetwork, size: tuple[int, int, int]) -> Any:
-    """The abstract parameters."""
-    return reference.abstract(model, jnp.zeros((2, *size, model.in_channels)), False)
 
 
 def monai_values(
@@ -102,7 +99,7 @@ CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
         "planes",
         {
             "feature_size": 12,
-            "window_size": 4,
+            "window_size": (4, 4, 4),
             "use_v2": True,
             "patch_merging": "merging",
             "depths": (2, 1, 1, 1),
@@ -113,7 +110,7 @@ CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
         "planes",
         {
             "feature_size": 12,
-            "window_size": 4,
+            "window_size": (4, 4, 4),
             "use_v2": False,
             "patch_merging": "mergingv2",
             "depths": (1, 2, 1, 2),
@@ -124,7 +121,7 @@ CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
         "lax",
         {
             "feature_size": 24,
-            "window_size": 7,
+            "window_size": (7, 7, 7),
             "use_v2": True,
             "patch_merging": "legacy",
             "depths": (2, 1, 2, 1),
@@ -143,14 +140,14 @@ def test_encoder_equals_monai(
     weights = projections([np.moveaxis(state, -1, 1) for state in hidden], pooled)
 
     with jax.enable_x64(True):
-        model = SwinUNETREncoder(**options, convolution=convolution, dtype=jnp.float64)
+        model = swin_unetr(**options, convolution=convolution, dtype=jnp.float64)
         template = shapes(model, size)
         run = run_with_gradient(model, weights)
         output, gradient = run(reference.load(template, values), crops.astype(np.float64))
         check_close(output, hidden, pooled, absolute=1e-8, relative=1e-9)
         assert reference.relative_error(gradient, reference.load(template, gradients)) < 1e-9
 
-    model = SwinUNETREncoder(**options, convolution=convolution)
+    model = swin_unetr(**options, convolution=convolution)
     params = jax.tree.map(np.float32, reference.load(shapes(model, size), values))
     if options["use_v2"]:
         output = jax.jit(lambda p, x: model.apply({"params": p}, x, False))(params, crops)
@@ -169,7 +166,7 @@ def test_encoder_equals_monai(
 class Small:
     """The network `SMALL` with parameters by the golden rule, two crops, and its output."""
 
-    network: VoCoNetwork
+    network: Network
     params: Any
     crops: np.ndarray
     output: EncoderOutput
@@ -178,19 +175,19 @@ class Small:
 
 @pytest.fixture(scope="module")
 def small() -> Small:
-    network = VoCoNetwork(**SMALL, projector_size=16)
-    params = reference.load_by_rule(shapes(network, SMALL_SIZE))
+    both = network(**SMALL, projector_size=16)
+    params = reference.load_by_rule(shapes(both))
     crops = reference.crops_by_rule(0, 2, SMALL_SIZE)
-    encoder = SwinUNETREncoder(**SMALL)
+    encoder = swin_unetr(**SMALL)
     encoder_params = {name: value for name, value in params.items() if name != "proj_head"}
     assert set(encoder_params) == set(reference.ENCODER)
 
     @jax.jit
     def run(params: Any, encoder_params: Any, crops: Any) -> tuple[EncoderOutput, jax.Array]:
         output = encoder.apply({"params": encoder_params}, crops, False)
-        return output, network.apply({"params": params}, crops, False)
+        return output, both.apply({"params": params}, crops, False)
 
-    return Small(network, params, crops, *run(params, encoder_params, crops))
+    return Small(both, params, crops, *run(params, encoder_params, crops))
 
 
 def test_network_is_encoder_and_projector(small: Small):
@@ -214,8 +211,8 @@ def test_network_is_encoder_and_projector(small: Small):
 
 
 def test_bfloat16_is_close_and_keeps_float32_parameters(small: Small):
-    model = SwinUNETREncoder(**SMALL, dtype=jnp.bfloat16)
-    leaves = jax.tree.leaves(shapes(model, SMALL_SIZE))
+    model = swin_unetr(**SMALL, dtype=jnp.bfloat16)
+    leaves = jax.tree.leaves(shapes(model))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
     params = {name: value for name, value in small.params.items() if name != "proj_head"}
     narrow = jax.jit(lambda p, x: model.apply({"params": p}, x, False))(params, small.crops)
@@ -226,14 +223,13 @@ def test_bfloat16_is_close_and_keeps_float32_parameters(small: Small):
 
 
 def test_recomputing_keeps_the_parameters():
-    plain, recomputed = VoCoNetwork(), VoCoNetwork(remat=True)
-    assert shapes(plain, SMALL_SIZE) == shapes(recomputed, SMALL_SIZE)
+    assert shapes(network()) == shapes(network(remat=True))
 
 
 def test_swin_alone_pools_its_last_state():
-    model = SwinUNETREncoder(**SMALL, conv_encoders=False, use_v2=False, depths=(1, 1, 1, 1))
+    model = swin_unetr(**SMALL, conv_encoders=False, use_v2=False, depths=(1, 1, 1, 1))
     crops = reference.crops_by_rule(0, 2, SMALL_SIZE)
-    params = reference.load_by_rule(shapes(model, SMALL_SIZE))
+    params = reference.load_by_rule(shapes(model))
     assert set(params) == {"swinViT"}
     output = jax.jit(lambda p, x: model.apply({"params": p}, x, False))(params, crops)
     assert output.features == ()
@@ -252,10 +248,9 @@ def test_published_legacy_stages():
         "patch_merging": "legacy",
         "convolution": "planes",
     }
-    network = VoCoNetwork(**options, projector_size=config["hidden"])
-    params = shapes(network, size)
+    params = shapes(network(**options, projector_size=config["hidden"]), size)
     assert sorted(reference.flatten(params)) == sorted(golden["param_keys"].tolist())
-    swin = SwinUNETREncoder(**options, conv_encoders=False)
+    swin = swin_unetr(**options, conv_encoders=False)
     params = reference.load_by_rule({"swinViT": params["swinViT"]})
     crops = reference.crops_by_rule(config["seed"], 2, size)
     output = jax.jit(lambda p, x: swin.apply({"params": p}, x, False))(params, crops)
@@ -268,7 +263,7 @@ def test_published_legacy_stages():
 
 
 def test_published_projector_has_the_published_shapes():
-    projector = shapes(VoCoNetwork(), (64, 64, 64))["proj_head"]
+    projector = shapes(network(), (64, 64, 64))["proj_head"]
     assert {
         name: reference.torch_shape(name, leaf)
         for name, leaf in reference.flatten(projector).items()
@@ -301,29 +296,31 @@ def test_other_crop_sizes_are_errors(size: tuple[int, ...], nearest: str):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("settings", "message"),
     [
-        ({"feature_size": 20}, "feature_size: found 20"),
-        ({"depths": (2, 2, 2)}, "depths"),
-        ({"num_heads": (3, 6, 12, 0)}, "num_heads"),
-        ({"num_heads": (3, 5, 12, 24)}, "found 5 for stage 2, .* 96 channels"),
-        ({"window_size": (7, 7)}, "window_size"),
-        ({"window_size": 0}, "window_size"),
-        ({"patch_merging": "v2"}, "patch_merging: found 'v2'.*mergingv2"),
-        ({"convolution": "fft"}, "convolution: found 'fft'"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate"),
-        ({"mlp_ratio": 0.0}, "mlp_ratio"),
-        ({"projector_size": 0}, "projector_size"),
-        ({"in_channels": 2}, r"\(batch, x, y, z, 2\)"),
+        ({"feature_size": 20}, r"model\.feature_size: found 20, expected a multiple of 12"),
+        ({"depths": (2, 2, 2)}, r"model\.depths"),
+        ({"num_heads": (3, 6, 12, 0)}, r"model\.num_heads"),
+        ({"num_heads": (3, 5, 12, 24)}, r"model\.num_heads: found 5 for stage 2, .* 24 channels"),
+        ({"window_size": (7, 7)}, r"model\.window_size"),
+        ({"window_size": (7, 0, 7)}, r"model\.window_size"),
+        ({"patch_merging": "v2"}, r"model\.patch_merging: found 'v2'.*mergingv2"),
+        ({"convolution": "fft"}, r"model\.convolution: found 'fft'"),
+        ({"drop_path_rate": 1.0}, r"model\.drop_path_rate"),
+        ({"projector_size": 0}, r"model\.projector_size"),
     ],
 )
-def test_impossible_settings_are_errors(options: dict[str, Any], message: str):
-    crops = jnp.zeros((2, 64, 64, 64, 1))
+def test_impossible_settings_are_errors(settings: dict[str, Any], message: str):
+    config = tiny.get_config()
+    config.model.update(settings)
+    with pytest.raises(InputError, match=message):
+        make_network(parse(config), make_mesh())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((32, 32, 32, 1), "64 or more"), ((32, 32, 64, 2), r"\(batch, x, y, z, 1\)")],
+)
+def test_wrong_crops_are_an_error(shape: tuple[int, ...], message: str):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda k: VoCoNetwork(**options).init(k, crops, False), jax.random.key(0))
-
-
-def test_wrong_crops_are_an_error():
-    crops = jnp.zeros((2, 32, 32, 32, 1))
-    with pytest.raises(ValueError, match="64 or more"):
-        jax.eval_shape(lambda k: VoCoNetwork().init(k, crops, False), jax.random.key(0))
+        reference.abstract(network(), jnp.zeros((2, *shape)), False)

@@ -4,13 +4,13 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from chains import CHAIN_10K
 from conftest import shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scans import body, save
 
 from voco_jax.data.formats.readers import VolumeError, load
-from voco_jax.data.prepare import CHAIN_10K
 from voco_jax.data.resample import resize
 from voco_jax.data.volumes import (
     dequantise,

@@ -20,6 +20,9 @@ from conftest import shared_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import SwinUNETR
+from networks import network as any_network
+from networks import settings as model_settings
+from networks import shapes
 from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file as save_torch_file
@@ -29,7 +32,6 @@ from voco_jax.interop.files import weights
 from voco_jax.interop.files.weights import describe, read
 from voco_jax.interop.load import load_into
 from voco_jax.interop.names import to_torch, torch_shapes
-from voco_jax.models.swin_unetr import VoCoNetwork
 
 DECODER = ("decoder*", "out.*")
 
@@ -49,10 +51,13 @@ def monai_state(feature_size=12, use_v2=True, window_size=4):
 @functools.cache
 def network():
     """Zeros in the shape of our network with a projector, feature size 12, v2, window 4."""
-    model = VoCoNetwork(feature_size=12, window_size=4, projector_size=16)
-    crops = jax.ShapeDtypeStruct((2, 32, 32, 64, 1), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), crops)["params"]
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    model = any_network(feature_size=12, window_size=(4, 4, 4), projector_size=16)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes(model))
+
+
+def load(params, source, *args, window_size=(4, 4, 4), **options):
+    model = model_settings(feature_size=12, window_size=window_size)
+    return load_into(params, source, *args, model=model, **options)
 
 
 def encoder():
@@ -115,7 +120,7 @@ def test_wrappers_and_prefixes(tmp_path, wrappers, prefix):
 def test_nested_network_and_old_name(tmp_path, wrapper):
     state = {key.replace("swinViT", "swin_vit"): v for key, v in encoder_state().items()}
     path = saved(tmp_path, {wrapper: {"state_dict": prefixed("module.", state)}}, "w.ckpt")
-    params, report = load_into(encoder(), path)
+    params, report = load(encoder(), path)
     assert_loaded(params, monai_state())
     assert any(wrapper in note for note in report.notes)
 
@@ -239,15 +244,15 @@ def test_safetensors_of_other_dtypes(tmp_path, dtype, name):
 
 def test_whole_swin_unetr_and_allow_patterns(tmp_path):
     path = saved(tmp_path, monai_state())
-    with pytest.raises(InputError, match=r"22 unexpected.*\n.*whole SwinUNETR.*'decoder\*'"):
-        load_into(encoder(), path)
-    params, report = load_into(encoder(), path, allow_unexpected=DECODER)
+    with pytest.raises(InputError, match=r"22 unexpected.*\n.*complete SwinUNETR.*'decoder\*'"):
+        load(encoder(), path)
+    params, report = load(encoder(), path, allow_unexpected=DECODER)
     assert_loaded(params, monai_state())
     assert len(report.matched) == 137
     assert len(report.unexpected) == 22
     with pytest.raises(InputError, match=r"6 missing[^\n]*\n.*published weights have none"):
-        load_into(network(), path, allow_unexpected=DECODER)
-    params, report = load_into(network(), path, ["proj_head.*"], DECODER, "student")
+        load(network(), path, allow_unexpected=DECODER)
+    params, report = load(network(), path, ["proj_head.*"], DECODER, "student")
     assert report.missing[0] == "proj_head.layer1.0.weight" or len(report.missing) == 6
     assert (params["proj_head"]["layer1_0"]["kernel"] == 0).all()
     assert not (params["encoder1"]["layer"]["conv1"]["conv"]["kernel"] == 0).any()
@@ -255,7 +260,7 @@ def test_whole_swin_unetr_and_allow_patterns(tmp_path):
 
 def test_tensors_instead_of_a_file():
     tensors = {key: value.numpy() for key, value in encoder_state().items()}
-    params, _ = load_into(encoder(), tensors)
+    params, _ = load(encoder(), tensors)
     assert_loaded(params, monai_state())
 
 
@@ -270,7 +275,7 @@ def test_tensors_instead_of_a_file():
 def test_wrong_size_names_the_cause(tmp_path, options, message):
     path = saved(tmp_path, monai_state(**options))
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        load_into(encoder(), path, allow_unexpected=DECODER)
+        load(encoder(), path, allow_unexpected=DECODER)
     text = str(caught.value)
     assert "likely cause" in text
     assert "matched" in text
@@ -281,7 +286,7 @@ def test_v2_weights_into_v1(tmp_path):
     template = encoder()
     template["swinViT"] = {k: v for k, v in template["swinViT"].items() if "c_0" not in k}
     with pytest.raises(InputError, match="the file has the v2 convolution blocks"):
-        load_into(template, saved(tmp_path, encoder_state()))
+        load(template, saved(tmp_path, encoder_state()))
 
 
 def test_index_of_another_window(tmp_path):
@@ -289,29 +294,33 @@ def test_index_of_another_window(tmp_path):
     name = "swinViT.layers2.0.blocks.1.attn.relative_position_index"
     state[name] = state[name].flip(0)
     path = saved(tmp_path, state)
-    with pytest.raises(InputError, match="1 relative_position_index of another window"):
-        load_into(encoder(), path)
-    with pytest.raises(InputError, match="8 relative_position_index of another window"):
-        load_into(encoder(), saved(tmp_path, encoder_state()), window_size=(2, 4, 9))
+    with pytest.raises(
+        InputError, match=r"1 buffers with other values(.|\n)*set model\.window_size"
+    ):
+        load(encoder(), path)
+    with pytest.raises(
+        InputError, match=r"8 buffers with other values(.|\n)*set model\.window_size"
+    ):
+        load(encoder(), saved(tmp_path, encoder_state()), window_size=(2, 4, 9))
 
 
 def test_nothing_matched_is_an_error_whatever_is_allowed(tmp_path):
     path = saved(tmp_path, {"fc.weight": torch.ones(3, 3)})
     with pytest.raises(InputError, match=r"nothing matched[^\n]*\n.*no SwinUNETR encoder"):
-        load_into(encoder(), path, ["*"], ["*"])
+        load(encoder(), path, ["*"], ["*"])
 
 
 def test_values_that_are_not_finite(tmp_path):
     state = encoder_state()
     state["swinViT.patch_embed.proj.bias"] = torch.full((12,), float("nan"))
     with pytest.raises(InputError, match=r"NaN or infinite values in swinViT\.patch_embed\.proj"):
-        load_into(encoder(), saved(tmp_path, state))
+        load(encoder(), saved(tmp_path, state))
 
 
 def test_report_escapes_control_characters(tmp_path):
     state = {**encoder_state(), "\x1b[2Jevil": torch.ones(1)}
     with pytest.raises(InputError) as caught:
-        load_into(encoder(), saved(tmp_path, state))
+        load(encoder(), saved(tmp_path, state))
     assert "\x1b" not in str(caught.value)
     assert "evil" in str(caught.value)
 
@@ -615,18 +624,16 @@ def test_pickles_of_protocol_5_are_refused_not_misread(tmp_path):
 
 
 def test_projector_of_another_width_is_left_aside_where_both_patterns_allow_it():
-    other = VoCoNetwork(feature_size=12, window_size=4, projector_size=32)
-    crops = jax.ShapeDtypeStruct((2, 32, 32, 64, 1), np.float32)
-    shapes = jax.eval_shape(lambda x: other.init(jax.random.key(0), x, False), crops)["params"]
-    tensors = to_torch(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes))
+    other = shapes(any_network(feature_size=12, window_size=(4, 4, 4), projector_size=32))
+    tensors = to_torch(jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), other))
     projector = ("proj_head.*",)
-    params, report = load_into(network(), tensors, projector, projector)
+    params, report = load(network(), tensors, projector, projector)
     assert {wrong.name for wrong in report.wrong_shape} >= {"proj_head.layer1.0.weight"}
     assert not np.any(params["proj_head"]["layer1_0"]["kernel"])
     assert np.all(params["encoder1"]["layer"]["conv1"]["conv"]["kernel"] == 1)
     for allowed in ((projector, ()), ((), projector)):
         with pytest.raises(InputError, match="of another shape"):
-            load_into(network(), tensors, *allowed)
+            load(network(), tensors, *allowed)
 
 
 def test_safetensors_names_come_in_the_order_of_the_file(tmp_path):

@@ -12,6 +12,7 @@ import nibabel
 import numpy as np
 import psutil
 import pytest
+from chains import CHAIN_10K
 
 import voco_jax
 from voco_jax.data import workers as workers_module
@@ -19,7 +20,7 @@ from voco_jax.data.cache import Cache, CacheWriter, chunk_file
 from voco_jax.data.datalists import scan
 from voco_jax.data.jobs import SeesCache
 from voco_jax.data.manifest import token_of
-from voco_jax.data.prepare import CHAIN_10K, main, prepare
+from voco_jax.data.prepare import main, prepare
 from voco_jax.data.workers import cluster_workers, local_workers, run_jobs, within_time
 from voco_jax.errors import InputError
 
@@ -86,7 +87,7 @@ def test_a_worker_killed_in_the_middle_of_a_cluster(client, data, tmp_path, caps
     assert not psutil.pid_exists(victim)
     assert "40 prepared now, 0 already there, 0 failed" in capsys.readouterr().out
     assert main([*flags, "--verify"]) == 0
-    assert "40 volumes whole, 0 not" in capsys.readouterr().out
+    assert "40 volumes intact, 0 not" in capsys.readouterr().out
 
     entry = Cache.open(cache, CHAIN).entries[7]
     with open(chunk_file(str(cache), entry.slot), "r+b") as file:

@@ -1,3 +1,3 @@
 """voco_jax: VoCo pre-training of 3D medical image encoders in JAX/Flax."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -6,7 +6,7 @@ as --config.section.field=value, as for main.py.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,20 @@ from voco_jax.benchmark.measure import (
     peak_resident,
     write_json,
 )
-from voco_jax.config import Config
-from voco_jax.data.progress import say
+from voco_jax.config.load import command_parser, load, parse_arguments, positive
+from voco_jax.data.progress import log
 from voco_jax.errors import InputError
-from voco_jax.overrides import load_config, parse_overrides, parse_setting, positive
 
 BASE = "as configured"
 
 
-def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, str]]:
     """`NAME: field=value field=value` -> overrides by name, first of all none as `BASE`.
 
     Raises:
-        InputError: no name, a name twice, no setting, or a field that there is not.
+        InputError: no name, a name twice, or no setting.
     """
-    found: dict[str, dict[str, Any]] = {BASE: {}}
+    found: dict[str, dict[str, str]] = {BASE: {}}
     for text in texts:
         name, colon, rest = (part.strip() for part in text.partition(":"))
         settings = rest.split()
@@ -42,20 +41,8 @@ def parse_variants(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
                 'field=value without spaces in it, as in "lax: model.convolution=lax '
                 'crops.grid=(3,3,1)"'
             )
-        found[name] = dict(parse_setting(setting) for setting in settings)
+        found[name] = {one.partition("=")[0]: one.partition("=")[2] for one in settings}
     return found
-
-
-def variants_of(path: str, overrides: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Config]:
-    """The configs of `--variant` flags, by name, the one without changes first.
-
-    Raises:
-        InputError: see `parse_variants`, or impossible settings.
-    """
-    return {
-        name: load_config(path, {**overrides, **changes})
-        for name, changes in parse_variants(texts).items()
-    }
 
 
 def sizes(text: str) -> list[int]:
@@ -70,23 +57,15 @@ def _not_negative(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see --help.
 
-    Args:
-        arguments: of the command line; None: this process's.
-
     Returns:
         Exit status: 0 measured, 1 nothing of it could be measured, 2 bad input.
     """
-    options, rest = _parser().parse_known_args(arguments)
     try:
+        options, overrides = parse_arguments(_parser(), arguments)
         if options.json and not Path(options.json).absolute().parent.is_dir():
             raise InputError(f"--json: {options.json}: no such folder; make it first")
-        overrides = parse_overrides(rest)
-        about = {
-            "command": options.command,
-            "config": options.config,
-            "overrides": overrides,
-            "machine": machine(),
-        }
+        about = {"command": options.command, "config": options.config, "overrides": overrides}
+        about["machine"] = machine()
         found, text = options.function(options, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -99,54 +78,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if found["measured"] else 1
 
 
-def _step(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _step(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[dict[str, Any], str]:
     from voco_jax.benchmark.step import compare_steps, step_table
 
-    variants = variants_of(options.config, overrides, options.variant)
+    variants = {
+        name: load(options.config, {**overrides, **changes})
+        for name, changes in parse_variants(options.variant).items()
+    }
     ceilings, rows = compare_steps(
         variants, options.batch_sizes, options.steps, options.warmup, options.limit
     )
-    measured = any(row.measured for row in rows)
-    found = {"product_flops": ceilings, "rows": rows, "measured": measured}
+    found = {"product_flops": ceilings, "rows": rows, "measured": any(r.measured for r in rows)}
     return found, step_table(ceilings, rows)
 
 
-def _pipeline(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[dict[str, Any], str]:
     from voco_jax.benchmark import pipeline
     from voco_jax.benchmark.volumes import first_volumes, opened
 
-    config = load_config(options.config, overrides)
+    config = load(options.config, overrides)
     workers = config.data.workers if options.workers is None else options.workers
     stages, streams = [], []
     with opened(config, options.phantoms) as parts:
         some = first_volumes(parts, options.volumes)
         for cold in (False, True):
             name = "cold" if cold else "warm"
-            say(f"one thread, {name} page cache ...")
-            stages.append(
-                in_own_process(
-                    pipeline.measure_stages,
-                    some,
-                    config.crops,
-                    batch_size=config.batch_size,
-                    samples=options.samples,
-                    cold=cold,
-                )
-            )
+            how: dict[str, Any] = {"samples": options.samples, "cold": cold}
+            log(f"one thread, {name} page cache ...")
+            stages.append(in_own_process(pipeline.measure_stages, some, config.crops, **how))
+            how |= {"batch_size": config.batch_size, "prefetch": config.data.prefetch}
             for count in sorted({0, workers}):
-                say(f"the pipeline, {count} workers, {name} page cache ...")
-                streams.append(
-                    in_own_process(
-                        pipeline.measure_stream,
-                        some,
-                        config.crops,
-                        batch_size=config.batch_size,
-                        prefetch=config.data.prefetch,
-                        workers=count,
-                        samples=options.samples,
-                        cold=cold,
-                    )
-                )
+                log(f"the pipeline, {count} workers, {name} page cache ...")
+                how["workers"] = count
+                streams.append(in_own_process(pipeline.measure_stream, some, config.crops, **how))
         volumes = sum(len(part.entries) for part in some)
     text = (
         f"{volumes} volumes, batches of {config.batch_size}; medians of {options.samples} samples\n"
@@ -156,20 +120,18 @@ def _pipeline(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[d
     return measured, text
 
 
-def _prepare(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    from voco_jax.benchmark.preparing import Prepared, measure_files, prepare_table
+def _prepare(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[dict[str, Any], str]:
+    from voco_jax.benchmark.preparing import measure_files, prepare_table
     from voco_jax.data.datalists import Volume, collect
 
-    config = load_config(options.config, overrides)
-    rows: list[Prepared] = []
-    failures: list[str] = []
+    config = load(options.config, overrides)
+    rows, failures = [], []
     for name, source in config.data.sources.items():
         if options.ct:
             folders = [path for path in options.ct if path.is_dir()]
+            files = [path for path in options.ct if path not in folders]
             volumes = collect((), (), folders)
-            volumes += [
-                Volume(path.name, path, "training") for path in options.ct if path not in folders
-            ]
+            volumes += [Volume(path.name, path, "training") for path in files]
         elif source.roots:
             volumes = collect(source.lists, source.roots)
         else:
@@ -177,20 +139,21 @@ def _prepare(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[di
                 f"data.sources.{name}.roots: found none, expected folders with CT files; or name "
                 "files or folders with --ct"
             )
-        say(f"{name}: {len(volumes)} files, the first {options.files} of them")
+        log(f"{name}: {len(volumes)} files, the first {options.files} of them")
         some, bad = measure_files(volumes[: options.files], source.chain, options.repeats)
-        rows, failures = rows + some, failures + bad
+        rows += some
+        failures += bad
     text = "\n".join([prepare_table(rows), "", "one core; seconds are medians", *failures])
     return {"rows": rows, "failures": failures, "measured": bool(rows)}, text
 
 
 def _end_to_end(
-    options: argparse.Namespace, overrides: dict[str, Any]
+    options: argparse.Namespace, overrides: dict[str, str]
 ) -> tuple[dict[str, Any], str]:
     from voco_jax.benchmark.end_to_end import end_to_end_table, measure_end_to_end
     from voco_jax.benchmark.volumes import opened
 
-    config = load_config(options.config, overrides)
+    config = load(options.config, overrides)
     with opened(config, options.phantoms) as parts:
         found = measure_end_to_end(
             config, parts, steps=options.steps, warmup=options.warmup, rounds=options.rounds
@@ -200,17 +163,15 @@ def _end_to_end(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""examples:
-  python -m voco_jax.benchmark step --config configs/voco_10k.py --batch-sizes 2,4,8
-  python -m voco_jax.benchmark pipeline --config configs/voco_10k.py --phantoms 8
-  python -m voco_jax.benchmark prepare --config configs/voco_10k.py --ct /data/my_ct
-  python -m voco_jax.benchmark end_to_end --config configs/demo.py
-each has a --help of its own""",
+    parser = command_parser(
+        "-m voco_jax.benchmark",
+        f"{__doc__}\nEach part has a --help of its own.",
+        """
+step --config configs/voco_10k.py --batch-sizes 2,4,8
+pipeline --config configs/voco_10k.py --phantoms 8
+prepare --config configs/voco_10k.py --ct /data/my_ct
+end_to_end --config configs/demo.py
+""",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="PART")
 
@@ -230,9 +191,8 @@ each has a --help of its own""",
 
     def counts(one: argparse.ArgumentParser, **defaults: tuple[int, str]) -> None:
         for name, (default, text) in defaults.items():
-            one.add_argument(
-                f"--{name}", type=positive, default=default, help=f"{text}; default {default}"
-            )
+            text += f"; default {default}"
+            one.add_argument(f"--{name}", type=positive, default=default, help=text)
 
     one = command(
         "step",
@@ -255,7 +215,7 @@ each has a --help of its own""",
     one = command(
         "pipeline",
         _pipeline,
-        "the input alone: cached volumes to batches of crops, as a whole and by stage",
+        "the input alone: cached volumes to batches of crops, all at once and by stage",
         "--config configs/voco_10k.py --config.data.sources.ct.cache=/data/cache",
     )
     one.add_argument("--phantoms", type=positive, metavar="N", help="make a cache of so many")
@@ -274,19 +234,10 @@ each has a --help of its own""",
         "CT files to cached volumes, by stage, on one core",
         "--config configs/voco_10k.py --ct /data/ct/one.nii.gz --ct /data/ct/more",
     )
-    one.add_argument(
-        "--ct",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="file or folder; repeat",
-    )
-    counts(
-        one,
-        files=(8, "files of each source, or of --ct, at most"),
-        repeats=(3, "times for each file"),
-    )
+    text = "file or folder; repeat"
+    one.add_argument("--ct", type=Path, action="append", default=[], metavar="PATH", help=text)
+    files = (8, "files of each source, or of --ct, at most")
+    counts(one, files=files, repeats=(3, "times for each file"))
 
     one = command(
         "end_to_end",

@@ -1,21 +1,22 @@
 """The real path (cache, crops, transfer, step) against the step alone on a resident batch."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
-from voco_jax.benchmark.measure import Spread, seconds_text, spread, spread_text, table, time_calls
+from voco_jax.benchmark.measure import Spread, seconds_text, spread, spread_text, table
 from voco_jax.benchmark.step import Built, build, percent
-from voco_jax.benchmark.volumes import allow_workers
-from voco_jax.config import Config
+from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.pipeline import Part, batches
-from voco_jax.data.progress import say
+from voco_jax.data.progress import log
+from voco_jax.errors import InputError
 from voco_jax.training import mesh as meshes
-from voco_jax.training.metrics import StepTimes
+from voco_jax.training.steps import NotFiniteError, Steps
+from voco_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EndToEnd:
 
 
 def measure_end_to_end(
-    config: Config, parts: Sequence[Part], *, steps: int, warmup: int, rounds: int
+    config: Pretraining, parts: Sequence[Part], *, steps: int, warmup: int, rounds: int
 ) -> EndToEnd:
     """Times both, turn by turn: a machine's mood changes less in a round than over all of them.
 
@@ -48,46 +49,47 @@ def measure_end_to_end(
         rounds: how often.
 
     Raises:
-        InputError: settings that do not fit each other or the devices.
+        InputError: settings that do not fit each other or the devices, or that diverge.
     """
-    say("compiling the step (minutes for a large model) ...")
+    log("compiling the step (minutes for a large model) ...")
     built = build(config)
-    say(f"compiled in {built.compile_seconds:.0f} s; starting the pipeline ...")
-    return run(built, parts, steps=steps, warmup=warmup, rounds=rounds)
+    log(f"compiled in {built.compile_seconds:.0f} s; starting the pipeline ...")
+    try:
+        return run(built, parts, steps=steps, warmup=warmup, rounds=rounds)
+    except NotFiniteError as error:
+        raise InputError(f"{error}: lower optimizer.learning_rate, or take float32") from error
 
 
 def run(built: Built, parts: Sequence[Part], *, steps: int, warmup: int, rounds: int) -> EndToEnd:
     """`measure_end_to_end` of a step that is compiled already."""
-    allow_workers()
     config = built.config
     begin = time.perf_counter()
-    stream = meshes.ahead_on_devices(
+    stream = meshes.prefetch_to_device(
         batches(
             parts,
             config.crops,
             seed=config.seed,
             batch_size=config.batch_size,
-            rows=meshes.local_rows(config.batch_size, built.mesh),
+            rows=meshes.local_rows(config.batch_size, built.program.mesh),
             workers=config.data.workers,
             prefetch=config.data.prefetch,
         ),
-        config.batch_size,
-        built.mesh,
+        built.program.batch,
     )
     jax.block_until_ready(next(stream))
     first_batch = time.perf_counter() - begin
     alone, real, waiting = [], [], []
     for number in range(1, rounds + 1):
-        alone.append(_alone(built, steps, warmup))
-        seconds, share = _real(built, stream, steps, warmup)
+        alone.append(_time(built, itertools.repeat(built.batch), steps, warmup)[0])
+        seconds, share = _time(built, stream, steps, warmup)
         real.append(seconds)
         waiting.append(share)
-        say(
+        log(
             f"round {number}/{rounds}: {steps} steps in {seconds_text(alone[-1])} alone, in "
             f"{seconds_text(seconds)} with their input"
         )
     return EndToEnd(
-        devices=meshes.describe(built.mesh),
+        devices=meshes.describe(built.program.mesh),
         batch_size=config.batch_size,
         workers=config.data.workers,
         steps=steps,
@@ -101,36 +103,21 @@ def run(built: Built, parts: Sequence[Part], *, steps: int, warmup: int, rounds:
     )
 
 
-def _alone(built: Built, steps: int, warmup: int) -> float:
-    def step() -> jax.Array:
-        built.state, metrics = built.compiled(built.state, built.batch)
-        return metrics["loss"]
-
-    return sum(time_calls(step, jax.block_until_ready, warmup, steps))
-
-
-def _real(built: Built, stream: Any, steps: int, warmup: int) -> tuple[float, float]:
-    """Seconds of the steps and the share of waiting, as `voco_jax.training.pretrain.run` does."""
-    times, running, begin = StepTimes(), None, 0.0
-    for number in range(warmup + steps):
-        if number == warmup:
-            jax.block_until_ready(running)
-            running = None
-            times.reset()
-            begin = time.perf_counter()
-        asked = time.monotonic()
-        batch = next(stream)
-        if running is None or running.is_ready():
-            times.wait(time.monotonic() - asked)
-        with jax.transfer_guard("disallow"):
-            built.state, metrics = built.compiled(built.state, batch)
-        if running is not None:
-            running.block_until_ready()
-            times.step()
-        running = metrics["loss"]
-    jax.block_until_ready(running)
-    times.step()
-    return time.perf_counter() - begin, times.report()[2]
+def _time(built: Built, stream: Iterator[Batch], steps: int, warmup: int) -> tuple[float, float]:
+    """Seconds of the training loop's steps, and the share of waiting for input."""
+    running = Steps(built.compiled, stream, built.state)
+    for _ in range(warmup):
+        running.advance()
+    running.fetch()
+    running.times.reset()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        running.advance()
+    running.wait()
+    seconds = time.perf_counter() - begin
+    running.fetch()
+    built.state = running.state
+    return seconds, running.times.report()[2]
 
 
 def end_to_end_table(found: EndToEnd) -> str:

@@ -37,11 +37,7 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Summarises measurements.
-
-    Args:
-        values: at least one.
-    """
+    """Summarises measurements, at least one."""
     found = np.asarray(list(values), float)
     low, median, high = np.percentile(found, (10, 50, 90)).tolist()
     return Spread(median, low, high, len(found))
@@ -74,8 +70,7 @@ def time_calls(
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown, aligned: the first column to the left, the others to the right."""
     lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    widths = [max(width, 3) for width in widths]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
 
     def one(cells: Sequence[str]) -> str:
         first, *others = zip(cells, widths, strict=True)
@@ -120,14 +115,14 @@ def utilisation(flops: float, seconds: float, ceiling: float) -> float:
 
 def peak_resident() -> int:
     """Bytes of memory that this process held at most; of its own program, not its parent's."""
-    return _status("VmHWM")
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("VmHWM:", 1)[1].split()[0]) * 1024
 
 
 def resident(pids: Iterable[int] = ()) -> int:
     """Bytes of memory that this process and some others hold now, pages they share counted once.
 
-    Args:
-        pids: of the others; those that have ended are left out.
+    Of the others those that have ended are left out.
     """
     total = 0
     for pid in (os.getpid(), *pids):
@@ -135,11 +130,6 @@ def resident(pids: Iterable[int] = ()) -> int:
             fields = Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:", 1)
             total += int(fields[1].split()[0]) * 1024
     return total
-
-
-def _status(name: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.split(f"{name}:", 1)[1].split()[0]) * 1024
 
 
 def cpu_seconds(pids: Iterable[int] = ()) -> float:
@@ -158,8 +148,7 @@ def cpu_seconds(pids: Iterable[int] = ()) -> float:
 def drop_from_page_cache(files: Iterable[Path]) -> None:
     """Makes the next reading of files come from the disk, where the file system has one.
 
-    Args:
-        files: they are written out first: what is not on the disk yet cannot be dropped.
+    They are written out first: what is not on the disk yet cannot be dropped.
     """
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
@@ -171,11 +160,7 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
 
 
 def bytes_from_disk(pids: Iterable[int] = ()) -> int | None:
-    """Bytes that this process and some others have had fetched from disks.
-
-    Returns:
-        The bytes; None: the kernel does not say.
-    """
+    """Bytes that this process and some others had fetched from disks; None: nothing tells."""
     total = 0
     try:
         for pid in (os.getpid(), *pids):
@@ -230,7 +215,7 @@ def in_own_process_within(
     child = context.Process(target=_answer, args=(there, function, args, kwargs))
     child.start()
     there.close()
-    found: tuple[str, Any] | None = None
+    found: Any = None
     try:
         if not here.poll(limit):
             raise ChildError(f"stopped after {limit:.0f} s")

@@ -1,5 +1,6 @@
-"""The input by itself: cached volumes -> batches on the host, as a whole and in stages."""
+"""The input by itself: cached volumes -> batches on the host, all at once and in stages."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import time
@@ -19,8 +20,8 @@ from voco_jax.benchmark.measure import (
     spread,
     table,
 )
-from voco_jax.benchmark.volumes import allow_workers, files_of
-from voco_jax.config import Crops
+from voco_jax.benchmark.volumes import files_of
+from voco_jax.config.pretraining import Crops
 from voco_jax.data.pipeline import Part, batches, collate, draw
 from voco_jax.data.workers import available_cores
 
@@ -29,7 +30,7 @@ STAGES = ("read the file", "decode", "crop and batch")
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The whole pipeline, running."""
+    """The complete pipeline, running."""
 
     workers: int
     page_cache: str  # "warm" or "cold"
@@ -74,52 +75,35 @@ def measure_stream(
         batch_size: volumes.
         prefetch: of `batches`.
         workers: of `batches`.
-        samples: to be timed, rounded up to whole batches.
+        samples: to be timed, rounded up to complete batches.
         cold: whether every volume comes from the disk.
     """
-    allow_workers()
     files = files_of(parts)
     count = -(-samples // batch_size)
-    # So many that every volume has been read and the worker processes have all delivered.
-    first = max(-(-len(files) // batch_size), 2 * max(workers, 1) * prefetch)
-    if workers:
-        return _stream(parts, crops, files, batch_size, prefetch, workers, first, count, cold)
-    with one_core():
-        return _stream(parts, crops, files, batch_size, prefetch, workers, first, count, cold)
+    ahead = 2 * max(workers, 1) * prefetch  # batches that are read before they are asked for
+    with contextlib.nullcontext() if workers else one_core():
+        stream = batches(
+            parts, crops, seed=0, batch_size=batch_size, workers=workers, prefetch=prefetch
+        )
 
+        def take(number: int) -> None:
+            for _ in range(number):
+                next(stream)
+                if cold:
+                    drop_from_page_cache(files)
 
-def _stream(
-    parts: Sequence[Part],
-    crops: Crops,
-    files: Sequence[Any],
-    batch_size: int,
-    prefetch: int,
-    workers: int,
-    first: int,
-    count: int,
-    cold: bool,
-) -> Stream:
-    stream = batches(
-        parts, crops, seed=0, batch_size=batch_size, workers=workers, prefetch=prefetch
-    )
-
-    def take(number: int) -> None:
-        for _ in range(number):
-            next(stream)
-            if cold:
-                drop_from_page_cache(files)
-
-    take(first)
-    pids = [child.pid for child in multiprocessing.active_children() if child.pid]
-    start_memory = resident(pids)
-    take(2 * max(workers, 1) * prefetch)  # uses up what was read ahead meanwhile
-    disk, cpu = bytes_from_disk(pids), cpu_seconds(pids)
-    begin = time.perf_counter()
-    take(count)
-    seconds = time.perf_counter() - begin
-    cpu = cpu_seconds(pids) - cpu
-    end_disk, samples = bytes_from_disk(pids), count * batch_size
-    cores = min(max(workers, 1), available_cores())
+        # So many that every volume has been read and the worker processes have all delivered.
+        take(max(-(-len(files) // batch_size), ahead))
+        pids = [child.pid for child in multiprocessing.active_children() if child.pid]
+        start_memory = resident(pids)
+        take(ahead)  # uses up what was read ahead meanwhile
+        disk, cpu = bytes_from_disk(pids), cpu_seconds(pids)
+        begin = time.perf_counter()
+        take(count)
+        seconds = time.perf_counter() - begin
+        cpu = cpu_seconds(pids) - cpu
+        end_disk, samples = bytes_from_disk(pids), count * batch_size
+        cores = min(max(workers, 1), available_cores())
     return Stream(
         workers=workers,
         page_cache="cold" if cold else "warm",
@@ -134,22 +118,13 @@ def _stream(
     )
 
 
-def measure_stages(
-    parts: Sequence[Part], crops: Crops, *, batch_size: int, samples: int, cold: bool
-) -> Stages:
+@one_core()
+def measure_stages(parts: Sequence[Part], crops: Crops, *, samples: int, cold: bool) -> Stages:
     """Does what a sample takes step by step, on one core; meant for a process of its own.
 
     Decoding is the time of reading a volume from the cache less that of reading its file alone.
-
-    Args: as `measure_stream`.
+    Arguments as of `measure_stream`.
     """
-    with one_core():
-        return _stages(parts, crops, batch_size, samples, cold)
-
-
-def _stages(
-    parts: Sequence[Part], crops: Crops, batch_size: int, samples: int, cold: bool
-) -> Stages:
     generator = np.random.default_rng(0)
     files = files_of(parts)
     places = [(part.cache, entry) for part in parts for entry in part.entries]
@@ -171,10 +146,10 @@ def _stages(
         volume, both = _timed(cache.read, entry, drawn.corner, None, volume)
         make_cold(index)
         before, cpu = bytes_from_disk(), time.process_time()
-        _, whole = _timed(collate, [drawn], crops)
+        _, all_three = _timed(collate, [drawn], crops)
         cpu, after = time.process_time() - cpu, bytes_from_disk()
         if number >= 0:
-            values = (reading, max(both - reading, 0.0), max(whole - both, 0.0))
+            values = (reading, max(both - reading, 0.0), max(all_three - both, 0.0))
             for name, value in zip(STAGES, values, strict=True):
                 found[name].append(value)
             found["cpu"].append(cpu)
@@ -194,7 +169,7 @@ def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def stream_table(rows: Sequence[Stream]) -> str:
-    """The whole pipeline, for people."""
+    """The complete pipeline, for people."""
     head = ["pipeline", "page cache", "cores", "samples/s", "per core", "CPU a sample"]
     head += ["from disk a sample", "memory at start", "at end"]
     return table(
@@ -207,13 +182,17 @@ def stream_table(rows: Sequence[Stream]) -> str:
                 f"{row.samples_per_second:.3g}",
                 f"{row.samples_per_core_second:.3g}",
                 seconds_text(row.cpu_seconds),
-                "-" if row.disk_bytes is None else f"{row.disk_bytes / 1e6:.2f} MB",
+                _disk_text(row.disk_bytes),
                 f"{row.resident_start / 2**20:.0f} MiB",
                 f"{row.resident_end / 2**20:.0f} MiB",
             )
             for row in rows
         ),
     )
+
+
+def _disk_text(size: float | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.2f} MB"
 
 
 def stages_table(rows: Sequence[Stages]) -> str:
@@ -224,14 +203,6 @@ def stages_table(rows: Sequence[Stages]) -> str:
         shares = [
             f"{seconds_text(one.median)} {one.median / total:.0%}" for one in row.seconds.values()
         ]
-        disk = "-" if row.disk_bytes is None else f"{row.disk_bytes / 1e6:.2f} MB"
-        lines.append(
-            (
-                row.page_cache,
-                *shares,
-                seconds_text(total),
-                seconds_text(row.cpu_seconds),
-                disk,
-            )
-        )
+        times = (seconds_text(total), seconds_text(row.cpu_seconds))
+        lines.append((row.page_cache, *shares, *times, _disk_text(row.disk_bytes)))
     return table(("page cache", *STAGES, "sum", "its CPU", "from disk"), lines)

@@ -17,12 +17,12 @@ from voco_jax.benchmark.measure import (
     spread,
     table,
 )
-from voco_jax.config import Chain
+from voco_jax.config.common import Chain
 from voco_jax.data.array import ARRAY, chunk_name, write_volume
 from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
 from voco_jax.data.formats.readers import VolumeError, load
-from voco_jax.data.progress import say
+from voco_jax.data.progress import log
 from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.errors import InputError
 
@@ -60,22 +60,17 @@ def measure_file(path: Path, chain: Chain, repeats: int) -> Prepared:
                     checksum(voxels)
                     write_volume(cache.path, slot, voxels)
                     times.append(time.perf_counter())
-                    read, whole, write = (b - a for a, b in itertools.pairwise(times))
+                    read, prepare, write = (b - a for a, b in itertools.pairwise(times))
                     if slot:  # the first warms libraries and the page cache
                         found["read"].append(read)
-                        found["chain"].append(max(whole - read, 0.0))
+                        found["chain"].append(max(prepare - read, 0.0))
                         found["write"].append(write)
             size = Path(folder, ARRAY, chunk_name(1)).stat().st_size
         except VolumeError as error:
             raise InputError(str(error)) from error
+    stages = {name: spread(seconds) for name, seconds in found.items()}
     return Prepared(
-        path=str(path),
-        shape=prepared.shape,
-        read=spread(found["read"]),
-        chain=spread(found["chain"]),
-        write=spread(found["write"]),
-        cached_bytes=size,
-        peak=peak_resident(),
+        path=str(path), shape=prepared.shape, cached_bytes=size, peak=peak_resident(), **stages
     )
 
 
@@ -85,7 +80,7 @@ def measure_files(
     """`measure_file` of each, with progress on stderr; and a line for each that failed."""
     rows, failures = [], []
     for number, volume in enumerate(volumes, start=1):
-        say(f"{number}/{len(volumes)}: {volume.path}")
+        log(f"{number}/{len(volumes)}: {volume.path}")
         try:
             rows.append(in_own_process(measure_file, Path(str(volume.path)), chain, repeats))
         except (InputError, ChildError) as error:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from voco_jax.benchmark.measure import (
     ChildError,
@@ -24,15 +23,16 @@ from voco_jax.benchmark.measure import (
     time_calls,
     utilisation,
 )
-from voco_jax.config import Config
+from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.crops import draw_origins, overlap_labels
-from voco_jax.data.progress import say
+from voco_jax.data.progress import log
 from voco_jax.data.volumes import quantise
 from voco_jax.plan.estimate import model_flops
 from voco_jax.plan.flops import count_flops
 from voco_jax.training import mesh as meshes
-from voco_jax.training.program import make_program
+from voco_jax.training.task import Program
 from voco_jax.voco.step import State
+from voco_jax.voco.task import make_program
 
 _CPU_PRODUCT, _PRODUCT = 2048, 8192  # rows and columns of the ceiling's matrices
 
@@ -60,8 +60,8 @@ class Measured:
 class Built:
     """A compiled step with what it runs on; a step uses `state` up and leaves a new one."""
 
-    config: Config
-    mesh: Mesh
+    config: Pretraining
+    program: Program[State]
     compiled: Any
     compile_seconds: float
     flops_run: int
@@ -69,7 +69,7 @@ class Built:
     batch: dict[str, jax.Array]
 
 
-def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(config: Pretraining, seed: int = 0) -> dict[str, np.ndarray]:
     """A batch of waves, each crop its own, with the labels of random sub-volumes.
 
     Noise would do for the time, but its crops all look the same to an encoder: the losses of two
@@ -104,7 +104,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def build(config: Config, batch: Mapping[str, np.ndarray] | None = None) -> Built:
+def build(config: Pretraining, batch: Mapping[str, np.ndarray] | None = None) -> Built:
     """Compiles the real step for all devices here and makes its arguments.
 
     Args:
@@ -114,8 +114,7 @@ def build(config: Config, batch: Mapping[str, np.ndarray] | None = None) -> Buil
     Raises:
         InputError: impossible settings.
     """
-    mesh = meshes.make_mesh(config.mesh.fsdp)
-    program = make_program(config, mesh)
+    program = make_program(config, meshes.make_mesh(config.mesh.fsdp))
     traced = program.step.trace(program.state, program.batch)
     begin = time.perf_counter()
     compiled = traced.lower().compile()
@@ -123,12 +122,12 @@ def build(config: Config, batch: Mapping[str, np.ndarray] | None = None) -> Buil
     given = random_batch(config) if batch is None else batch
     return Built(
         config=config,
-        mesh=mesh,
+        program=program,
         compiled=compiled,
         compile_seconds=seconds,
         flops_run=count_flops(traced.jaxpr.jaxpr),
         state=program.init(),
-        batch=meshes.to_devices(given, config.batch_size, mesh),
+        batch=meshes.to_devices(given, meshes.batch_sharding(program.mesh), config.batch_size),
     )
 
 
@@ -139,7 +138,7 @@ def run(built: Built, steps: int, warmup: int, ceiling: float | None) -> Measure
         built: of `build`.
         steps: timed.
         warmup: steps before those.
-        ceiling: of `product_ceiling`: FLOP/s of one device; None: there is none to compare with.
+        ceiling: of `product_ceiling`; None: there is none to compare with.
     """
     first: dict[str, jax.Array] = {}
 
@@ -150,14 +149,13 @@ def run(built: Built, steps: int, warmup: int, ceiling: float | None) -> Measure
         return metrics["loss"]
 
     found = spread(time_calls(step, jax.block_until_ready, warmup, steps))
-    needed = model_flops(built.config, built.mesh)
+    needed = model_flops(built.config, built.program.mesh)
     sizes = built.compiled.memory_analysis()
-    device = built.mesh.devices.flat[0]
-    stats = device.memory_stats() or {}
-    peak = stats.get("peak_bytes_in_use")
-    whole = None if ceiling is None else ceiling * built.mesh.devices.size
+    devices = built.program.mesh.devices
+    peak = (devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use")
+    all_devices = None if ceiling is None else ceiling * devices.size
     return Measured(
-        devices=meshes.describe(built.mesh),
+        devices=meshes.describe(built.program.mesh),
         dtype=built.config.model.dtype,
         compile_seconds=built.compile_seconds,
         first={name: float(value) for name, value in jax.device_get(first).items()},
@@ -165,7 +163,7 @@ def run(built: Built, steps: int, warmup: int, ceiling: float | None) -> Measure
         volumes_per_second=built.config.batch_size / found.median,
         flops_needed=needed,
         flops_run=built.flops_run,
-        utilisation=whole and utilisation(needed, found.median, whole),
+        utilisation=all_devices and utilisation(needed, found.median, all_devices),
         arguments=sizes.argument_size_in_bytes,
         temporary=sizes.temp_size_in_bytes,
         peak=peak_resident() if peak is None else peak,
@@ -173,7 +171,7 @@ def run(built: Built, steps: int, warmup: int, ceiling: float | None) -> Measure
     )
 
 
-def measure_step(config: Config, steps: int, warmup: int, ceiling: float | None) -> Measured:
+def measure_step(config: Pretraining, steps: int, warmup: int, ceiling: float | None) -> Measured:
     """`build`, then `run`, as a process of its own does: nothing is taken from a cache.
 
     Raises:
@@ -222,7 +220,7 @@ class Row:
 
 
 def compare_steps(
-    variants: Mapping[str, Config],
+    variants: Mapping[str, Pretraining],
     batch_sizes: Sequence[int] | None,
     steps: int,
     warmup: int,
@@ -251,19 +249,19 @@ def compare_steps(
             one = dataclasses.replace(config, batch_size=size)
             dtype = one.model.dtype
             if dtype not in ceilings:
-                say(f"measuring {dtype} matrix products ...")
+                log(f"measuring {dtype} matrix products ...")
                 ceilings[dtype] = in_own_process_within(None, product_ceiling, dtype)
-            say(f"{name}, batch {one.batch_size}: compiling and running ...")
+            log(f"{name}, batch {size}: compiling and running ...")
             measured, problem = None, None
             try:
                 measured = in_own_process_within(
                     limit, measure_step, one, steps, warmup, ceilings[dtype]
                 )
-                say(f"  {spread_text(measured.seconds)} a step")
+                log(f"  {spread_text(measured.seconds)} a step")
             except ChildError as error:
                 problem = str(error)
-                say(f"  {problem}")
-            rows.append(Row(name, one.batch_size, problem, measured))
+                log(f"  {problem}")
+            rows.append(Row(name, size, problem, measured))
     return ceilings, rows
 
 
@@ -271,31 +269,22 @@ def step_table(ceilings: Mapping[str, float], rows: Sequence[Row]) -> str:
     """The rows for people, with what the columns mean."""
     head = ["step", "batch", "dtype", "compile", "a step", "volumes/s", "MFU", "TFLOP needed"]
     head += ["run", "arguments", "temporary", "peak"]
-    lines, peaks, devices = [], set(), set()
+    lines = []
     for row in rows:
-        one = row.measured
-        if one is None:
-            problem = row.problem or ""
-            lines.append((row.variant, str(row.batch_size), problem, *["-"] * (len(head) - 3)))
-            continue
-        peaks.add(one.peak_of)
-        devices.add(one.devices)
-        lines.append(
-            (
-                row.variant,
-                str(row.batch_size),
+        cells = [row.problem or "", *["-"] * (len(head) - 3)]
+        if one := row.measured:
+            cells = [
                 one.dtype,
                 seconds_text(one.compile_seconds),
                 spread_text(one.seconds),
                 f"{one.volumes_per_second:.3g}",
                 percent(one.utilisation),
-                f"{one.flops_needed / 1e12:.3g}",
-                f"{one.flops_run / 1e12:.3g}",
-                bytes_text(one.arguments),
-                bytes_text(one.temporary),
-                bytes_text(one.peak),
-            )
-        )
+                *(f"{flops / 1e12:.3g}" for flops in (one.flops_needed, one.flops_run)),
+                *(bytes_text(size) for size in (one.arguments, one.temporary, one.peak)),
+            ]
+        lines.append([row.variant, str(row.batch_size), *cells])
+    measured = [row.measured for row in rows if row.measured]
+    devices, peaks = {one.devices for one in measured}, {one.peak_of for one in measured}
     of = {"device": "the device's memory", "process": "the process's resident memory"}
     ceiling = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in ceilings.items())
     notes = [

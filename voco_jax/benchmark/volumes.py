@@ -6,20 +6,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import flags
-
-from voco_jax.config import Config
+from voco_jax.config.common import WORKDIR
+from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.cache import chunk_file
 from voco_jax.data.pipeline import Part
+from voco_jax.data.sources import fill_caches, open_caches, read_volumes, write_volumes
 from voco_jax.data.storage import is_remote
 from voco_jax.errors import InputError
-from voco_jax.training.sources import fill_caches, open_caches, read_volumes, write_volumes
-
-_WORKDIR = "{workdir}"
 
 
 @contextlib.contextmanager
-def opened(config: Config, phantoms: int | None) -> Iterator[tuple[Part, ...]]:
+def opened(config: Pretraining, phantoms: int | None) -> Iterator[tuple[Part, ...]]:
     """The training volumes, for as long as this lasts.
 
     Args:
@@ -31,7 +28,7 @@ def opened(config: Config, phantoms: int | None) -> Iterator[tuple[Part, ...]]:
         InputError: a cache is missing, or phantoms for more than one source.
     """
     data = config.data
-    inside = [name for name, source in data.sources.items() if _WORKDIR in source.cache]
+    inside = [name for name, source in data.sources.items() if WORKDIR in source.cache]
     count = phantoms or (data.phantoms if inside else 0)
     if count and len(data.sources) > 1:
         raise InputError(
@@ -49,11 +46,10 @@ def opened(config: Config, phantoms: int | None) -> Iterator[tuple[Part, ...]]:
             ((only, source),) = data.sources.items()
             sources = {only: dataclasses.replace(source, cache=str(folder / "cache"))}
             data = dataclasses.replace(data, sources=sources, phantoms=count, prepare=True)
-            config = dataclasses.replace(config, data=data)
-            fill_caches(config, folder)
-        caches = open_caches(config)
-        write_volumes(caches, config, folder)
-        yield read_volumes(caches, config, folder)[0]
+            fill_caches(data, config.seed, folder)
+        caches = open_caches(data)
+        write_volumes(caches, data, config.seed, folder)
+        yield read_volumes(caches, data, folder)[0]
 
 
 def first_volumes(parts: Sequence[Part], most: int) -> tuple[Part, ...]:
@@ -74,9 +70,3 @@ def files_of(parts: Sequence[Part]) -> list[Path]:
                 "a cache on this machine"
             )
     return [Path(chunk_file(part.cache.path, e.slot)) for part in parts for e in part.entries]
-
-
-def allow_workers() -> None:
-    """Lets grain start processes: it asks absl's flags, which nothing here has parsed."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

@@ -12,9 +12,10 @@ import numpy as np
 import tensorstore
 from numcodecs.checksum32 import CRC32C
 
-from voco_jax.config import Chain
-from voco_jax.data.storage import Folder
+from voco_jax.config.common import Chain
+from voco_jax.data.storage import Folder, as_os_error
 from voco_jax.errors import InputError
+from voco_jax.types import Size
 
 # Callers have threads of their own.
 numcodecs.blosc.use_threads = False
@@ -23,7 +24,7 @@ CHUNK = 64  # voxels along each axis, inside a shard
 LARGEST = (1024, 1024, 2048)  # voxels of a volume that keeps its own size
 
 
-def largest(chain: Chain) -> tuple[int, int, int]:
+def largest(chain: Chain) -> Size:
     """The largest volume that a cache of these settings takes, voxels x y z."""
     return LARGEST if chain.fit == "random_crop" else chain.volume_size
 
@@ -34,14 +35,7 @@ def chunk_name(slot: int) -> str:
 
 
 def open_array(folder: Folder, create: Chain | None = None) -> Any:
-    """Opens the array of a cache.
-
-    Args:
-        folder: of the cache.
-        create: make it with these settings, if it is missing.
-
-    Returns:
-        The TensorStore.
+    """Opens the array of a cache; with settings to `create` it, makes it if it is missing.
 
     Raises:
         InputError: not such an array.
@@ -93,59 +87,32 @@ def read_chunk(path: str, slot: int, out: np.ndarray) -> None:
         raise ValueError(f"DATA_LOSS: {error}") from error
 
 
-def reserve(array: Any, unused: int, count: int) -> tuple[range, Any]:
-    """Extends an array by slots that were never used.
-
-    Args:
-        array: of a cache.
-        unused: no smaller slot is free.
-        count: how many.
-
-    Returns:
-        The slots, and the array to go on with.
-
-    Raises:
-        OSError: the array cannot be written.
-    """
-    start = max(int(array.shape[0]), unused)
-    if count:
-        try:
-            array = array.resize(exclusive_max=[start + count, *array.shape[1:]]).result()
-        except ValueError as error:
-            raise OSError(str(error)) from error
-    return range(start, start + count), array
-
-
 def write_volume(path: str, slot: int, voxels: np.ndarray) -> None:
-    """Writes one volume's file, whole or not at all.
+    """Writes one volume's file, complete or not at all.
 
     Args:
         path: of the cache: absolute, or a URL.
-        slot: one of `reserve`.
+        slot: one of `CacheWriter.reserve`.
         voxels: x y z, in the cache's dtype; at most of the size `largest`.
 
     Raises:
         OSError: disk full, no permission, store out of reach.
     """
     part = tuple(slice(0, size) for size in voxels.shape)
-    try:
+    with as_os_error():
         open_array(Folder(path))[slot][part].write(voxels).result()
-    except ValueError as error:  # TensorStore's only kind
-        raise OSError(str(error)) from error
 
 
 def _metadata(chain: Chain) -> dict[str, Any]:
     wide = chain.dtype == "float16"
     # LZ4 takes a sixth more disk than Zstandard and half its time to read.
-    lz4 = {
-        "cname": "lz4",
-        "clevel": 5,
-        "shuffle": "shuffle" if wide else "noshuffle",
-        "typesize": 2 if wide else 1,
-        "blocksize": 0,
-    }
+    lz4 = {"cname": "lz4", "clevel": 5, "blocksize": 0}
+    lz4 |= (
+        {"shuffle": "shuffle", "typesize": 2} if wide else {"shuffle": "noshuffle", "typesize": 1}
+    )
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
     codecs: list[Any] = [
-        {"name": "bytes", "configuration": {"endian": "little"}} if wide else "bytes",
+        little_endian if wide else "bytes",
         {"name": "blosc", "configuration": lz4},
         {"name": "crc32c"},
     ]
@@ -153,19 +120,13 @@ def _metadata(chain: Chain) -> dict[str, Any]:
         shard = {
             "chunk_shape": [1, CHUNK, CHUNK, CHUNK],
             "codecs": codecs,
-            "index_codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
+            "index_codecs": [little_endian, {"name": "crc32c"}],
             "index_location": "start",  # no store is asked for a file's last bytes
         }
         codecs = [{"name": "sharding_indexed", "configuration": shard}]
     return {
         "data_type": chain.dtype,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [1, *largest(chain)]},
-        },
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, *largest(chain)]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "dimension_names": ["volume", "x", "y", "z"],
         "codecs": codecs,

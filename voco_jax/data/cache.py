@@ -19,24 +19,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from voco_jax.config import Chain, differences
-from voco_jax.data.array import ARRAY, chunk_name, open_array, read_chunk, reserve
+from voco_jax.config.common import Chain
+from voco_jax.config.load import differences
+from voco_jax.data.array import ARRAY, chunk_name, open_array, read_chunk
 from voco_jax.data.manifest import (
     LOCK,
     MANIFEST,
     Entry,
-    forget,
+    LocalManifest,
+    RemoteManifest,
     line_of,
-    open_manifest,
     read_manifest,
 )
-from voco_jax.data.storage import UNFINISHED, Folder, is_remote
+from voco_jax.data.storage import UNFINISHED, Folder, as_os_error, is_remote
 from voco_jax.errors import InputError
+from voco_jax.types import Size
 
 FORMAT = 2
 SETTINGS, FAILURES = "cache.json", "failures.jsonl"
@@ -58,9 +59,6 @@ class Cache:
             path: its folder, here or in an object store.
             chain: the settings that its volumes must have been prepared with.
 
-        Returns:
-            The cache with the volumes that are whole at this moment.
-
         Raises:
             InputError: not a cache, other settings, damaged, or empty.
         """
@@ -74,8 +72,8 @@ class Cache:
     def read(
         self,
         entry: Entry,
-        corner: tuple[int, int, int] = (0, 0, 0),
-        size: tuple[int, int, int] | None = None,
+        corner: Size = (0, 0, 0),
+        size: Size | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Reads one volume, or of a larger one a part and no more of the file than it needs.
@@ -109,7 +107,8 @@ class Cache:
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{chunk_file(self.path, entry.slot)}: cannot read {entry.id} ({error}); "
-                f"{_HOW_TO_REPAIR.format(cache=self.path)}"
+                "find all damage with: python -m voco_jax.data.prepare --verify --cache "
+                f"{self.path}; then prepare again as before, which does those volumes anew"
             ) from error
 
     def read_whole(self, entry: Entry) -> np.ndarray:
@@ -158,12 +157,7 @@ class CacheWriter:
         """Returns itself, open since its construction."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the manifest and lets other processes fill the cache."""
         self._stack.close()
 
@@ -174,15 +168,15 @@ class CacheWriter:
 
     def reserve(self, count: int) -> range:
         """Extends the array by slots that no run has ever used."""
-        slots, self._array = reserve(self._array, self._unused, count)
-        return slots
+        start = max(int(self._array.shape[0]), self._unused)
+        if count:
+            with as_os_error():
+                shape = [start + count, *self._array.shape[1:]]
+                self._array = self._array.resize(exclusive_max=shape).result()
+        return range(start, start + count)
 
     def add(self, entry: Entry) -> None:
-        """Makes a written volume part of the cache, in place of an older one with its id.
-
-        Args:
-            entry: its slot's file is already written.
-        """
+        """Makes a volume whose file is written part of the cache, instead of one with its id."""
         safe = self._manifest.add(line_of(entry))
         old = self.entries.get(entry.id)
         self.entries[entry.id] = entry
@@ -191,7 +185,7 @@ class CacheWriter:
 
     def forget(self, entries: Sequence[Entry]) -> None:
         """Takes volumes out of the cache; the next run deletes their files."""
-        self._manifest.add(*(forget(entry.id) for entry in entries))
+        self._manifest.add(*(line_of(entry.id) for entry in entries))
         for entry in entries:
             del self.entries[entry.id]
 
@@ -207,7 +201,8 @@ class CacheWriter:
                     f"{self.path}: found other files ({some}), expected a prepared cache, an empty "
                     "folder or none; name another folder"
                 )
-        self._manifest = open_manifest(self.folder, stack)
+        manifest = RemoteManifest if self.folder.remote else LocalManifest
+        self._manifest = manifest(self.folder, stack)
         if begun:
             check_settings(self.folder, self.chain)
         else:
@@ -216,10 +211,6 @@ class CacheWriter:
         self.entries = read_manifest(self.folder)
         self._unused = max((entry.slot + 1 for entry in self.entries.values()), default=0)
         self._array = open_array(self.folder, create=self.chain)
-        self._tidy()
-
-    def _tidy(self) -> None:
-        """Deletes files of volumes that no line names; forgets volumes whose file is gone."""
         present = {name for name in self.folder.names(ARRAY) if name.startswith("c.")}
         named = {chunk_name(entry.slot) for entry in self.entries.values()}
         for name in present - named:
@@ -267,10 +258,6 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def check_settings(folder: Folder, chain: Chain) -> None:
     """Checks that a folder is a cache made with these settings.
 
-    Args:
-        folder: of the cache.
-        chain: the settings wanted.
-
     Raises:
         InputError: not a cache, another format, or other settings, each field named.
     """
@@ -287,22 +274,8 @@ def chunk_file(path: str, slot: int) -> str:
     return f"{path}/{ARRAY}/{chunk_name(slot)}"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 _HOW_TO_FILL = (
     "fill it with: python -m voco_jax.data.prepare --datalist LIST.json --root DATA --cache CACHE"
-)
-_HOW_TO_REPAIR = (
-    "find all damage with: python -m voco_jax.data.prepare --verify --cache {cache}; then prepare "
-    "again as before, which does those volumes anew"
 )
 
 

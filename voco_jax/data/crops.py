@@ -1,19 +1,17 @@
 """Base grid, random sub-volumes and their overlap labels: integer geometry on the host.
 
 Positions are in voxels of the cached volume; a crop is named by its lowest corner (x, y, z).
+Everywhere `grid` is the number of base crops along (x, y, z), and `crop_size` the voxels (x, y, z)
+of one crop.
 """
 
 import numpy as np
 
-Size = tuple[int, int, int]
+from voco_jax.types import Size
 
 
 def base_origins(grid: Size, crop_size: Size) -> np.ndarray:
     """Corners of the base crops.
-
-    Args:
-        grid: number of base crops along (x, y, z).
-        crop_size: voxels (x, y, z) of one crop.
 
     Returns:
         (n, 3) int64; base k = (i * grid_y + j) * grid_z + l stands at cell (i, j, l), which is
@@ -55,8 +53,6 @@ def overlap_labels(origins: np.ndarray, grid: Size, crop_size: Size) -> np.ndarr
 
     Args:
         origins: (s, 3) corners of the sub-volumes, inside the volume.
-        grid: base crops along (x, y, z).
-        crop_size: voxels (x, y, z) of one crop.
 
     Returns:
         (s, n) float64: shared volume over the volume of a crop; every row sums to 1.
@@ -64,6 +60,12 @@ def overlap_labels(origins: np.ndarray, grid: Size, crop_size: Size) -> np.ndarr
     distance = np.abs(origins[:, None, :] - base_origins(grid, crop_size)[None, :, :])
     shared = np.prod(np.maximum(np.asarray(crop_size) - distance, 0), axis=-1)
     return shared / np.prod(crop_size)
+
+
+def join(bases: np.ndarray, grid: Size) -> np.ndarray:
+    """The volume (grid * crop size) of base crops (n, x, y, z), in the order of `base_origins`."""
+    volume = bases.reshape(*grid, *bases.shape[1:]).transpose(0, 3, 1, 4, 2, 5)
+    return volume.reshape(np.multiply(grid, bases.shape[1:]))
 
 
 def cut(
@@ -74,7 +76,6 @@ def cut(
     Args:
         volume: (x, y, z).
         origins: (n, 3) corners.
-        crop_size: voxels of one crop.
         out: to copy them into, (n, *crop_size); None: a new array of the volume's dtype.
 
     Returns:

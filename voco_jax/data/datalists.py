@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from voco_jax.data.formats.readers import SUFFIXES, volumes_in
-from voco_jax.data.storage import Folder, is_remote, split_url
+from voco_jax.data.storage import Folder, is_remote
 from voco_jax.errors import InputError
 
 Section = Literal["training", "validation"]
@@ -47,11 +47,9 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
     """
     content = _read_json(list_path)
     if not isinstance(content, dict) or "training" not in content:
-        found = (
-            f"an object with the keys {', '.join(map(repr, content)) or 'none'}"
-            if isinstance(content, dict)
-            else f"a JSON {type(content).__name__}"
-        )
+        found = f"a JSON {type(content).__name__}"
+        if isinstance(content, dict):
+            found = f"an object with the keys {', '.join(map(repr, content)) or 'none'}"
         raise InputError(
             f'{list_path}: found {found}, expected a Decathlon list: {{"training": '
             '[{"image": "path.nii.gz"}, ...], "validation": [...]}'
@@ -68,7 +66,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
             )
         for index, entry in enumerate(entries):
             where = f"{list_path}: {section}[{index}]"
-            volumes.append(_volume(_image(entry, where), root_path, section, where, folders))
+            volumes.append(_volume(entry, root_path, section, where, folders))
     if not volumes:
         raise InputError(
             f"{list_path}: found no volumes in training or validation, expected at least one; "
@@ -95,11 +93,27 @@ def scan(folder: str | Path) -> list[Volume]:
         InputError: not a folder, nothing found, a folder that cannot be read, or a link that leaves
             the folder.
     """
-    if is_remote(folder):
-        root, looked_at, found = _scan_remote(Folder.at(folder))
-    else:
-        root, looked_at, found = _scan_local(folder)
+    remote = is_remote(folder)
+    root = Folder.at(folder).path if remote else os.path.realpath(folder)
+    if not (remote or os.path.isdir(root)):
+        raise InputError(f"{folder}: not a folder, expected one with CT volumes")
+    found: list[tuple[str, Path | str]] = []
+    count = 0
+    for directory, files, links in _list_objects(root) if remote else _walk(root, folder):
+        count += len(files)
+        for name in volumes_in(files, None if remote else os.path.join(root, directory)):
+            inside = "/".join(part for part in (directory, name) if part != ".") or "."
+            path = f"{root}/{inside}".removesuffix("/.") if remote else Path(root, inside)
+            if name in links:  # the folder itself is no link, nor is any on the way to it
+                path = Path(os.path.realpath(path))
+                if not path.is_relative_to(root):
+                    raise InputError(
+                        f"{folder}: {inside}: this link leads out of the folder {root}; move the "
+                        "file there or scan another folder"
+                    )
+            found.append((inside, path))
     if not found:
+        looked_at = f"{count} objects" if remote else f"{count} files in it and below it"
         raise InputError(
             f"{folder}: found no CT volume among {looked_at}, expected names that end in "
             f"{', '.join(SUFFIXES)}; name the folder that holds them"
@@ -109,13 +123,7 @@ def scan(folder: str | Path) -> list[Volume]:
 
 
 def combine(volumes: Iterable[Volume]) -> list[Volume]:
-    """Merges the volumes of several lists; what is listed twice is kept once.
-
-    Args:
-        volumes: of all lists and scans.
-
-    Returns:
-        The volumes without repetitions, in the order given.
+    """Merges the volumes of lists and scans in their order; what is listed twice is kept once.
 
     Raises:
         InputError: two files with one id; or a file both for training and for validation, which
@@ -151,9 +159,6 @@ def collect(
         roots: each list's root folder, in the same order, or one for all.
         scans: folders with volumes.
 
-    Returns:
-        The volumes, as `combine` leaves them.
-
     Raises:
         InputError: see `read_list`, `scan`, `combine`; or another number of roots than of lists.
     """
@@ -177,8 +182,8 @@ def collect(
 def _read_json(path: str | Path) -> Any:
     try:
         if is_remote(path):
-            folder, name = split_url(str(path))
-            content = Folder(folder).read(name)
+            folder, name = Folder.of(str(path))
+            content = folder.read(name)
             if content is None:
                 raise FileNotFoundError("there is no such object")
         else:
@@ -190,17 +195,13 @@ def _read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not JSON ({error}), expected a Decathlon list") from error
 
 
-def _image(entry: Any, where: str) -> str:
+def _volume(entry: Any, root: str, section: Section, where: str, folders: dict[str, str]) -> Volume:
+    """A list's entry; `folders` remembers the real paths of folders."""
     image = entry.get("image") if isinstance(entry, dict) else entry
     if not isinstance(image, str) or not image.strip() or "\0" in image:
         raise InputError(
             f'{where}: found {json.dumps(entry)[:200]}, expected {{"image": "path"}} or "path"'
         )
-    return image
-
-
-def _volume(image: str, root: str, section: Section, where: str, folders: dict[str, str]) -> Volume:
-    """A list's entry; `folders` remembers the real paths of folders."""
     relative = PurePosixPath(image)
     if is_remote(root):
         resolved, inside = f"{root}/{relative}", bool(relative.parts)
@@ -222,47 +223,8 @@ def _volume(image: str, root: str, section: Section, where: str, folders: dict[s
     return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", path, section)
 
 
-def _scan_local(folder: str | Path) -> tuple[str, str, list[tuple[str, Path | str]]]:
-    """A folder's real path; what was looked at; of each volume its path inside and its real one."""
-    root = os.path.realpath(folder)
-    if not os.path.isdir(root):
-        raise InputError(f"{folder}: not a folder, expected one with CT volumes")
-    found: list[tuple[str, Path | str]] = []
-    count = 0
-    for directory, files, links in _walk(root, folder):
-        count += len(files)
-        for name in volumes_in(files, directory):
-            inside = _joined(os.path.relpath(directory, root), name)
-            path = Path(directory, name)
-            if name in links:  # the folder itself is no link, nor is any on the way to it
-                path = Path(_inside(f"{directory}/{name}", root, inside, folder))
-            found.append((inside, path))
-    return root, f"{count} files in it and below it", found
-
-
-def _scan_remote(folder: Folder) -> tuple[str, str, list[tuple[str, Path | str]]]:
-    """As `_scan_local`, of an object store."""
-    names: dict[str, list[str]] = {}
-    try:
-        keys = folder.all_names()
-    except OSError as error:
-        raise InputError(f"{folder.path}: cannot list these objects: {error}") from error
-    for key in keys:
-        parent, _, name = key.rpartition("/")
-        if not any(part.startswith(".") for part in key.split("/")):
-            names.setdefault(parent or ".", []).append(name)
-    inside = [_joined(parent, name) for parent in names for name in volumes_in(names[parent])]
-    found: list[tuple[str, Path | str]] = [(key, _joined(folder.path, key)) for key in inside]
-    return folder.path, f"{len(keys)} objects", found
-
-
-def _joined(folder: str, name: str) -> str:
-    """The path of a folder's file; "." is the folder itself."""
-    return "/".join(part for part in (folder, name) if part != ".") or "."
-
-
 def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[str]]]:
-    """Each folder below a real path, with its files and which of them are links; none is opened."""
+    """Each folder below a real path, relative to it, its files, and which are links; opens none."""
     waiting = [root]
     while waiting:
         directory = waiting.pop()
@@ -274,24 +236,28 @@ def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[st
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-                    elif not entry.is_symlink():
+                    elif not (entry.is_symlink() and entry.is_dir()):
                         files.append(entry.name)
-                    elif not entry.is_dir():
-                        files.append(entry.name)
-                        links.add(entry.name)
+                        if entry.is_symlink():
+                            links.add(entry.name)
         except OSError as error:
             raise InputError(
                 f"{given}: cannot look into {directory}: {error.strerror or error}; make it "
                 "readable or scan the folders beside it"
             ) from error
-        yield directory, files, links
+        yield os.path.relpath(directory, root), files, links
 
 
-def _inside(path: str, root: str, name: str, folder: str | Path) -> str:
-    resolved = os.path.realpath(path)
-    if os.path.commonpath([root, resolved]) != root:
-        raise InputError(
-            f"{folder}: {name}: this link leads out of the folder {root}; move the file there or "
-            "scan another folder"
-        )
-    return resolved
+def _list_objects(root: str) -> Iterator[tuple[str, list[str], set[str]]]:
+    """As `_walk`, of an object store, which has no links."""
+    files: dict[str, list[str]] = {}
+    try:
+        keys = Folder(root).all_names()
+    except OSError as error:
+        raise InputError(f"{root}: cannot list these objects: {error}") from error
+    for key in keys:
+        directory, _, name = key.rpartition("/")
+        if not any(part.startswith(".") for part in key.split("/")):
+            files.setdefault(directory or ".", []).append(name)
+    for directory, names in files.items():
+        yield directory, names, set()

@@ -4,20 +4,23 @@ import dataclasses
 import itertools
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from voco_jax.config import Chain
+from voco_jax.config.common import Chain
 from voco_jax.data.array import largest, write_volume
 from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
 from voco_jax.data.formats.readers import VolumeError, file_signature
 from voco_jax.data.formats.remote import local_copy, remote_signature
-from voco_jax.data.manifest import Entry, holds
+from voco_jax.data.manifest import LOCK, Entry, token_of
+from voco_jax.data.progress import log
 from voco_jax.data.storage import Folder, is_remote
 from voco_jax.data.volumes import prepare_volume, quantise
+from voco_jax.data.workers import cluster_workers, run_jobs
 
 _LOOKS = 32  # at files, at the same time: network file systems and object stores answer slowly
 _PART = 64  # files that one thread looks at before it takes others
@@ -57,26 +60,22 @@ def prepare_one(job: Job) -> Entry | str:
     voxels = quantise(prepared.voxels, chain.dtype)
     room = largest(chain)
     if any(size > most for size, most in zip(voxels.shape, room, strict=True)):
+        found, most = ("x".join(map(str, shape)) for shape in (voxels.shape, room))
         return (
-            f"too large: {_times(voxels.shape)} voxels to store, expected at most {_times(room)}; "
-            "set a larger spacing in the chain"
+            f"too large: {found} voxels to store, expected at most {most}; set a larger spacing in "
+            "the chain"
         )
     write_volume(job.cache, job.slot, voxels)
+    facts = {name: value for name, value in vars(prepared).items() if name != "voxels"}
     return Entry(
         id=volume.id,
         slot=job.slot,
         section=volume.section,
         path=str(volume.path),
         stamp=found,
-        axes=prepared.axes,
-        shape=prepared.shape,
-        spacing=prepared.spacing,
-        window=prepared.window,
-        box=prepared.box,
-        foreground=prepared.foreground,
         stored=voxels.shape,
-        mean=prepared.mean,
         checksum=checksum(voxels),
+        **facts,
     )
 
 
@@ -125,25 +124,20 @@ def _signatures(volumes: Sequence[Volume]) -> list[str | None]:
 
 @dataclass(frozen=True)
 class SeesCache:
-    """Checks, on a worker of a cluster, that it can fill a cache.
+    """Checks, on a worker of a cluster, that it can fill a cache."""
 
-    Args:
-        cache: its path or URL.
-        token: of the run that fills it.
-    """
-
-    cache: str
-    token: str
+    cache: str  # its path or URL
+    token: str  # of the run that fills it, see `token_of`
 
     def __call__(self) -> str:
         """Returns "", or what is wrong."""
         where = f"the cache {self.cache} on {socket.gethostname()}"
         shared = "name a folder that all machines see under one path, or a gs:// or s3:// URL"
+        folder = Folder(self.cache)
         try:
-            if not holds(self.cache, self.token):
+            if self.token.encode() not in (folder.read(LOCK) or b""):
                 return f"it does not see {where}; {shared}"
             probe = f"probe-{socket.gethostname()}-{os.getpid()}"
-            folder = Folder(self.cache)
             folder.write(probe, b"")
             folder.delete(probe)
         except OSError as error:
@@ -151,5 +145,10 @@ class SeesCache:
         return ""
 
 
-def _times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
+def run_on_cluster(
+    scheduler: str, cache: CacheWriter, function: Callable[[Any], Any], jobs: Sequence[Any]
+) -> Generator[tuple[Any, Any], None, None]:
+    """Runs jobs that use a cache on a Dask cluster; see `cluster_workers` and `run_jobs`."""
+    check = SeesCache(cache.path, token_of(cache.owner))
+    with cluster_workers(scheduler, check, log) as client:
+        yield from run_jobs(client, function, jobs)

@@ -2,12 +2,11 @@
 
 Here it is one file, manifest.jsonl, and every line is on the disk before the next volume. Object
 stores cannot append: there it is a series of objects, manifest/000001.jsonl, ..., each written
-whole, every 30 seconds or 500 lines; a run that is killed there loses at most the lines since.
+complete, every 30 seconds or 500 lines; a run that is killed there loses at most the lines since.
 Reading takes both, so that a cache may be copied from one kind of place to the other.
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
@@ -17,7 +16,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -85,14 +84,9 @@ def read_manifest(folder: Folder) -> dict[str, Entry]:
     return entries
 
 
-def line_of(entry: Entry) -> str:
-    """A volume that is there."""
-    return json.dumps(dataclasses.asdict(entry)) + "\n"
-
-
-def forget(id: str) -> str:
-    """A volume that is there no more."""
-    return json.dumps({"forget": id}) + "\n"
+def line_of(volume: Entry | str) -> str:
+    """A volume that is there, or the id of one that is there no more."""
+    return json.dumps({"forget": volume} if isinstance(volume, str) else asdict(volume)) + "\n"
 
 
 class LocalManifest:
@@ -123,9 +117,8 @@ class LocalManifest:
         stack.callback(lock.truncate, 0)  # a copy of this folder looks as free as it is
         lock.write(self.owner)
         lock.flush()
-        _fold(folder)
+        _make_one_file(folder)
         path = Path(folder.path, MANIFEST)
-        _cut_torn_line(path)
         self._file: IO[str] = stack.enter_context(path.open("a", encoding="utf-8"))
 
     def add(self, *lines: str) -> bool:
@@ -136,17 +129,19 @@ class LocalManifest:
         return True
 
 
-def _fold(folder: Folder) -> None:
-    """Makes one file of a manifest that was copied here from an object store.
+def _make_one_file(folder: Folder) -> None:
+    """Leaves one file of complete lines.
 
-    Its lines are older than those that are added here, but a reader takes them last.
+    A manifest that was copied here from an object store is a series; its lines are older than those
+    that are added here, but a reader takes them last. A kill may have cut the last line off.
     """
     series = sorted(f"{SERIES}/{name}" for name in folder.names(SERIES))
-    if series:
-        parts = [folder.read(name) or b"" for name in (MANIFEST, *series)]
-        folder.write(MANIFEST, b"".join(part[: part.rfind(b"\n") + 1] for part in parts))
-        for name in series:
-            folder.delete(name)
+    parts = [folder.read(name) or b"" for name in (MANIFEST, *series)]
+    complete = b"".join(part[: part.rfind(b"\n") + 1] for part in parts)
+    if complete != parts[0]:
+        folder.write(MANIFEST, complete)
+    for name in series:
+        folder.delete(name)
 
 
 class RemoteManifest:
@@ -238,24 +233,6 @@ class RemoteManifest:
             self._folder.delete(LOCK)
 
 
-def open_manifest(folder: Folder, stack: contextlib.ExitStack) -> "LocalManifest | RemoteManifest":
-    """The manifest of a cache, for adding lines."""
-    return RemoteManifest(folder, stack) if folder.remote else LocalManifest(folder, stack)
-
-
-def holds(path: str, token: str) -> bool:
-    """Whether the cache that is seen here under a path is the one that a run is filling.
-
-    Args:
-        path: of the cache.
-        token: `token_of` the run's `owner`.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    return token in (Folder(path).read(LOCK) or b"").decode(errors="replace")
-
-
 def token_of(owner: str) -> str:
     """What of an owner never changes."""
     return json.loads(owner)["token"]
@@ -264,9 +241,3 @@ def token_of(owner: str) -> str:
 def _owner() -> str:
     who = {"host": socket.gethostname(), "process": os.getpid()}
     return json.dumps(who | {"token": uuid.uuid4().hex, "time": time.time()})
-
-
-def _cut_torn_line(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)

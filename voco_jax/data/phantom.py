@@ -14,13 +14,14 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from voco_jax.types import Size
+
 ORIENTATIONS = ("LPS", "LPS", "RAS", "LAS", "PLI", "RPI", "SAR")
-AIR, FAT, MUSCLE, LUNG = -1000.0, -100.0, 50.0, -850.0
+AIR, FAT, MUSCLE = -1000.0, -100.0, 50.0
+Point = tuple[float, float, float]
 
 
-def make_phantoms(
-    folder: str | Path, count: int, seed: int, shape: tuple[int, int, int] = (160, 160, 80)
-) -> Path:
+def make_phantoms(folder: str | Path, count: int, seed: int, shape: Size = (160, 160, 80)) -> Path:
     """Writes phantoms and a Decathlon list that names them, paths relative to the folder.
 
     Files that are already there are left alone, so that a prepared cache stays valid.
@@ -49,7 +50,7 @@ def make_phantoms(
     return path
 
 
-def phantom(seed: int, index: int, shape: tuple[int, int, int]) -> nibabel.Nifti1Image:
+def phantom(seed: int, index: int, shape: Size) -> nibabel.Nifti1Image:
     """One synthetic CT.
 
     Args:
@@ -76,9 +77,7 @@ def phantom(seed: int, index: int, shape: tuple[int, int, int]) -> nibabel.Nifti
 class _Body:
     """A volume in HU and the tools to paint in millimetres of the patient."""
 
-    def __init__(
-        self, random: np.random.Generator, shape: tuple[int, int, int], spacing: np.ndarray
-    ) -> None:
+    def __init__(self, random: np.random.Generator, shape: Size, spacing: np.ndarray) -> None:
         self.random = random
         self.hu = np.full(shape, AIR, np.float32)
         self.scale = random.uniform(0.9, 1.08)  # of all organs
@@ -106,9 +105,7 @@ class _Body:
         """A value some percent larger or smaller."""
         return value * self.random.uniform(1 - by, 1 + by)
 
-    def near(
-        self, center: tuple[float, float, float], reach: tuple[float, float, float]
-    ) -> tuple[slice, ...]:
+    def near(self, center: Point, reach: Point) -> tuple[slice, ...]:
         """The part of the volume that holds a box around a point, tilts included; mm."""
         lean = 0.11 * (float(np.linalg.norm(center)) + max(reach))
         part = []
@@ -119,8 +116,8 @@ class _Body:
 
     def ellipsoid(
         self,
-        center: tuple[float, float, float],
-        radii: tuple[float, float, float],
+        center: Point,
+        radii: Point,
         hu: float,
         where: np.ndarray | None = None,
         wobble: float = 4.0,
@@ -214,7 +211,9 @@ def _paint_chest(body: _Body) -> None:
     inner = 9 + 21 * np.exp(-np.square((y - body.spine - 32) / 42))
     inner += 9 * np.exp(-np.square((z - 85) / 30)) + 4 * np.sin(z / 17 + np.sign(x))
     grain = random.uniform(-880, -800) + 60 * np.clip(-y / 90, 0, 1)
-    grain += np.maximum(_texture(random, body.hu.shape)[chest], -40)
+    noise = random.standard_normal(body.hu.shape, dtype=np.float32)
+    texture = _blur(_blur(noise)) * np.float32(160)  # HU: small vessels and airways
+    grain += np.maximum(texture[chest], -40)
     lung = (np.abs(x) > inner) & (across < taper)
     body.hu[chest] = np.where(lung, grain, -60)  # the rest is fat
     z = body.z
@@ -231,13 +230,9 @@ def _paint_chest(body: _Body) -> None:
     body.tube((-21, body.spine + 30), 12, blood, (z < 128) & (z > -150))
     for side in (-1, 1):
         for _ in range(16):  # vessels in the lungs
-            along = (
-                side * random.uniform(35, 95),
-                random.uniform(-45, 35),
-                random.uniform(35, 150),
-            )
+            center = side * random.uniform(35, 95), random.uniform(-45, 35), random.uniform(35, 150)
             radii = random.uniform(2, 5), random.uniform(2, 5), random.uniform(6, 25)
-            body.ellipsoid((along[0], along[1], along[2]), radii, 20, chest)
+            body.ellipsoid(center, radii, 20, chest)
 
 
 def _paint_abdomen(body: _Body) -> None:
@@ -277,11 +272,6 @@ def _paint_abdomen(body: _Body) -> None:
         body.ellipsoid(muscle, (20, 19, 95), MUSCLE + 8, body.cavity & (z < -60))  # psoas
     body.tube((20, body.spine + 31), 11, 45 + 120 * agent, (z < 20) & body.cavity)  # hollow vein
     body.ellipsoid((0, 25, -285), (42, 34, 32), 8, body.cavity & (z < -230))  # bladder
-
-
-def _texture(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Smooth noise of about 40 HU: small vessels and airways."""
-    return _blur(_blur(random.standard_normal(shape, dtype=np.float32))) * np.float32(160)
 
 
 def _blur(volume: np.ndarray) -> np.ndarray:

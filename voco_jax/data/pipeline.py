@@ -16,8 +16,9 @@ from typing import TypedDict
 
 import grain
 import numpy as np
+from absl import flags
 
-from voco_jax.config import Crops
+from voco_jax.config.pretraining import Crops
 from voco_jax.data.cache import Cache, Entry
 from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, overlap_labels
 from voco_jax.errors import InputError
@@ -35,12 +36,9 @@ class Batch(TypedDict):
     labels: np.ndarray
 
 
-class Sample(TypedDict):
-    """One volume's part of a batch, and where its sub-volumes were cut."""
+class Sample(Batch):
+    """One volume's part of a batch, without its first axis, and where its sub-volumes were cut."""
 
-    subs: np.ndarray
-    bases: np.ndarray
-    labels: np.ndarray
     origins: np.ndarray
     corner: tuple[int, int, int]  # where in the cached volume the part begins that was used
 
@@ -80,9 +78,8 @@ def split(
     Raises:
         InputError: nothing is left to train on.
     """
-
     candidates = [entry for entry in entries if entry.section == "training"]
-    candidates.sort(key=lambda entry: shuffle_key(seed, entry))
+    candidates.sort(key=partial(shuffle_key, seed))
     count = max(1, round(held_out * len(candidates))) if held_out > 0 else 0
     kept = {entry.id for entry in candidates[count:]}
     training = tuple(e for e in entries if e.id in kept)
@@ -126,12 +123,11 @@ def collate(drawn: Sequence[Drawn], crops: Crops) -> Batch:
     """
     size, dtype = crops.crop_size, np.dtype(drawn[0].cache.chain.dtype)
     bases = base_origins(crops.grid, size)
+    labels = np.stack([overlap_labels(one.origins, crops.grid, size) for one in drawn])
     batch = Batch(
         subs=np.empty((len(drawn), len(drawn[0].origins), *size), dtype),
         bases=np.empty((len(drawn), len(bases), *size), dtype),
-        labels=np.stack([overlap_labels(one.origins, crops.grid, size) for one in drawn]).astype(
-            np.float32
-        ),
+        labels=labels.astype(np.float32),
     )
     for row, one in enumerate(drawn):
         volume = one.cache.read(one.entry, one.corner, out=getattr(_memory, "volume", None))
@@ -229,6 +225,8 @@ def batches(
     collated = local.batch(len(rows), drop_remainder=True, batch_fn=partial(collate, crops=crops))
     stream = collated.to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks absl's flags, which no command here has
+            flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
             worker_init_fn=_start_worker,

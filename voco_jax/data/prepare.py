@@ -6,6 +6,7 @@ a volume whose file is gone, or that no list names any more, stays in the cache 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -16,35 +17,27 @@ from pathlib import Path
 from typing import NoReturn
 
 import pydantic
+from tqdm import tqdm
 
-from voco_jax.config import Chain, Source, load, parse
+from voco_jax.config.common import WORKDIR, Chain, Source
+from voco_jax.config.load import DEFAULT, command_parser, load, parse_arguments
 from voco_jax.data.cache import ARRAY, FAILURES, CacheWriter
 from voco_jax.data.datalists import Volume, collect, combine
-from voco_jax.data.jobs import Job, SeesCache, missing_from, prepare_one
-from voco_jax.data.manifest import Entry, token_of
-from voco_jax.data.progress import bar, say
+from voco_jax.data.jobs import Job, missing_from, prepare_one, run_on_cluster
+from voco_jax.data.manifest import Entry
+from voco_jax.data.progress import bar
 from voco_jax.data.storage import Folder
 from voco_jax.data.summary import Failure, Summary
 from voco_jax.data.verify import verify
-from voco_jax.data.workers import available_cores, cluster_workers, local_workers, run_jobs
+from voco_jax.data.workers import available_cores, local_workers, run_jobs
 from voco_jax.errors import InputError
 
-CHAIN_10K = Chain(
-    axes="RAS",
-    spacing=(),
-    window=(-175.0, 250.0),
-    window_unit="HU",
-    crop_foreground=True,
-    foreground_threshold=0.3,
-    fit="resize",
-    volume_size=(384, 384, 96),
-    dtype="uint8",
-)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KILLED = (
     "worker killed three times: as a rule out of memory (use fewer workers), "
     "else no end in half an hour"
 )
+Outcomes = Generator[tuple[Job, Entry | str | None], None, None]
 
 
 class PrepareError(InputError):
@@ -94,8 +87,8 @@ def prepare(
                 for volume, slot in zip(todo, cache.reserve(len(todo)), strict=True)
             ]
             outcomes = _outcomes(jobs, cache, count, scheduler)
-            failures = _collect_outcomes(jobs, outcomes, cache, progress, stop or threading.Event())
-            listed = {volume.id for volume in volumes}
+            shown = bar("prepare", len(jobs), progress)
+            failures = _collect_outcomes(outcomes, cache, shown, stop or threading.Event())
             entries = cache.entries.values()
             summary = Summary(
                 cache=cache.path,
@@ -106,7 +99,7 @@ def prepare(
                 failures=tuple(sorted(failures, key=lambda failure: failure.id)),
                 training=sum(entry.section == "training" for entry in entries),
                 validation=sum(entry.section == "validation" for entry in entries),
-                unlisted=len(cache.entries.keys() - listed),
+                unlisted=len(cache.entries.keys() - {volume.id for volume in volumes}),
                 size=cache.folder.size(ARRAY),
                 seconds=time.monotonic() - start,
             )
@@ -127,14 +120,12 @@ def prepare(
 
 def _outcomes(
     jobs: Sequence[Job], cache: CacheWriter, workers: int, scheduler: str | None
-) -> Generator[tuple[Job, Entry | str | None], None, None]:
+) -> Outcomes:
     """Does the jobs: on a cluster, in processes here, or in this one."""
     if not jobs:
         return
     if scheduler is not None:
-        check = SeesCache(cache.path, token_of(cache.owner))
-        with cluster_workers(scheduler, check, say) as client:
-            yield from run_jobs(client, prepare_one, jobs)
+        yield from run_on_cluster(scheduler, cache, prepare_one, jobs)
     elif workers:
         with local_workers(min(workers, len(jobs))) as client:
             yield from run_jobs(client, prepare_one, jobs)
@@ -143,29 +134,22 @@ def _outcomes(
 
 
 def _collect_outcomes(
-    jobs: Sequence[Job],
-    outcomes: Generator[tuple[Job, Entry | str | None], None, None],
-    cache: CacheWriter,
-    progress: bool,
-    stop: threading.Event,
+    outcomes: Outcomes, cache: CacheWriter, shown: tqdm, stop: threading.Event
 ) -> list[Failure]:
-    """Adds what is done to the cache, and says what failed."""
+    """Adds what is done to the cache, and logs and returns what failed."""
     failures: list[Failure] = []
-    try:
-        with cache.folder.log(FAILURES) as log, bar("prepare", len(jobs), progress) as shown:
-            for job, outcome in outcomes:
-                if isinstance(outcome, Entry):
-                    cache.add(outcome)
-                else:
-                    failure = Failure(job.volume.id, str(job.volume.path), outcome or _KILLED)
-                    failures.append(failure)
-                    log(failure.line())
-                shown.set_postfix(failed=len(failures), refresh=False)
-                shown.update()
-                if stop.is_set():
-                    raise KeyboardInterrupt
-    finally:
-        outcomes.close()  # ends Dask's processes now
+    with contextlib.closing(outcomes), cache.folder.log(FAILURES) as log, shown:
+        for job, outcome in outcomes:
+            if isinstance(outcome, Entry):
+                cache.add(outcome)
+            else:
+                failure = Failure(job.volume.id, str(job.volume.path), outcome or _KILLED)
+                failures.append(failure)
+                log(failure.line())
+            shown.set_postfix(failed=len(failures), refresh=False)
+            shown.update()
+            if stop.is_set():
+                raise KeyboardInterrupt  # Dask's processes end with `outcomes`
     return failures
 
 
@@ -179,7 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done (failed volumes or not), 1 nothing prepared, a failure with --strict,
         or damage found by --verify, 2 bad input, 130 interrupted.
     """
-    options = _parser().parse_args(arguments)
     stop = threading.Event()
 
     def interrupt(*_: object) -> NoReturn:
@@ -193,21 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     sys.unraisablehook, hook = ignored, sys.unraisablehook
     try:
+        options, overrides = parse_arguments(_parser(), arguments)
         if options.verify:
-            return _verify_all(options, stop)
+            return _verify_all(options, overrides, stop)
         status = 0
-        for volumes, cache, chain in _wanted(options):
+        flags = {name: getattr(options, name) for name in ("workers", "strict", "scheduler")}
+        for volumes, source in _wanted(options, overrides):
             try:
-                summary = prepare(
-                    volumes,
-                    cache,
-                    chain,
-                    options.workers,
-                    options.strict,
-                    stop=stop,
-                    scheduler=options.scheduler,
-                )
-                print(summary)
+                print(prepare(volumes, source.cache, source.chain, stop=stop, **flags))
             except PrepareError as error:  # the other sources are done all the same
                 print(f"error: {error}", file=sys.stderr)
                 status = 1
@@ -229,31 +205,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""examples:
-  python -m voco_jax.data.prepare --datalist lists/btcv.json --root data/BTCV --cache cache/voco
-  python -m voco_jax.data.prepare --scan /data/my_ct --cache cache/mine --size 192 192 64
-  python -m voco_jax.data.prepare --config configs/voco_10k.py --scheduler tcp://HOST:8786
-  python -m voco_jax.data.prepare --verify --cache cache/voco""",
+    parser = command_parser(
+        "-m voco_jax.data.prepare",
+        __doc__,
+        """
+--datalist lists/btcv.json --root data/BTCV --cache cache/voco
+--scan /data/my_ct --cache cache/mine --size 192 192 64
+--config configs/voco_10k.py --scheduler tcp://HOST:8786
+--config configs/voco_10k.py --config.data.sources.ct.lists="()"
+--verify --cache cache/voco
+""",
     )
     add = parser.add_argument
     add("--datalist", action="append", default=[], metavar="JSON", help="Decathlon list; repeat")
     add("--root", action="append", default=[], metavar="DIR", help="of all lists, or of each")
     add("--scan", action="append", default=[], metavar="DIR", help="folder of CT volumes; repeat")
-    add("--config", metavar="PY", help="take lists, roots, cache and chain from a config file")
-    add("--source", action="append", metavar="NAME", help="only this source of --config; repeat")
     add(
-        "--cache",
-        metavar="DIR",
-        help="folder, gs:// or s3:// URL; with --config: instead of the config's",
+        "--config",
+        metavar="PY",
+        help="config file; what the flags here do not set is as in its data.sources, and "
+        "--config.field=value as ever; default: the chain of configs/voco_10k.py",
     )
-    add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="HU; default -175 250")
-    add("--threshold", type=float, help="foreground, 0..1 of the window; default 0.3")
-    add("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="voxels; default 384 384 96")
-    add("--dtype", choices=("uint8", "float16"), help="of the cache; default uint8")
+    add("--source", action="append", metavar="NAME", help="only this source of --config; repeat")
+    add("--cache", metavar="DIR", help="folder, gs:// or s3:// URL, instead of the config's")
+    add("--window", nargs=2, type=float, metavar=("LOW", "HIGH"), help="HU")
+    add("--threshold", type=float, help="foreground, 0..1 of the window")
+    add("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="of the volumes, voxels")
+    add("--dtype", choices=("uint8", "float16"), help="of the cache")
     add("--workers", type=int, help="processes; default: the cores; 0: only this process")
     add("--scheduler", metavar="ADDRESS", help="Dask cluster that does the work: tcp://HOST:PORT")
     add("--verify", action="store_true", help="re-read the cache; take out what is damaged")
@@ -261,7 +239,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verify_all(options: argparse.Namespace, stop: threading.Event) -> int:
+def _verify_all(
+    options: argparse.Namespace, overrides: dict[str, str], stop: threading.Event
+) -> int:
     """Verifies the cache named, or those of the config's sources; returns the exit status."""
     if options.datalist or options.root or options.scan:
         raise InputError(
@@ -270,7 +250,9 @@ def _verify_all(options: argparse.Namespace, stop: threading.Event) -> int:
         )
     if not (options.cache or options.config):
         raise InputError("--verify: name the cache with --cache, or --config")
-    paths = [cache for _, cache, _ in _sources(options)] if options.config else [options.cache]
+    paths = [options.cache]
+    if options.config:
+        paths = [source.cache for source in _sources(options, overrides).values()]
     status = 0
     for path in paths:
         found = verify(path, options.workers, stop=stop, scheduler=options.scheduler)
@@ -279,77 +261,80 @@ def _verify_all(options: argparse.Namespace, stop: threading.Event) -> int:
     return status
 
 
-def _wanted(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]]:
-    """Volumes, cache and chain from the flags, or of each source of the config."""
+def _wanted(
+    options: argparse.Namespace, overrides: dict[str, str]
+) -> list[tuple[list[Volume], Source]]:
+    """Volumes and settings of each source, by the flags and the config."""
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers: found {options.workers}, expected 0 or more")
-    chain_flags = {
-        "window": options.window,
-        "foreground_threshold": options.threshold,
-        "volume_size": options.size,
-        "dtype": options.dtype,
-    }
-    given = {name: value for name, value in chain_flags.items() if value is not None}
-    if options.config:
-        if given or options.datalist or options.root or options.scan:
-            raise InputError(
-                "--config: lists, roots and the chain come from the config file; give only "
-                "--source, --cache, --workers and --strict with it"
-            )
-        return _of_config(options)
-    if options.source:
-        raise InputError("--source: names a source of a config file; give --config with it")
-    if not (options.datalist or options.scan):
-        raise InputError("give --datalist LIST.json --root DATA, --scan DIR or --config FILE")
     if bool(options.datalist) != bool(options.root):
         raise InputError("--datalist and --root: give both; a list's paths are relative to a root")
-    if not options.cache:
+    named = bool(options.datalist or options.scan)
+    if not (named or options.config):
+        raise InputError("give --datalist LIST.json --root DATA, --scan DIR or --config FILE")
+    if options.source and not options.config:
+        raise InputError("--source: names a source of a config file; give --config with it")
+    if not (options.cache or options.config):
         raise InputError("--cache: missing; name the folder to fill")
-    try:
-        chain = Chain(**(dataclasses.asdict(CHAIN_10K) | given))
-    except pydantic.ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise InputError(f"--window, --threshold, --size: {'; '.join(problems)}") from error
-    volumes = collect(options.datalist, options.root, options.scan)
-    return [(volumes, options.cache, chain)]
-
-
-def _of_config(options: argparse.Namespace) -> list[tuple[list[Volume], str, Chain]]:
-    """Of each source of the config, or of one."""
+    sources = _sources(options, overrides)
+    if named and len(sources) > 1:
+        raise InputError(
+            f"--datalist, --scan: found beside the sources {', '.join(sources)} of "
+            f"{options.config}, expected one: choose it with --source"
+        )
     found = []
-    for name, cache, source in _sources(options):
-        if not source.roots:
+    for name, source in sources.items():
+        if named:
+            volumes = collect(options.datalist, options.root, options.scan)
+        elif source.roots:
+            volumes = collect(source.lists, source.roots)
+        else:
             raise InputError(
                 f"{options.config}: data.sources.{name}.roots is empty, expected folders with CT "
                 "files"
             )
-        found.append((collect(source.lists, source.roots), cache, source.chain))
+        found.append((volumes, source))
     return found
 
 
-def _sources(options: argparse.Namespace) -> list[tuple[str, str, Source]]:
-    """Name, cache and settings of each source of the config that is asked for."""
-    sources = parse(load(options.config)).data.sources
+def _sources(options: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Source]:
+    """The sources of the config that are asked for, with what the flags set of them."""
+    path = options.config or DEFAULT
+    if not options.config and not DEFAULT.is_file():
+        raise InputError(
+            f"--config: missing, and {DEFAULT}, whose chain is the default, is not there; name a "
+            "config file"
+        )
+    sources = load(path, overrides).data.sources
     wanted = options.source or list(sources)
     unknown = [name for name in wanted if name not in sources]
     if unknown:
         raise InputError(
             f"--source: found {', '.join(unknown)}, expected some of {', '.join(sources)}, the "
-            f"data.sources of {options.config}"
+            f"data.sources of {path}"
         )
     if options.cache and len(wanted) > 1:
         raise InputError(
             f"--cache: found one for the sources {', '.join(wanted)}; choose one with --source, "
             "or set each one's cache in the config"
         )
-    found = []
+    flags = {"window": options.window, "foreground_threshold": options.threshold}
+    flags |= {"volume_size": options.size, "dtype": options.dtype}
+    given = {field: value for field, value in flags.items() if value is not None}
+    found = {}
     for name in wanted:
-        cache = options.cache or sources[name].cache
-        if "{workdir}" in cache:
+        source = sources[name]
+        cache = options.cache or source.cache
+        if WORKDIR in cache:
             raise InputError(
-                f"{options.config}: data.sources.{name}.cache is {cache!r}: name it with --cache"
+                f"{path}: data.sources.{name}.cache is {cache!r}: name it with --cache"
             )
-        found.append((name, cache, sources[name]))
+        try:
+            chain = dataclasses.replace(source.chain, **given)
+        except pydantic.ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise InputError(f"--window, --threshold, --size: {'; '.join(problems)}") from error
+        found[name] = dataclasses.replace(source, cache=cache, chain=chain)
     return found
 
 

@@ -21,6 +21,6 @@ def bar(what: str, total: int, show: bool) -> tqdm:
     )
 
 
-def say(line: str) -> None:
-    """A line besides the results."""
+def log(line: str) -> None:
+    """Prints a line to stderr, besides the results."""
     print(line, file=sys.stderr, flush=True)

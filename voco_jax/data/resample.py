@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-Size = tuple[int, int, int]
+from voco_jax.types import Size
+
+Spacing = tuple[float, ...]
 Convert = Callable[[np.ndarray], np.ndarray]
 
 SAME_SPACING_MM = 1e-3  # MONAI's AFFINE_TOL: closer than this, an axis is left as it is
@@ -30,10 +32,7 @@ def resize(volume: np.ndarray, size: Size, convert: Convert | None = None) -> np
 
 
 def resample(
-    volume: np.ndarray,
-    spacing: tuple[float, ...],
-    new_spacing: tuple[float, ...],
-    convert: Convert | None = None,
+    volume: np.ndarray, spacing: Spacing, new_spacing: Spacing, convert: Convert | None = None
 ) -> np.ndarray:
     """Trilinear interpolation on a grid of another spacing that begins at the same first voxel.
 
@@ -57,13 +56,11 @@ def resample(
     return _interpolate(volume, positions, convert)
 
 
-def resampled_size(
-    size: tuple[int, ...], spacing: tuple[float, ...], new_spacing: tuple[float, ...]
-) -> tuple[int, ...]:
+def resampled_size(size: tuple[int, ...], old: Spacing, new: Spacing) -> tuple[int, ...]:
     """The voxels that `resample` makes of so many along each axis."""
     return tuple(
-        max(round((count - 1) / _ratio(old, new) + 1), 1)
-        for count, old, new in zip(size, spacing, new_spacing, strict=True)
+        max(round((count - 1) / _ratio(before, after) + 1), 1)
+        for count, before, after in zip(size, old, new, strict=True)
     )
 
 

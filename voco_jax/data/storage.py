@@ -27,12 +27,6 @@ def is_remote(path: str | Path) -> bool:
     return str(path).partition("://")[0] in _DRIVERS and "://" in str(path)
 
 
-def split_url(url: str) -> tuple[str, str]:
-    """The folder and the last name of a URL without a slash at its end."""
-    folder, _, name = url.rpartition("/")
-    return folder, name
-
-
 @dataclass(frozen=True)
 class Folder:
     """A folder; on object stores a prefix of names. Picklable.
@@ -50,6 +44,12 @@ class Folder:
         """The folder of an absolute or relative path or of a URL."""
         return cls(str(path).rstrip("/") if is_remote(path) else str(Path(path).resolve()))
 
+    @classmethod
+    def of(cls, url: str) -> tuple["Folder", str]:
+        """The folder and the last name of a URL without a slash at its end."""
+        folder, _, name = url.rpartition("/")
+        return cls(folder), name
+
     @property
     def remote(self) -> bool:
         """Whether it is in an object store."""
@@ -61,8 +61,8 @@ class Folder:
             return {"driver": "file", "path": f"{self.path}/"}
         scheme, _, rest = self.path.partition("://")
         bucket, _, path = rest.partition("/")
-        spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket}
-        spec["path"] = f"{path}/" if path else ""
+        path = f"{path}/" if path else ""
+        spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
         if scheme == "s3":
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -76,18 +76,18 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None: there is none."""
-        with _as_os_error():
+        with as_os_error():
             found = self._store.read(name).result()
         return found.value if found.state == "value" else None
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a file, so that it is there whole or not at all."""
-        with _as_os_error():
+        """Writes a file, so that it is there complete or not at all."""
+        with as_os_error():
             self._store.write(name, content).result()
 
     def write_new(self, name: str, content: bytes) -> bool:
         """Writes a file if there is none of this name; whether it did (S3: best effort)."""
-        with _as_os_error():
+        with as_os_error():
             return bool(self._store.write(name, content, if_equal=ABSENT).result().generation)
 
     def delete(self, name: str) -> None:
@@ -95,7 +95,7 @@ class Folder:
         if not self.remote:  # TensorStore does not touch the unfinished files that a kill leaves
             Path(self.path, name).unlink(missing_ok=True)
             return
-        with _as_os_error():
+        with as_os_error():
             self._store.write(name, None).result()
 
     def names(self, below: str = "") -> list[str]:
@@ -114,13 +114,13 @@ class Folder:
         limits = None
         if start:
             limits = tensorstore.KvStore.KeyRange(start, start[:-1] + bytes([start[-1] + 1]))
-        with _as_os_error():
+        with as_os_error():
             found = self._store.list(limits, len(start)).result()
         return sorted(name.decode(errors="surrogateescape") for name in found)
 
     def generation(self, name: str) -> bytes | None:
         """What the store calls this version of a file; None: there is none. Reads no content."""
-        with _as_os_error():
+        with as_os_error():
             found = self._store.read(name, byte_range=slice(0, 0)).result()
         return found.stamp.generation if found.state == "value" else None
 
@@ -155,7 +155,8 @@ def _open(spec: str) -> Any:
 
 
 @contextmanager
-def _as_os_error() -> Iterator[None]:
+def as_os_error() -> Iterator[None]:
+    """What TensorStore raises becomes an OSError with its words."""
     try:
         yield
     except ValueError as error:  # TensorStore's only kind

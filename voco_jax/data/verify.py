@@ -1,5 +1,6 @@
 """Re-reads a cache against its manifest: `prepare --verify`."""
 
+import contextlib
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -7,12 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from voco_jax.config import Chain
+from voco_jax.config.common import Chain
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file, read_settings
-from voco_jax.data.jobs import SeesCache
-from voco_jax.data.manifest import Entry, token_of
-from voco_jax.data.progress import bar, say
-from voco_jax.data.workers import available_cores, cluster_workers, run_jobs
+from voco_jax.data.jobs import run_on_cluster
+from voco_jax.data.manifest import Entry
+from voco_jax.data.progress import bar
+from voco_jax.data.workers import available_cores
 from voco_jax.errors import InputError
 
 # How TensorStore's errors of a file that is gone, cut or changed begin.
@@ -25,13 +26,13 @@ class Verified:
     """What was found."""
 
     cache: str
-    whole: int  # volumes
+    intact: int  # volumes
     bad: dict[str, str]  # id -> where and what; these are no longer in the cache
 
     def __str__(self) -> str:
         """The lines that the command prints."""
         lines = [f"{id}: {reason}" for id, reason in sorted(self.bad.items())]
-        lines.append(f"cache {self.cache}: {self.whole} volumes whole, {len(self.bad)} not")
+        lines.append(f"cache {self.cache}: {self.intact} volumes intact, {len(self.bad)} not")
         if self.bad:
             lines.append(
                 "these are taken out of the cache; prepare again, with the same lists or folders, "
@@ -65,38 +66,29 @@ def verify(
     chain = Chain(**read_settings(path))
     try:
         with CacheWriter(path, chain) as writer:
-            return _verify(writer, workers, progress, stop or threading.Event(), scheduler)
+            cache = Cache(writer.path, chain, ())
+            jobs = [_Check(cache, entry) for entry in writer.entries.values()]
+            bad = {entry.id: f"{_file(cache, entry)} is missing" for entry in writer.lost}
+            if scheduler is not None:
+                found = _on_cluster(jobs, writer, scheduler)
+            else:
+                found = _in_threads(jobs, max(1, available_cores() if workers is None else workers))
+            with contextlib.closing(found), bar("verify", len(jobs), progress) as shown:
+                for job, reason in found:
+                    if reason:
+                        bad[job.entry.id] = f"{_file(cache, job.entry)} {reason}"
+                        writer.forget([job.entry])
+                    shown.set_postfix(bad=len(bad), refresh=False)
+                    shown.update()
+                    if stop is not None and stop.is_set():
+                        raise KeyboardInterrupt
+            return Verified(writer.path, len(writer.entries), bad)
     except OSError as error:
         raise InputError(f"{path}: cannot write this cache: {error.strerror or error}") from error
 
 
-def _verify(
-    writer: CacheWriter,
-    workers: int | None,
-    progress: bool,
-    stop: threading.Event,
-    scheduler: str | None,
-) -> Verified:
-    cache = Cache(writer.path, writer.chain, ())
-    bad = {entry.id: f"{chunk_file(writer.path, entry.slot)} is missing" for entry in writer.lost}
-    jobs = [_Check(cache, entry) for entry in writer.entries.values()]
-    if scheduler is not None:
-        found = _on_cluster(jobs, writer, scheduler)
-    else:
-        found = _in_threads(jobs, max(1, available_cores() if workers is None else workers))
-    try:
-        with bar("verify", len(jobs), progress) as shown:
-            for job, reason in found:
-                if reason:
-                    bad[job.entry.id] = f"{chunk_file(writer.path, job.entry.slot)} {reason}"
-                    writer.forget([job.entry])
-                shown.set_postfix(bad=len(bad), refresh=False)
-                shown.update()
-                if stop.is_set():
-                    raise KeyboardInterrupt
-    finally:
-        found.close()
-    return Verified(writer.path, len(writer.entries), bad)
+def _file(cache: Cache, entry: Entry) -> str:
+    return chunk_file(cache.path, entry.slot)
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ def _check(job: _Check) -> str:
         cause = str(error.__cause__)
         if not cause.startswith(_DAMAGE):  # a disk or network that fails now says nothing of it
             raise InputError(
-                f"{chunk_file(job.cache.path, job.entry.slot)}: cannot be read now ({cause}); "
+                f"{_file(job.cache, job.entry)}: cannot be read now ({cause}); "
                 "nothing is taken out of the cache for that: verify again when it can"
             ) from error
         return f"cannot be read: {cause}"
@@ -138,7 +130,5 @@ def _in_threads(jobs: Sequence[_Check], count: int) -> Found:
 
 def _on_cluster(jobs: Sequence[_Check], writer: CacheWriter, scheduler: str) -> Found:
     if jobs:
-        check = SeesCache(writer.path, token_of(writer.owner))
-        with cluster_workers(scheduler, check, say) as client:
-            for job, reason in run_jobs(client, _check, jobs):
-                yield job, "kills the worker that reads it" if reason is None else reason
+        for job, reason in run_on_cluster(scheduler, writer, _check, jobs):
+            yield job, "kills the worker that reads it" if reason is None else reason

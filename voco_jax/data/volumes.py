@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from voco_jax.config import Chain
+from voco_jax.config.common import Chain
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, load
 from voco_jax.data.formats.stored import MAX_BYTES
 from voco_jax.data.resample import center_crop, pad, resample, resampled_size, resize
@@ -37,14 +37,7 @@ class PreparedVolume:
 
 
 def orient_ras(source: StoredVolume) -> StoredVolume:
-    """Turns the axes to right, anterior, superior; a view, nothing is resampled.
-
-    Args:
-        source: any orientation.
-
-    Returns:
-        The same volume with its axes permuted and flipped, and its affine changed with them.
-    """
+    """Turns the axes to right, anterior, superior: a view and its affine, nothing is resampled."""
     orientation = nibabel.io_orientation(source.affine)
     affine = source.affine @ nibabel.orientations.inv_ornt_aff(orientation, source.voxels.shape)
     voxels = nibabel.apply_orientation(source.voxels, orientation)
@@ -52,16 +45,7 @@ def orient_ras(source: StoredVolume) -> StoredVolume:
 
 
 def window(hu: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Maps HU to 0..1, in place.
-
-    Args:
-        hu: float32, overwritten.
-        low: HU that becomes 0.
-        high: HU that becomes 1.
-
-    Returns:
-        `hu`, clipped to 0..1.
-    """
+    """Maps float32 HU to 0..1, clipped, in place: `low` becomes 0 and `high` 1; returns `hu`."""
     hu -= low
     hu /= high - low
     return np.clip(hu, 0, 1, out=hu)
@@ -113,7 +97,7 @@ def foreground_box(source: StoredVolume, limits: tuple[float, float], threshold:
 
 
 def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
-    """Runs the whole chain on one file.
+    """Runs the chain on one file.
 
     Orientation, spacing, window, foreground, then the fit to `chain.volume_size`: MONAI's
     Orientation("RAS"), Spacing(mode="bilinear", padding_mode="border"), ScaleIntensityRange or
@@ -163,7 +147,7 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
 
 
 def _to_spacing(source: StoredVolume, chain: Chain) -> StoredVolume:
-    """The whole volume on a grid of `chain.spacing`, in float32 HU."""
+    """All of the volume on a grid of `chain.spacing`, in float32 HU."""
     size = resampled_size(source.voxels.shape, source.spacing, chain.spacing)
     if 4 * math.prod(size) > MAX_BYTES:
         raise VolumeError(
@@ -201,15 +185,7 @@ def _limits(source: StoredVolume, chain: Chain) -> tuple[float, float]:
 
 
 def quantise(volume: np.ndarray, dtype: str) -> np.ndarray:
-    """Stores 0..1 in few bits.
-
-    Args:
-        volume: float, 0..1.
-        dtype: "uint8" (steps of 1/255) or "float16".
-
-    Returns:
-        The same shape, C order.
-    """
+    """Stores floats of 0..1, in C order, as "uint8" (steps of 1/255) or "float16"."""
     if dtype == "uint8":
         return np.ascontiguousarray(np.rint(volume * np.float32(255)).astype(np.uint8))
     return np.ascontiguousarray(volume.astype(np.float16))

@@ -25,7 +25,6 @@ Result = TypeVar("Result")
 
 DEATHS = 3  # of workers that one job may cause; then it is given up
 CONNECT_SECONDS = 20.0
-_MINUTE = 60
 
 
 def available_cores() -> int:
@@ -62,15 +61,9 @@ def within_time(function: Callable[[Job], Result], job: Job) -> Result:
 
 @contextlib.contextmanager
 def local_workers(count: int) -> Iterator[Any]:
-    """Starts Dask processes on this machine, which end with this context.
+    """Starts so many Dask processes here, which end with this context; yields Dask's client.
 
     Nothing, the dashboard included, listens on another address than 127.0.0.1.
-
-    Args:
-        count: how many.
-
-    Yields:
-        Dask's client.
     """
     import dask
     from dask.distributed import Client, LocalCluster
@@ -83,6 +76,9 @@ def local_workers(count: int) -> Iterator[Any]:
         "distributed.worker.memory.pause": False,
         "distributed.worker.memory.terminate": 0.95,
         "distributed.worker.preload": [dask_setup.__module__],
+        # A process that dies is started anew, however often; Dask's own value gives up one that
+        # happens to be away 15 s after a death.
+        "distributed.deploy.lost-worker-timeout": "1 day",
         # Dask's own value makes glibc ask the system for every array anew: half the speed.
         "distributed.nanny.pre-spawn-environ": {"OMP_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1},
     }
@@ -104,13 +100,13 @@ def local_workers(count: int) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def cluster_workers(address: str, check: Callable[[], str], say: Callable[[str], None]) -> Any:
+def cluster_workers(address: str, check: Callable[[], str], log: Callable[[str], None]) -> Any:
     """Connects to a Dask cluster that runs already, and leaves it running.
 
     Args:
         address: of its scheduler, as tcp://HOST:PORT.
         check: importable by name; runs on each worker, returns "" or what is wrong there.
-        say: gets a line if there is no worker yet.
+        log: gets a line if there is no worker yet.
 
     Yields:
         Dask's client.
@@ -131,10 +127,10 @@ def cluster_workers(address: str, check: Callable[[], str], say: Callable[[str],
         ) from error
     with client:
         if not client.nthreads():
-            say(f"waiting for a worker at {address} ...")
+            log(f"waiting for a worker at {address} ...")
             while not client.nthreads():
                 with contextlib.suppress(TimeoutError):
-                    client.wait_for_workers(1, timeout=_MINUTE)
+                    client.wait_for_workers(1, timeout=60)
         _check_workers(client, address, check)
         old = client.run_on_scheduler(_allow_failures, count=DEATHS - 1)
         try:
@@ -209,10 +205,9 @@ def versions() -> tuple[str, ...]:
 
     import voco_jax
 
-    python = ".".join(platform.python_version_tuple()[:2])
     return (
         f"voco_jax {voco_jax.__version__}",
-        f"Python {python}",
+        f"Python {'.'.join(platform.python_version_tuple()[:2])}",
         f"dask {dask.__version__}",
         f"numpy {numpy.__version__.partition('.')[0]}",
     )
@@ -221,17 +216,15 @@ def versions() -> tuple[str, ...]:
 def _check_workers(client: Any, address: str, check: Callable[[], str]) -> None:
     try:
         found = client.run(versions, on_error="return")
-        bad = {
-            worker: f"it has {', '.join(there)}, expected {', '.join(versions())}"
-            for worker, there in found.items()
-            if not isinstance(there, Exception) and there != versions()
-        }
-        bad |= {
-            worker: f"it cannot import this project ({there}); install it there, or start the "
-            "worker in the project's folder, in the same environment"
-            for worker, there in found.items()
-            if isinstance(there, Exception)
-        }
+        bad = {}
+        for worker, there in found.items():
+            if isinstance(there, Exception):
+                bad[worker] = (
+                    f"it cannot import this project ({there}); install it there, or start the "
+                    "worker in the project's folder, in the same environment"
+                )
+            elif there != versions():
+                bad[worker] = f"it has {', '.join(there)}, expected {', '.join(versions())}"
         if not bad:
             seen = client.run(check, on_error="return")
             bad = {worker: str(there) for worker, there in seen.items() if there}

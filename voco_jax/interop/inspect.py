@@ -3,7 +3,6 @@
 Reads names and shapes only; needs neither JAX nor torch.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -13,25 +12,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from voco_jax.config.load import command_parser
 from voco_jax.errors import InputError
-from voco_jax.interop.architecture import (
-    MODEL_SIZES,
-    Architecture,
-    encoder_shapes,
-    recognise,
-)
 from voco_jax.interop.card import card_path, file_sha256, read_card
 from voco_jax.interop.files.weights import describe
 from voco_jax.interop.layout import NETWORKS
 from voco_jax.interop.match import grouped, printable
-
-EXAMPLE = """example:
-  python -m voco_jax.interop.inspect VoCo_10k.pt
-"""
-UNKNOWN_MERGING = (
-    "not in the file: MONAI up to 1.4 (legacy), since 1.5 (merging) and mergingv2 have the same "
-    "names and shapes and give different features. VoCo's published weights: legacy."
-)
+from voco_jax.models.encoder import PROJECTOR, Recognised, Shapes
+from voco_jax.models.encoders import ENCODERS
 
 
 def inspect(path: str | PathLike[str], network: str = "teacher") -> dict[str, Any]:
@@ -47,14 +35,21 @@ def inspect(path: str | PathLike[str], network: str = "teacher") -> dict[str, An
     Raises:
         InputError: the file cannot be read; the message says how to mend it.
     """
-    selection = describe(path, network)
+    return _look(path, network)[0]
+
+
+def _look(path: str | PathLike[str], network: str) -> tuple[dict[str, Any], Recognised | None]:
+    """What `inspect` returns, and what of it is of the file's encoder."""
+    file = Path(path)
+    selection = describe(file, network)
     shapes = {name: spec.shape for name, spec in selection.tensors.items()}
-    seen = recognise(shapes)
+    card = _card(file)
+    recognised = ((name, one.recognise(shapes, card or {})) for name, one in ENCODERS.items())
+    encoder, seen = next((found for found in recognised if found[1]), (None, None))
     parts: Counter[str] = Counter()
     for name, shape in shapes.items():
-        parts[_part(name)] += math.prod(shape)
-    file = Path(path)
-    return {
+        parts[_part(name, seen)] += math.prod(shape)
+    found = {
         "file": str(path),
         "format": "safetensors" if file.suffix.lower() == ".safetensors" else "PyTorch",
         "bytes": file.stat().st_size,
@@ -66,67 +61,53 @@ def inspect(path: str | PathLike[str], network: str = "teacher") -> dict[str, An
         "dtypes": sorted({spec.dtype for spec in selection.tensors.values()}),
         "tensors": len(shapes),
         "parameters": dict(parts),
-        "model_size": MODEL_SIZES.get(seen.feature_size or 0),
-        "feature_size": seen.feature_size,
-        "in_channels": seen.in_channels,
-        "use_v2": seen.use_v2,
-        "depths": list(seen.depths),
-        "num_heads": list(seen.num_heads),
-        "window_size": None if seen.window_size is None else list(seen.window_size),
-        "conv_encoders": seen.conv_encoders,
-        "projector_size": seen.projector_size,
-        "decoder": seen.decoder,
-        "out_channels": seen.out_channels,
+        "encoder": encoder,
+        **({} if seen is None else seen.settings),
+        "projector_size": next(iter(shapes.get(f"{PROJECTOR}.layer1.0.weight", ())), None),
         "match": _match(shapes, seen),
-        "card": _card(file),
+        "card": card,
     }
+    return found, seen
 
 
-def _part(name: str) -> str:
-    if name.endswith(".relative_position_index"):
-        return "buffers"
-    root = name.split(".")[0]
-    if root == "swinViT" or root.startswith("encoder"):
-        return "encoder"
-    if root.startswith("decoder") or root == "out":
-        return "decoder"
-    return "projector" if root == "proj_head" else "other"
+def _part(name: str, seen: Recognised | None) -> str:
+    if name.startswith(f"{PROJECTOR}."):
+        return "projector"
+    return "other" if seen is None else seen.part(name)
 
 
-def _match(shapes: dict[str, tuple[int, ...]], seen: Architecture) -> dict[str, Any] | None:
-    """What would match SwinUNETR's encoder with the options seen; None: no such encoder."""
-    try:
-        expected = encoder_shapes(seen)
-    except ValueError:
+def _match(shapes: Shapes, seen: Recognised | None) -> dict[str, Any] | None:
+    """What would match PyTorch's encoder of the settings seen; None: no encoder, or too little."""
+    if seen is None or seen.shapes is None:
         return None
-    parameters = [name for name in shapes if _part(name) != "buffers"]
+    expected = seen.shapes
+    both = [name for name in expected if name in shapes]
+    others = [name for name in shapes if name not in expected]
     return {
-        "matched": sum(shapes.get(name) == shape for name, shape in expected.items()),
+        "matched": sum(shapes[name] == expected[name] for name in both),
         "missing": [name for name in expected if name not in shapes],
-        "other_shape": [
-            name for name in expected if shapes.get(name, expected[name]) != expected[name]
-        ],
-        "unexpected": [name for name in parameters if name not in expected],
+        "other_shape": [name for name in both if shapes[name] != expected[name]],
+        "unexpected": [name for name in others if seen.part(name) != "buffers"],
     }
 
 
 def _card(path: Path) -> dict[str, Any] | None:
-    """What the card beside the file says, in short."""
+    """The card beside the file, without the experiment's config."""
     try:
         card = read_card(path)
     except InputError as error:
         return {"problem": str(error)}
     if card is None:
         return None
-    fields = ("recipe", "network", "step", "patch_merging", "monai_versions", "data_fingerprint")
-    found = {"path": str(card_path(path)), **{name: card.get(name) for name in fields}}
+    found = {**card, "path": str(card_path(path))}
+    found.pop("config", None)
     if card.get("sha256") != file_sha256(path):
         found["problem"] = "its sha256 is not this file's: damaged, or another file's card"
     return found
 
 
-def render(found: dict[str, Any]) -> str:
-    """What `inspect` found, as text to read."""
+def render(found: dict[str, Any], seen: Recognised | None) -> str:
+    """What `_look` found, as text to read."""
     lines = [
         f"{found['file']}: {found['format']}, {found['bytes'] / 1e6:.1f} MB, "
         f"{found['tensors']} tensors ({', '.join(found['dtypes'])})"
@@ -143,78 +124,38 @@ def render(found: dict[str, Any]) -> str:
         more = len(found["set_aside"]) - 20
         rest = f" and {more} more" if more > 0 else ""
         line("set aside", ", ".join(found["set_aside"][:20]) + rest)
-    if found["feature_size"] is None:
-        line("encoder", "none of SwinUNETR's (no swinViT.patch_embed.proj.weight)")
-    else:
-        size = found["model_size"]
-        line(
-            "encoder",
-            f"Swin, feature size {found['feature_size']} "
-            f"({f'VoCo {size}' if size else 'none of VoCo B, L, H'}), "
-            f"{'v2 convolution blocks' if found['use_v2'] else 'no v2 convolution blocks'}, "
-            f"convolution encoders: {'yes' if found['conv_encoders'] else 'no'}",
-        )
-        line("in_channels", found["in_channels"])
-        line("depths", _numbers(found["depths"]))
-        line("heads", _numbers(found["num_heads"]))
-        line("window", _numbers(found["window_size"]) if found["window_size"] else "unknown")
+    for title, value in seen.lines if seen else (("encoder", f"none of {', '.join(ENCODERS)}"),):
+        line(title, value)
     width = found["projector_size"]
     line("projector", f"{width} wide" if width else "none")
-    channels = found["out_channels"]
-    outputs = f"yes, {channels} output channels" if channels else "yes, no output layer"
-    line("decoder", outputs if found["decoder"] else "none")
     line("parameters", ", ".join(f"{part} {n:,}" for part, n in found["parameters"].items()))
-    if found["feature_size"] is not None:
-        lines += _merging_lines(found["card"])
-    elif found["card"]:
-        line("card", found["card"])
-    lines += _match_lines(found)
+    card = found["card"] or {}
+    if "path" in card:
+        line(
+            "card",
+            f"{card['path']}: recipe {card.get('recipe')}, {card.get('network')}, "
+            f"step {card.get('step')}, data {card.get('data_fingerprint')}",
+        )
+    if "problem" in card:
+        line("card", f"WARNING: {card['problem']}")
+    if seen is None or found["match"] is None:
+        line("would match", "nothing: names and shapes are not those of a complete encoder")
+    else:
+        lines += _match_lines(found["match"], seen)
     return "\n".join(lines)
 
 
-def _merging_lines(card: dict[str, Any] | None) -> list[str]:
-    if card is None or card.get("patch_merging") is None:
-        lines = [f"  patch merging  {UNKNOWN_MERGING}"]
-    else:
-        lines = [
-            f"  patch merging  {card['patch_merging']} (its card; MONAI {card['monai_versions']})"
-        ]
-    if card is not None and "path" in card:
-        lines.append(
-            f"  card           {card['path']}: recipe {card['recipe']}, {card['network']}, "
-            f"step {card['step']}, data {card['data_fingerprint']}"
-        )
-    if card is not None and "problem" in card:
-        lines.append(f"  card           WARNING: {card['problem']}")
-    return [printable(line) for line in lines]
-
-
-def _match_lines(found: dict[str, Any]) -> list[str]:
-    match = found["match"]
-    if match is None:
-        return ["  would match    nothing: names and shapes are not those of MONAI's SwinUNETR"]
-    window = tuple(found["window_size"])
-    options = (
-        f"in_channels={found['in_channels']}, feature_size={found['feature_size']}, "
-        f"use_v2={found['use_v2']}"
-    )
-    if window != (7, 7, 7):
-        options += f", window_size={window}"
-    if tuple(found["depths"]) != (2, 2, 2, 2):
-        options += f", depths={tuple(found['depths'])}"
-    if tuple(found["num_heads"]) != (3, 6, 12, 24):
-        options += f", num_heads={tuple(found['num_heads'])}"
+def _match_lines(match: dict[str, Any], seen: Recognised) -> list[str]:
     lines = [
-        f"  would match    the encoder of SwinUNETR({options}):",
+        f"  would match    the encoder of {seen.network}:",
         f"                 {match['matched']} matched, {len(match['missing'])} missing, "
         f"{len(match['unexpected'])} unexpected, {len(match['other_shape'])} of another shape",
     ]
-    parts = Counter(_part(name) for name in match["unexpected"])
+    parts = Counter(_part(name, seen) for name in match["unexpected"])
     if parts:
-        lines.append(
-            f"    unexpected by part: {', '.join(f'{part} {n}' for part, n in parts.items())}"
-        )
-    strange = [name for name in match["unexpected"] if _part(name) in ("encoder", "other")]
+        listed = ", ".join(f"{part} {n}" for part, n in parts.items())
+        lines.append(f"    unexpected by part: {listed}")
+    strange = [name for name in match["unexpected"] if _part(name, seen) in ("encoder", "other")]
     for title, names in (
         ("missing", match["missing"]),
         ("unexpected", strange),
@@ -225,17 +166,12 @@ def _match_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _numbers(values: Sequence[int]) -> str:
-    return " ".join(str(value) for value in values)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.interop.inspect",
-        description="Say what a weight file is. Reads names and shapes only.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "-m voco_jax.interop.inspect",
+        "Say what a weight file is. Reads names and shapes only.",
+        "VoCo_10k.pt",
     )
     parser.add_argument("file", help="a .pt, .pth, .ckpt, .bin or .safetensors file")
     parser.add_argument(
@@ -245,13 +181,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="which to show where the file holds both; default: %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
     try:
-        found = inspect(args.file, args.network)
+        options = parser.parse_args(arguments)
+        found, seen = _look(options.file, options.network)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=2) if args.json else render(found))
+    print(json.dumps(found, indent=2) if options.json else render(found, seen))
     return 0
 
 

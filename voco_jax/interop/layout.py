@@ -5,7 +5,7 @@ the names (`module.`, `backbone.`, ...); training checkpoints hold a student and
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,10 @@ from voco_jax.errors import InputError
 from voco_jax.interop.match import printable
 
 NETWORKS = ("teacher", "student")
-WRAPPERS = frozenset(
-    {
-        "state_dict",
-        "model_state_dict",
-        "network_weights",
-        "net",
-        "model",
-        "module",
-        "backbone",
-        *NETWORKS,
-    }
-)
+WRAPPERS = {
+    *("state_dict", "model_state_dict", "network_weights", "net", "model", "module", "backbone"),
+    *NETWORKS,
+}
 """Keys of nested dicts that hold the weights, and of prefixes before a tensor's name."""
 PREFIXES = WRAPPERS | {"_orig_mod"}
 ROOT = re.compile(r"(swinViT|swin_vit|encoder\d+|decoder\d+|out|proj_head)\Z")
@@ -40,7 +32,7 @@ class Selection:
 
     Attributes:
         tensors: bare name -> whatever stands for the tensor.
-        sources: bare name -> its whole key in the file, wrappers and prefixes included.
+        sources: bare name -> its full key in the file, wrappers and prefixes included.
         wrappers: the nested dicts that were opened, dotted.
         prefixes: what was stripped from names, dotted.
         networks: of `NETWORKS`, those that the file holds.
@@ -82,10 +74,9 @@ def select(tree: Any, leaf: type, network: str, source: str) -> Selection:
     """
     if network not in NETWORKS:
         raise InputError(f"network: found {network!r}, expected one of {list(NETWORKS)}")
-    records: list[_Record] = []
-    aside: list[str] = []
-    if isinstance(tree, Mapping):
-        _walk(tree, (), leaf, source, records, aside)
+    entries = list(_walk(tree, (), leaf, source)) if isinstance(tree, Mapping) else []
+    records = [entry for entry in entries if isinstance(entry, _Record)]
+    aside = [entry for entry in entries if isinstance(entry, str)]
     if not records:
         found = ", ".join(printable(name) for name in aside[:20]) or type(tree).__name__
         raise InputError(
@@ -115,29 +106,22 @@ def select(tree: Any, leaf: type, network: str, source: str) -> Selection:
 
 
 def _walk(
-    tree: Mapping[Any, Any],
-    path: tuple[str, ...],
-    leaf: type,
-    source: str,
-    records: list[_Record],
-    aside: list[str],
-) -> None:
+    tree: Mapping[Any, Any], path: tuple[str, ...], leaf: type, source: str
+) -> Iterator[_Record | str]:
+    """The tensors of nested dicts, and the names of all that is set aside."""
     if len(path) > MAX_DEPTH:
         raise InputError(f"{source}: dicts are nested deeper than {MAX_DEPTH}, expected 1 to 3")
     opened = any(key in WRAPPERS and isinstance(tree[key], Mapping) for key in tree)
     for key, value in tree.items():
         if isinstance(value, Mapping) and key in WRAPPERS:
-            _walk(value, (*path, key), leaf, source, records, aside)
+            yield from _walk(value, (*path, key), leaf, source)
             continue
-        record = None
         if isinstance(value, leaf) and isinstance(key, str):
             record = _record(path, key, value, source)
-            if opened and not ROOT.match(record.name.split(".")[0]):
-                record = None
-        if record is None:
-            aside.append(".".join([*path, str(key)]))
-        else:
-            records.append(record)
+            if not opened or ROOT.match(record.name.split(".")[0]):
+                yield record
+                continue
+        yield ".".join([*path, str(key)])
 
 
 def _record(path: tuple[str, ...], key: str, value: Any, source: str) -> _Record:
@@ -146,10 +130,10 @@ def _record(path: tuple[str, ...], key: str, value: Any, source: str) -> _Record
     while len(parts) > 1 and parts[0] in PREFIXES:
         stripped.append(parts.pop(0))
     networks = {*path, *stripped}.intersection(NETWORKS)
-    whole = ".".join([*path, key])
+    full = ".".join([*path, key])
     if len(networks) > 1:
         raise InputError(
-            f"{source}: {printable(whole)} names both networks, expected one; "
+            f"{source}: {printable(full)} names both networks, expected one; "
             "save the one you mean alone"
         )
     if parts[0] == "swin_vit":
@@ -158,7 +142,7 @@ def _record(path: tuple[str, ...], key: str, value: Any, source: str) -> _Record
         parts.insert(0, "proj_head")
     return _Record(
         name=".".join(parts),
-        source=whole,
+        source=full,
         wrapper=".".join(path),
         prefix="".join(f"{part}." for part in stripped),
         network=next(iter(networks), None),

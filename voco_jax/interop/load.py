@@ -1,7 +1,6 @@
 """A weight file into a model's parameters: all of it, or an error that says what did not fit."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from os import PathLike
@@ -10,15 +9,13 @@ from typing import Any
 import numpy as np
 
 from voco_jax.errors import InputError
-from voco_jax.interop.architecture import Size, causes, recognise, window_of
 from voco_jax.interop.card import check_card
 from voco_jax.interop.files.weights import read_weights
 from voco_jax.interop.match import MatchReport, grouped, printable
-from voco_jax.interop.names import Params, from_torch, torch_shapes
-
-TABLE = ".relative_position_bias_table"
-INDEX = ".relative_position_index"
-"""MONAI's buffer beside each table: which row belongs to which pair of tokens."""
+from voco_jax.interop.names import from_torch, torch_shapes
+from voco_jax.models.encoder import PROJECTOR, Settings, Shapes
+from voco_jax.models.encoders import find_encoder
+from voco_jax.types import Params
 
 
 def load_into(
@@ -28,8 +25,7 @@ def load_into(
     allow_unexpected: Sequence[str] = (),
     network: str = "teacher",
     *,
-    window_size: Size | None = None,
-    patch_merging: str | None = None,
+    model: Settings,
 ) -> tuple[dict[str, Any], MatchReport]:
     """Copies weights into a parameter tree.
 
@@ -41,34 +37,36 @@ def load_into(
         allow_unexpected: patterns of names in the file that are left aside; a name of another
             shape is, if both kinds of patterns allow it.
         network: `teacher` or `student`, where the file holds both.
-        window_size: the model's; without it a cube is assumed in checking the file's
-            `relative_position_index`.
-        patch_merging: the model's; compared with the card beside the file, where there is one.
+        model: the model's settings, as the config's `model` section: compared with what the file
+            and the card beside it, where there is one, say of them.
 
     Returns:
         A tree like the template, NumPy arrays where the file had values; and what matched.
 
     Raises:
         InputError: anything missing, unexpected or of another shape that no pattern allows,
-            nothing matched at all, values that are not finite, another window or patch merging; the
-            message holds the likely cause and the whole report.
+            nothing matched at all, values that are not finite, buffers or a card of another model;
+            the message holds the likely cause and the complete report.
     """
     notes: list[str] = []
     if isinstance(path_or_tensors, Mapping):
         source, tensors = "the weights", dict(path_or_tensors)
     else:
         source = str(path_or_tensors)
-        notes += check_card(path_or_tensors, patch_merging)
-        weights = read_weights(path_or_tensors, network)
-        tensors, selection = dict(weights.tensors), weights.selection
+        notes += check_card(path_or_tensors, model)
+        tensors, selection = read_weights(path_or_tensors, network)
         if selection.network is not None:
             notes.append(f"of {' and '.join(selection.networks)}, the {selection.network} was read")
         if selection.set_aside:
-            listed = ", ".join(selection.set_aside[:20])
-            notes.append(f"not weights, left aside: {listed}")
+            notes.append(f"not weights, left aside: {', '.join(selection.set_aside[:20])}")
     shapes = {name: array.shape for name, array in tensors.items()}
     expected = torch_shapes(params_template)
-    wrong_windows = _take_indices(tensors, expected, window_size)
+    encoder = find_encoder(model.encoder)
+    other_buffers = [
+        name
+        for name, buffer in encoder.buffers(model, expected).items()
+        if name in tensors and not np.array_equal(tensors.pop(name), buffer)
+    ]
     params, report = from_torch(tensors, params_template, source)
     report = dataclasses.replace(report, notes=tuple(notes))
     missing = _not_allowed(report.missing, allow_missing)
@@ -84,21 +82,20 @@ def load_into(
             (missing, "missing"),
             (unexpected, "unexpected"),
             (wrong_shape, "of another shape"),
-            (wrong_windows, "relative_position_index of another window"),
+            (other_buffers, "buffers with other values"),
         )
         if names
     ]
     if not report.matched:
         problems.append("nothing matched")
     if problems:
+        causes = encoder.causes(shapes, expected, other_buffers)
+        causes += _projector_causes(shapes, expected)
         raise InputError(
             f"{printable(source)} does not fit the model: {', '.join(problems)} (allowed by "
             f"pattern: {[*allow_missing, *allow_unexpected] or 'nothing'})\n"
-            + "".join(
-                f"likely cause: {cause}\n"
-                for cause in causes(recognise(shapes), recognise(expected))
-            )
-            + "".join(f"another window: {line}\n" for line in grouped(wrong_windows))
+            + "".join(f"likely cause: {cause}\n" for cause in causes)
+            + "".join(f"other values: {line}\n" for line in grouped(other_buffers))
             + report.text()
         )
     broken = [name for name in report.matched if not np.isfinite(tensors[name]).all()]
@@ -110,28 +107,21 @@ def load_into(
     return params, report
 
 
-def _take_indices(
-    tensors: dict[str, np.ndarray],
-    expected: Mapping[str, tuple[int, ...]],
-    window_size: Size | None,
-) -> list[str]:
-    """Takes MONAI's index buffers out of the tensors; returns the names of those that are wrong."""
-    from voco_jax.models.windows import relative_position_index
-
-    wrong: list[str] = []
-    for name in [name for name in tensors if name.endswith(INDEX)]:
-        table = expected.get(name.removesuffix(INDEX) + TABLE)
-        if table is None:
-            continue  # of a block that the model has not: unexpected
-        window = window_size or window_of(table[0], None)
-        if window is None or (window_size is None and len(set(window)) > 1):
-            del tensors[name]  # the order of the axes is not known
-            continue
-        array = tensors.pop(name)
-        tokens = math.prod(window)
-        if array.shape != (tokens, tokens) or (array != relative_position_index(window)).any():
-            wrong.append(name)
-    return wrong
+def _projector_causes(file: Shapes, model: Shapes) -> list[str]:
+    theirs, ours = (one.get(f"{PROJECTOR}.layer1.0.weight", (None,))[0] for one in (file, model))
+    if theirs == ours:
+        return []
+    if theirs is None:
+        return [
+            "the file has no projector (published weights have none): to start it at random allow "
+            f"missing '{PROJECTOR}.*'"
+        ]
+    if ours is None:
+        return [f"the file has a projector, the model has not: allow unexpected '{PROJECTOR}.*'"]
+    return [
+        f"the file's projector is {theirs} wide, the model's {ours}: set "
+        f"model.projector_size={theirs} or take another file"
+    ]
 
 
 def _not_allowed(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

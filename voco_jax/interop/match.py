@@ -34,7 +34,7 @@ class MatchReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     wrong_shape: tuple[WrongShape, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The report: one line of counts, then every name that did not match, then the notes."""

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from voco_jax.interop.match import MatchReport, WrongShape
-
-Params = Mapping[str, Any]
-"""A nested dict of arrays, as `module.init(...)["params"]`."""
+from voco_jax.types import Params
 
 
 def torch_name(path: Sequence[str]) -> str:
@@ -27,9 +25,6 @@ def torch_name(path: Sequence[str]) -> str:
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:
     """Renames a parameter tree to PyTorch's names and moves its axes.
-
-    Args:
-        params: nested dicts of arrays.
 
     Returns:
         Name -> C-contiguous array of the same dtype, in the order of the tree. A kernel
@@ -98,17 +93,14 @@ def from_torch(
         }
 
     params = walk(template, ())
-    known = {*matched, *missing, *(item.name for item in wrong)}
-    unexpected = tuple(name for name in tensors if name not in known)
-    report = MatchReport(
+    known = {*matched, *(item.name for item in wrong)}
+    return params, MatchReport(
         source=source,
         matched=tuple(matched),
         missing=tuple(missing),
-        unexpected=unexpected,
+        unexpected=tuple(name for name in tensors if name not in known),
         wrong_shape=tuple(wrong),
-        notes=(),
     )
-    return params, report
 
 
 def _leaves(tree: Params, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

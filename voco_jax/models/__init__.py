@@ -1,5 +1,6 @@
-"""The networks of VoCo as Flax Linen modules; no mesh, no configuration files, no data.
+"""The networks as Flax Linen modules; no mesh, no configuration files, no data.
 
-`swin_unetr` holds what the rest of the package builds (`SwinUNETREncoder`, `VoCoNetwork`) from the
-parts in `swin`, `conv_blocks` and `projector`. Parameter names spell MONAI's: see `swin_unetr`.
+`network.Network` is an encoder and a projector; `encoders.ENCODERS` names the encoders and what the
+rest of the package must know of each. `swin_unetr` has its parts in `swin` and `conv_blocks`; its
+parameter names spell MONAI's.
 """

@@ -1,4 +1,4 @@
-"""Attention inside windows, with a bias for each pair of places: ways to the same numbers.
+"""Attention inside windows with a relative position bias: several ways to the same numbers.
 
 `attend` leaves everything to XLA, which writes the scores (n n for each head and window, 343 x 343
 in the first stages) to memory and reads them several times. `attend_fused` keeps them on the chip
@@ -18,7 +18,7 @@ MASKED = -100.0
 """Added to the attention logit of two tokens that only the shift brought into one window."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
-"""(qkv, bias, regions) -> what the heads found, see `attend`."""
+"""(qkv, bias, regions) -> the heads' outputs, see `attend`."""
 
 
 def attend(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) -> jax.Array:
@@ -49,21 +49,17 @@ def attend_fused(
 ) -> jax.Array:
     """`attend` on a TPU, without writing the scores; arguments and result as there.
 
-    Args:
-        qkv: see `attend`.
-        bias: see `attend`.
-        regions: see `attend`.
-        interpret: run the kernels as plain JAX, on any device; for tests.
+    `interpret` runs the kernels as plain JAX, on any device; for tests.
     """
     b, windows, n, _, heads, d = qkv.shape
     # Tokens last: a TPU's memory holds 128 of the last axis side by side, and d is 16 or 32.
     columns = qkv.transpose(0, 1, 3, 4, 5, 2).reshape(b, windows, 3, heads, d, n)
-    marks = None
+    one_hot = None
     if regions is not None:
         # A product of one-hot rows is 1 within a region, 0 across: no mask has to be read.
-        kinds = jnp.arange(_REGIONS, dtype=regions.dtype)
-        marks = (regions[:, None, :] == kinds[:, None]).astype(qkv.dtype)
-    out = _fused(columns, bias, marks, interpret)
+        numbers = jnp.arange(_REGIONS, dtype=regions.dtype)
+        one_hot = (regions[:, None, :] == numbers[:, None]).astype(qkv.dtype)
+    out = _fused(columns, bias, one_hot, interpret)
     return out.transpose(0, 1, 4, 2, 3)
 
 
@@ -72,38 +68,38 @@ _REGIONS = 32  # at least the 27 parts that three shifted axes have
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _fused(
-    columns: jax.Array, bias: jax.Array, marks: jax.Array | None, interpret: bool
+    columns: jax.Array, bias: jax.Array, one_hot: jax.Array | None, interpret: bool
 ) -> jax.Array:
     """`b windows 3 heads d n`, `heads n n`, `windows regions n` -> `b windows heads d n`."""
     b, windows, _, heads, d, n = columns.shape
     return pl.pallas_call(
-        _forward_kernel if marks is not None else functools.partial(_unmarked, _forward_kernel),
+        optional_input(_forward_kernel, 2, one_hot is not None),
         grid=(heads, b, windows),
-        in_specs=_in_specs(columns, marks),
+        in_specs=_in_specs(columns, one_hot),
         out_specs=pl.BlockSpec((1, 1, 1, d, n), lambda h, i, w: (i, w, h, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((b, windows, heads, d, n), columns.dtype),
         interpret=interpret,
         name="window_attention",
-    )(columns, bias, *([] if marks is None else [marks]))
+    )(columns, bias, *([] if one_hot is None else [one_hot]))
 
 
 def _fused_forward(
-    columns: jax.Array, bias: jax.Array, marks: jax.Array | None, interpret: bool
+    columns: jax.Array, bias: jax.Array, one_hot: jax.Array | None, interpret: bool
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _fused(columns, bias, marks, interpret), (columns, bias, marks)
+    return _fused(columns, bias, one_hot, interpret), (columns, bias, one_hot)
 
 
 def _fused_backward(
-    interpret: bool, saved: tuple[Any, ...], gradient: jax.Array
+    interpret: bool, saved: tuple[Any, ...], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    columns, bias, marks = saved
+    columns, bias, one_hot = saved
     b, windows, _, heads, d, n = columns.shape
-    found = pl.pallas_call(
-        _backward_kernel if marks is not None else functools.partial(_unmarked, _backward_kernel),
+    d_columns, d_bias = pl.pallas_call(
+        optional_input(_backward_kernel, 3, one_hot is not None),
         grid=(heads, b, windows),
         in_specs=[
             pl.BlockSpec((1, 1, 1, d, n), lambda h, i, w: (i, w, h, 0, 0)),
-            *_in_specs(columns, marks),
+            *_in_specs(columns, one_hot),
         ],
         out_specs=[
             pl.BlockSpec((1, 1, 3, 1, d, n), lambda h, i, w: (i, w, 0, h, 0, 0)),
@@ -116,40 +112,46 @@ def _fused_backward(
         ],
         interpret=interpret,
         name="window_attention_gradient",
-    )(gradient, columns, bias, *([] if marks is None else [marks]))
-    zeros = None if marks is None else jnp.zeros_like(marks)
-    return found[0], jnp.sum(found[1], axis=0), zeros
+    )(d_out, columns, bias, *([] if one_hot is None else [one_hot]))
+    zeros = None if one_hot is None else jnp.zeros_like(one_hot)
+    return d_columns, jnp.sum(d_bias, axis=0), zeros
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _in_specs(columns: jax.Array, marks: jax.Array | None) -> list[pl.BlockSpec]:
+def _in_specs(columns: jax.Array, one_hot: jax.Array | None) -> list[pl.BlockSpec]:
     d, n = columns.shape[-2:]
     specs = [
         pl.BlockSpec((1, 1, 3, 1, d, n), lambda h, i, w: (i, w, 0, h, 0, 0)),
         pl.BlockSpec((1, n, n), lambda h, i, w: (h, 0, 0)),
     ]
-    if marks is not None:
-        specs.append(pl.BlockSpec((1, *marks.shape[1:]), lambda h, i, w: (w, 0, 0)))
+    if one_hot is not None:
+        specs.append(pl.BlockSpec((1, *one_hot.shape[1:]), lambda h, i, w: (w, 0, 0)))
     return specs
 
 
-def _unmarked(kernel: Callable[..., None], *references: Any) -> None:
-    """Runs a kernel whose last input, the marks, is missing."""
-    inputs = 2 if kernel is _forward_kernel else 3
-    kernel(*references[:inputs], None, *references[inputs:])
+def optional_input(
+    kernel: Callable[..., None], place: int, given: bool, **options: Any
+) -> Callable[..., None]:
+    """The kernel with its options, and None for its input at this place where it is not given."""
+
+    def run(*references: Any) -> None:
+        kernel(*references[:place], *([] if given else [None]), *references[place:], **options)
+
+    run.__name__ = kernel.__name__.strip("_")  # of the function on the device, for profiles
+    return run
 
 
-def _weights(columns: Any, bias: Any, marks: Any) -> tuple[jax.Array, ...]:
+def _weights(columns: Any, bias: Any, one_hot: Any) -> tuple[jax.Array, ...]:
     """Queries (scaled), keys, values `d n` and softmax `n n`, a query's weights in a row."""
     query, key, value = (columns[0, 0, i, 0] for i in range(3))
     query = query * query.shape[0] ** -0.5
     scores = product(query, key, (0, 0)) + bias[0]
-    if marks is not None:
-        scores = scores + MASKED * (1 - product(marks[0], marks[0], (0, 0)))
-    powers = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
-    return query, key, value, powers / jnp.sum(powers, axis=1, keepdims=True)
+    if one_hot is not None:
+        scores = scores + MASKED * (1 - product(one_hot[0], one_hot[0], (0, 0)))
+    exponentials = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
+    return query, key, value, exponentials / jnp.sum(exponentials, axis=1, keepdims=True)
 
 
 def product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -163,29 +165,30 @@ def product(left: jax.Array, right: jax.Array, axes: tuple[int, int]) -> jax.Arr
     )
 
 
-def _forward_kernel(columns: Any, bias: Any, marks: Any, out: Any) -> None:
-    _, _, value, weights = _weights(columns, bias, marks)
+def _forward_kernel(columns: Any, bias: Any, one_hot: Any, out: Any) -> None:
+    _, _, value, weights = _weights(columns, bias, one_hot)
     out[0, 0, 0] = product(value, weights.astype(value.dtype), (1, 1)).astype(out.dtype)
 
 
 def _backward_kernel(
-    gradient: Any, columns: Any, bias: Any, marks: Any, columns_out: Any, bias_out: Any
+    d_out: Any, columns: Any, bias: Any, one_hot: Any, d_columns: Any, d_bias: Any
 ) -> None:
-    query, key, value, weights = _weights(columns, bias, marks)
-    upper = gradient[0, 0, 0]
-    narrow = weights.astype(value.dtype)
-    of_weights = product(upper, value, (0, 0))
-    of_scores = weights * (of_weights - jnp.sum(of_weights * weights, axis=1, keepdims=True))
-    scores = of_scores.astype(value.dtype)
-    of_query = product(key, scores, (1, 1)) * query.shape[0] ** -0.5
-    columns_out[0, 0, 0, 0] = of_query.astype(columns_out.dtype)
-    columns_out[0, 0, 1, 0] = product(query, scores, (1, 0)).astype(columns_out.dtype)
-    columns_out[0, 0, 2, 0] = product(upper, narrow, (1, 0)).astype(columns_out.dtype)
+    query, key, value, weights = _weights(columns, bias, one_hot)
+    gradient = d_out[0, 0, 0]
+    d_weights = product(gradient, value, (0, 0))
+    delta = jnp.sum(d_weights * weights, axis=1, keepdims=True)
+    d_scores = weights * (d_weights - delta)
+    narrow = d_scores.astype(value.dtype)
+    d_query = product(key, narrow, (1, 1)) * query.shape[0] ** -0.5
+    d_columns[0, 0, 0, 0] = d_query.astype(d_columns.dtype)
+    d_columns[0, 0, 1, 0] = product(query, narrow, (1, 0)).astype(d_columns.dtype)
+    d_value = product(gradient, weights.astype(value.dtype), (1, 0))
+    d_columns[0, 0, 2, 0] = d_value.astype(d_columns.dtype)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        bias_out[0, 0] = of_scores
+        d_bias[0, 0] = d_scores
 
     @pl.when(pl.program_id(2) > 0)
     def _() -> None:
-        bias_out[0, 0] += of_scores
+        d_bias[0, 0] += d_scores

@@ -1,9 +1,10 @@
-"""3-D convolutions and the residual block of MONAI's UNETR encoders.
+"""3-D convolutions and the residual block of MONAI's UNETR encoders; initial values as PyTorch's.
 
 Every array is channels-last, `b x y z c`; every kernel is `kx ky kz in out`.
 """
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -12,11 +13,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-CONVOLUTIONS = ("lax", "planes")
 SAVED_CONVOLUTION = "convolution"
 """Name under which a residual block's convolution outputs can be kept by a remat policy."""
 _SPACE = (1, 2, 3)
-_EPSILON = 1e-5  # PyTorch's
+EPSILON = 1e-5  # PyTorch's
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -47,15 +47,18 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
     return initialize
 
 
+def linear(fan_in: int, features: int, dtype: DTypeLike, *, bias: bool = True) -> nn.Dense:
+    """A linear layer with PyTorch's default initialisation."""
+    init = torch_uniform(fan_in)
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, bias_init=init)
+
+
 @jax.custom_vjp
 def instance_norm(x: jax.Array) -> jax.Array:
     """Normalises each channel of each sample over space, in float32, without parameters.
 
     Its gradient is written out: it keeps `x` and two numbers a channel, where differentiating
     would keep, or write and read again, several arrays in float32 (docs/benchmarks.md).
-
-    Args:
-        x: `b x y z c`.
 
     Returns:
         `b x y z c` in the dtype of `x`; as `torch.nn.InstanceNorm3d`, with the biased variance.
@@ -72,11 +75,11 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     middle = x.shape[1] // 2
     wide = at_least_float32(x)
     near = jnp.mean(wide[:, middle : middle + 1], _SPACE, keepdims=True)
-    away = wide - near
-    first = jnp.mean(away, _SPACE, keepdims=True)
-    second = jnp.mean(jnp.square(away), _SPACE, keepdims=True)
+    centred = wide - near
+    first = jnp.mean(centred, _SPACE, keepdims=True)
+    second = jnp.mean(jnp.square(centred), _SPACE, keepdims=True)
     variance = jnp.maximum(second - jnp.square(first), 0)
-    return near + first, lax.rsqrt(variance + _EPSILON)
+    return near + first, lax.rsqrt(variance + EPSILON)
 
 
 def _normalise(x: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
@@ -88,12 +91,12 @@ def _norm_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     return _normalise(x, mean, scale), (x, mean, scale)
 
 
-def _norm_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array]:
+def _norm_backward(saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array]:
     x, mean, scale = saved
-    upper, unit = at_least_float32(gradient), (at_least_float32(x) - mean) * scale
-    constant = jnp.mean(upper, _SPACE, keepdims=True)
-    slope = jnp.mean(upper * unit, _SPACE, keepdims=True)
-    return ((scale * (upper - constant - slope * unit)).astype(x.dtype),)
+    wide, normalised = at_least_float32(d_out), (at_least_float32(x) - mean) * scale
+    constant = jnp.mean(wide, _SPACE, keepdims=True)
+    slope = jnp.mean(wide * normalised, _SPACE, keepdims=True)
+    return ((scale * (wide - constant - slope * normalised)).astype(x.dtype),)
 
 
 instance_norm.defvjp(_norm_forward, _norm_backward)
@@ -120,14 +123,7 @@ def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     The same sums, on a CPU several times faster than XLA's 3-D convolution (docs/benchmarks.md).
     XLA's gradient of the kernel would be slow again, so it is written out as matrix products.
-    Reverse-mode differentiation only.
-
-    Args:
-        x: `b x y z in`.
-        kernel: `3 3 3 in out`.
-
-    Returns:
-        `b x y z out`.
+    Reverse-mode differentiation only. Arguments and result as there.
     """
     batch, size_x, size_y, size_z, channels = x.shape
     features = kernel.shape[-1]
@@ -141,29 +137,28 @@ def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return out.reshape(batch, size_x, size_y, size_z, features)
 
 
-def _planes_forward(
-    x: jax.Array, kernel: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+_Pair = tuple[jax.Array, jax.Array]
+
+
+def _planes_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return convolve_planes(x, kernel), (x, kernel)
 
 
-def _planes_backward(
-    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
     """Of x: the convolution with the mirrored kernel. Of the kernel: nine matrix products."""
     x, kernel = saved
     mirrored = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
-    return convolve_planes(gradient, mirrored), _kernel_gradient(x, gradient).astype(kernel.dtype)
+    return convolve_planes(d_out, mirrored), _kernel_gradient(x, d_out).astype(kernel.dtype)
 
 
-def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times the gradient.
+def _kernel_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:
+    """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times `d_out`.
 
-    The three offsets along z are columns of one product: the gradient, shifted the other way.
+    The three offsets along z are columns of one product: `d_out`, shifted the other way.
     """
     size_x, size_y, channels = x.shape[1], x.shape[2], x.shape[-1]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
-    shifted = [jnp.pad(gradient, ((0, 0), (0, 0), (0, 0), (k, 2 - k), (0, 0))) for k in range(3)]
+    shifted = [jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (k, 2 - k), (0, 0))) for k in range(3)]
     columns = jnp.concatenate(shifted, axis=-1)
     products = [
         jnp.einsum(
@@ -180,6 +175,12 @@ def _kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 convolve_planes.defvjp(_planes_forward, _planes_backward)
 
+CONVOLUTIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "lax": convolve_lax,
+    "planes": convolve_planes,
+}
+"""Forms of the 3x3x3 convolution, by their names in a config."""
+
 
 class Convolution(nn.Module):
     """A convolution of stride 1 without bias: `b x y z in` -> `b x y z features`.
@@ -193,8 +194,8 @@ class Convolution(nn.Module):
 
     features: int
     kernel_size: int
-    convolution: str = "lax"
-    dtype: DTypeLike = jnp.float32
+    convolution: str
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, *, normalise: bool = False) -> jax.Array:
@@ -211,7 +212,7 @@ class Convolution(nn.Module):
         if self.kernel_size == 1:
             out = jnp.einsum("bxyzi,io->bxyzo", x, kernel[0, 0, 0])
         else:
-            out = (convolve_planes if self.convolution == "planes" else convolve_lax)(x, kernel)
+            out = CONVOLUTIONS[self.convolution](x, kernel)
         out = checkpoint_name(out, SAVED_CONVOLUTION)
         return instance_norm(out) if normalise else out
 
@@ -229,7 +230,7 @@ def _normalised_multiples(x: jax.Array, factors: jax.Array) -> jax.Array:
     wide = at_least_float32(x)
     centred = wide - jnp.mean(wide, _SPACE, keepdims=True)
     variance = jnp.mean(jnp.square(centred), _SPACE, keepdims=True)
-    return centred * (factors * lax.rsqrt(jnp.square(factors) * variance + _EPSILON))
+    return centred * (factors * lax.rsqrt(jnp.square(factors) * variance + EPSILON))
 
 
 class ConvolutionLayer(nn.Module):
@@ -237,8 +238,8 @@ class ConvolutionLayer(nn.Module):
 
     features: int
     kernel_size: int
-    convolution: str = "lax"
-    dtype: DTypeLike = jnp.float32
+    convolution: str
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.conv = Convolution(self.features, self.kernel_size, self.convolution, self.dtype)
@@ -262,8 +263,8 @@ class UnetResBlock(nn.Module):
 
     in_channels: int
     features: int
-    convolution: str = "lax"
-    dtype: DTypeLike = jnp.float32
+    convolution: str
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.conv1 = ConvolutionLayer(self.features, 3, self.convolution, self.dtype)
@@ -282,8 +283,8 @@ class UnetrBasicBlock(nn.Module):
 
     in_channels: int
     features: int
-    convolution: str = "lax"
-    dtype: DTypeLike = jnp.float32
+    convolution: str
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.layer = UnetResBlock(self.in_channels, self.features, self.convolution, self.dtype)
@@ -297,12 +298,8 @@ def residual_block(
 ) -> UnetrBasicBlock:
     """A `UnetrBasicBlock`, with its norms and activations recomputed in the gradient if asked.
 
-    Args:
-        in_channels: input channels.
-        features: output channels.
-        convolution: `lax` or `planes`.
-        remat: keep only the convolutions' outputs for the gradient, recompute the rest.
-        dtype: of the computation.
+    With `remat` only the convolutions' outputs are kept for the gradient. The other arguments are
+    `UnetResBlock`'s.
 
     Returns:
         The unbound module: `b x y z in_channels` -> `b x y z features`.

@@ -6,18 +6,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from voco_jax.models.conv_blocks import at_least_float32, torch_uniform
+from voco_jax.models.conv_blocks import EPSILON, at_least_float32, linear
 
 
-def batch_norm(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+def batch_norm(x: jax.Array) -> jax.Array:
     """Normalises each feature over the batch, in float32, without parameters or running statistics.
 
-    Under jit over a mesh the batch is the whole global one, so this is synchronised batch norm.
+    As `torch.nn.BatchNorm1d(affine=False, track_running_stats=False)`. Under jit over a mesh the
+    batch is the global one, so this is synchronised batch norm.
 
     Args:
         x: `n features`, all crops of the batch together.
-        epsilon: added to the biased variance, as in
-            `torch.nn.BatchNorm1d(affine=False, track_running_stats=False)`.
 
     Returns:
         `n features`, float32.
@@ -25,7 +24,7 @@ def batch_norm(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     wide = at_least_float32(x)
     centred = wide - jnp.mean(wide, axis=0, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=0, keepdims=True)
-    return centred * lax.rsqrt(variance + epsilon)
+    return centred * lax.rsqrt(variance + EPSILON)
 
 
 class Projector(nn.Module):
@@ -35,23 +34,19 @@ class Projector(nn.Module):
     normalise: a ValueError.
 
     Attributes:
-        in_features: 24 * feature size, or 16 * without the convolution encoders.
+        in_features: the encoder's `pooled_size`.
         width: of the hidden layers and of the embedding: 2048 (10k), 1024 (v2).
         dtype: of the products; norms are in float32 always.
     """
 
     in_features: int
-    width: int = 2048
-    dtype: DTypeLike = jnp.float32
+    width: int
+    dtype: DTypeLike
 
     def setup(self) -> None:
-        self.layer1 = [self._linear(self.in_features)]
-        self.layer2 = [self._linear(self.width)]
-        self.layer3 = [self._linear(self.width)]
-
-    def _linear(self, fan_in: int) -> nn.Dense:
-        init = torch_uniform(fan_in)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=init, bias_init=init)
+        self.layer1 = [linear(self.in_features, self.width, self.dtype)]
+        self.layer2 = [linear(self.width, self.width, self.dtype)]
+        self.layer3 = [linear(self.width, self.width, self.dtype)]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if x.ndim != 2 or x.shape[1] != self.in_features:

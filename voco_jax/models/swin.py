@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from voco_jax.models.attention import Attend, attend
-from voco_jax.models.conv_blocks import residual_block, torch_uniform
+from voco_jax.models.attention import Attend
+from voco_jax.models.conv_blocks import linear, residual_block, torch_uniform
 from voco_jax.models.windows import (
-    Size3,
     fit_window,
     relative_position_bias,
     shift_regions,
@@ -23,30 +22,15 @@ from voco_jax.models.windows import (
     window_partition,
     window_reverse,
 )
-from voco_jax.models.windows import relative_position_index as relative_position_index
+from voco_jax.types import Size
 
-NEIGHBOURS: dict[str, tuple[Size3, ...]] = {
+MLP_RATIO = 4
+"""Hidden channels of a block's MLP over its channels."""
+_FIRST: tuple[Size, ...] = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+NEIGHBOURS: dict[str, tuple[Size, ...]] = {
     # MONAI up to 1.4: (0,1,0) and (0,0,1) stand twice, (1,1,0) and (0,1,1) are missing.
-    "legacy": (
-        (0, 0, 0),
-        (1, 0, 0),
-        (0, 1, 0),
-        (0, 0, 1),
-        (1, 0, 1),
-        (0, 1, 0),
-        (0, 0, 1),
-        (1, 1, 1),
-    ),
-    "merging": (
-        (0, 0, 0),
-        (1, 0, 0),
-        (0, 1, 0),
-        (0, 0, 1),
-        (1, 1, 0),
-        (1, 0, 1),
-        (0, 1, 1),
-        (1, 1, 1),
-    ),
+    "legacy": (*_FIRST, (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)),
+    "merging": (*_FIRST, (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)),
     "mergingv2": tuple(itertools.product((0, 1), (0, 1), (0, 1))),
 }
 """For each patch merging, the order in which the eight voxels of a 2x2x2 cell are concatenated."""
@@ -59,17 +43,11 @@ def layer_norm(dtype: DTypeLike, *, affine: bool = True) -> nn.LayerNorm:
     )
 
 
-def linear(fan_in: int, features: int, dtype: DTypeLike, *, bias: bool = True) -> nn.Dense:
-    """A linear layer with PyTorch's default initialisation, which MONAI's Swin keeps."""
-    init = torch_uniform(fan_in)
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, bias_init=init)
-
-
 class PatchProjection(nn.Module):
     """A convolution with kernel 2 and stride 2 and a bias: `b x y z in` -> `b x/2 y/2 z/2 out`."""
 
     features: int
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -87,7 +65,7 @@ class PatchEmbed(nn.Module):
     """MONAI's `PatchEmbed` with patch size 2 and without norm."""
 
     features: int
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.proj = PatchProjection(self.features, self.dtype)
@@ -103,24 +81,22 @@ class WindowAttention(nn.Module):
         dim: channels.
         num_heads: divides `dim`.
         window_size: the full window, x y z, which gives the bias table its size.
-        qkv_bias: whether queries, keys and values have a bias.
         attention: `attend`, or another way to the same.
         dtype: of the products.
     """
 
     dim: int
     num_heads: int
-    window_size: Size3
-    qkv_bias: bool = True
-    attention: Attend = attend
-    dtype: DTypeLike = jnp.float32
+    window_size: Size
+    attention: Attend
+    dtype: DTypeLike
 
     def setup(self) -> None:
         rows = math.prod(2 * size - 1 for size in self.window_size)
         self.relative_position_bias_table = self.param(
             "relative_position_bias_table", nn.initializers.normal(0.02), (rows, self.num_heads)
         )
-        self.qkv = linear(self.dim, 3 * self.dim, self.dtype, bias=self.qkv_bias)
+        self.qkv = linear(self.dim, 3 * self.dim, self.dtype)
         self.proj = linear(self.dim, self.dim, self.dtype)
 
     def __call__(self, x: jax.Array, regions: jax.Array | None) -> jax.Array:
@@ -135,7 +111,7 @@ class Mlp(nn.Module):
 
     dim: int
     hidden: int
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.linear1 = linear(self.dim, self.hidden, self.dtype)
@@ -146,37 +122,29 @@ class Mlp(nn.Module):
 
 
 class SwinTransformerBlock(nn.Module):
-    """MONAI's `SwinTransformerBlock`: `b x y z dim` -> the same.
+    """MONAI's `SwinTransformerBlock`: `b x y z dim` -> the same; others as in `WindowAttention`.
 
     Attributes:
-        dim: channels.
-        num_heads: divides `dim`.
-        window_size: the full window, x y z.
         shifted: whether windows are shifted by half their size.
-        mlp_ratio: hidden channels of the MLP over `dim`.
-        qkv_bias: see `WindowAttention`.
         drop_path: probability that a sample skips a branch in training; from rng `dropout`.
-        attention: see `WindowAttention`.
         dtype: of the computation; norms and softmax are in float32 always.
     """
 
     dim: int
     num_heads: int
-    window_size: Size3
+    window_size: Size
     shifted: bool
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    drop_path: float = 0.0
-    attention: Attend = attend
-    dtype: DTypeLike = jnp.float32
+    drop_path: float
+    attention: Attend
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.norm1 = layer_norm(self.dtype)
         self.attn = WindowAttention(
-            self.dim, self.num_heads, self.window_size, self.qkv_bias, self.attention, self.dtype
+            self.dim, self.num_heads, self.window_size, self.attention, self.dtype
         )
         self.norm2 = layer_norm(self.dtype)
-        self.mlp = Mlp(self.dim, int(self.dim * self.mlp_ratio), self.dtype)
+        self.mlp = Mlp(self.dim, MLP_RATIO * self.dim, self.dtype)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = x + self._drop_path(self._attend(self.norm1(x)), train)
@@ -211,7 +179,7 @@ class PatchMerging(nn.Module):
 
     dim: int
     patch_merging: str
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.norm = layer_norm(self.dtype)
@@ -233,14 +201,12 @@ class BasicLayer(nn.Module):
     dim: int
     depth: int
     num_heads: int
-    window_size: Size3
+    window_size: Size
     patch_merging: str
     drop_path: tuple[float, ...]
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    remat: bool = False
-    attention: Attend = attend
-    dtype: DTypeLike = jnp.float32
+    remat: bool
+    attention: Attend
+    dtype: DTypeLike
 
     def setup(self) -> None:
         block = SwinTransformerBlock
@@ -252,8 +218,6 @@ class BasicLayer(nn.Module):
                 self.num_heads,
                 self.window_size,
                 shifted=i % 2 == 1,
-                mlp_ratio=self.mlp_ratio,
-                qkv_bias=self.qkv_bias,
                 drop_path=self.drop_path[i],
                 attention=self.attention,
                 dtype=self.dtype,
@@ -280,16 +244,14 @@ class SwinTransformer(nn.Module):
     features: int
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
-    window_size: Size3
+    window_size: Size
     patch_merging: str
     use_v2: bool
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    drop_path_rate: float = 0.0
-    remat: bool = False
-    convolution: str = "lax"
-    attention: Attend = attend
-    dtype: DTypeLike = jnp.float32
+    drop_path_rate: float
+    remat: bool
+    convolution: str
+    attention: Attend
+    dtype: DTypeLike
 
     def setup(self) -> None:
         self.patch_embed = PatchEmbed(self.features, self.dtype)
@@ -308,8 +270,6 @@ class SwinTransformer(nn.Module):
                 self.window_size,
                 self.patch_merging,
                 drop_path=tuple(rates[:depth]),
-                mlp_ratio=self.mlp_ratio,
-                qkv_bias=self.qkv_bias,
                 remat=self.remat,
                 attention=self.attention,
                 dtype=self.dtype,

@@ -7,38 +7,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-Size3 = tuple[int, int, int]
+from voco_jax.types import Size
 
 
-def spatial_size(x: jax.Array) -> Size3:
+def spatial_size(x: jax.Array) -> Size:
     """`x y z` of `b x y z c`."""
     _, size_x, size_y, size_z, _ = x.shape
     return size_x, size_y, size_z
 
 
-def relative_position_index(window_size: Size3) -> np.ndarray:
-    """The row of the bias table for each pair of tokens of a window.
-
-    Equals MONAI's buffer `relative_position_index`, which is no parameter here.
-
-    Args:
-        window_size: the full window, x y z.
-
-    Returns:
-        `n n` int64, n the product of `window_size`, tokens in C order of x y z.
-    """
-    axes = np.meshgrid(*(np.arange(size) for size in window_size), indexing="ij")
-    coordinates = np.stack(axes).reshape(3, -1)
-    offsets = coordinates[:, :, None] - coordinates[:, None, :]
-    offsets += np.array(window_size)[:, None, None] - 1
-    spans = [2 * size - 1 for size in window_size]
-    return (offsets[0] * spans[1] + offsets[1]) * spans[2] + offsets[2]
-
-
-def fit_window(size: Size3, window_size: Size3, shifted: bool) -> tuple[Size3, Size3]:
+def fit_window(size: Size, window_size: Size, shifted: bool) -> tuple[Size, Size]:
     """Shrinks the window to the feature map, axis by axis; a shrunken axis is not shifted.
 
     Args:
@@ -57,7 +37,7 @@ def fit_window(size: Size3, window_size: Size3, shifted: bool) -> tuple[Size3, S
     return window, shift  # type: ignore[return-value]
 
 
-def window_partition(x: jax.Array, window: Size3) -> jax.Array:
+def window_partition(x: jax.Array, window: Size) -> jax.Array:
     """`b x y z c` -> `b windows tokens c`; every axis a multiple of its window."""
     b, size_x, size_y, size_z, c = x.shape
     wx, wy, wz = window
@@ -65,7 +45,7 @@ def window_partition(x: jax.Array, window: Size3) -> jax.Array:
     return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, wx * wy * wz, c)
 
 
-def window_reverse(x: jax.Array, window: Size3, size: Size3) -> jax.Array:
+def window_reverse(x: jax.Array, window: Size, size: Size) -> jax.Array:
     """`b windows tokens c` -> `b x y z c` of the given size: undoes `window_partition`."""
     b, c = x.shape[0], x.shape[-1]
     wx, wy, wz = window
@@ -73,7 +53,7 @@ def window_reverse(x: jax.Array, window: Size3, size: Size3) -> jax.Array:
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *size, c)
 
 
-def shift_regions(size: Size3, window: Size3, shift: Size3) -> jax.Array:
+def shift_regions(size: Size, window: Size, shift: Size) -> jax.Array:
     """A number for each token: those of a shifted window that were neighbours before have the same.
 
     MONAI's `compute_mask` makes a dense mask of them: 0 within a region, -100 across.
@@ -96,8 +76,10 @@ def shift_regions(size: Size3, window: Size3, shift: Size3) -> jax.Array:
     return window_partition(region, window)[0, :, :, 0]
 
 
-def relative_position_bias(table: jax.Array, window_size: Size3, tokens: int) -> jax.Array:
-    """`table[relative_position_index(window_size)[:tokens, :tokens]]`, heads first.
+def relative_position_bias(table: jax.Array, window_size: Size, tokens: int) -> jax.Array:
+    """The table's row for each pair of tokens of a window, heads first.
+
+    It is `table[relative_position_index(window_size)[:tokens, :tokens]]` (`swin_unetr_pytorch`).
 
     Products with one-hot matrices, one per axis, instead of a gather: exact, and the gradient needs
     no scatter (slow on TPU, not reproducible on GPU).

@@ -25,7 +25,7 @@ class Chip:
         memory_bandwidth: bytes/s.
         link_bandwidth: bytes/s in one direction; of a GPU all its NVLinks together.
         wraparound: a TPU's torus closes along an axis whose length is a multiple of this: of v5e
-            and v6e the pod's full 16; of v4 and v5p 4, if all three are (slices of whole cubes).
+            and v6e the pod's full 16; of v4 and v5p 4, if all three are (slices of full cubes).
             0: every device reaches every other through a switch.
     """
 
@@ -55,10 +55,6 @@ _CHIPS = {
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The figures of a device, or None where nothing is known, as of a CPU.
-
-    Args:
-        device_kind: `jax.Device.device_kind`.
-    """
+    """The figures of a `jax.Device.device_kind`; None where nothing is known, as of a CPU."""
     fitting = [name for name in _CHIPS if device_kind.startswith(name)]
     return _CHIPS[max(fitting, key=len)] if fitting else None

@@ -10,13 +10,8 @@ import numpy as np
 from voco_jax.plan.hlo import Computation, Instruction, Module, numbers
 
 KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "collective-permute",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-broadcast",
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
 )
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
@@ -28,7 +23,7 @@ class Collective:
     Attributes:
         kind: as XLA calls it.
         count: how often a step runs it.
-        size: bytes of the whole array (or arrays) that each group works on, each time.
+        size: bytes of the unsharded array (or arrays) that each group works on, each time.
         group: the devices of the first group, as positions in the mesh.
     """
 
@@ -86,9 +81,7 @@ def _inside(module: Module, fusion: Instruction) -> Iterator[tuple[Computation, 
 def first_group(attributes: str, devices: int) -> tuple[int, ...]:
     """The first of the groups of devices that work together, as any of XLA's notations has it.
 
-    Args:
-        attributes: of the collective; no groups in it: all devices are one.
-        devices: of the program.
+    No groups in a collective's attributes: all the program's devices are one.
     """
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes):
         return tuple(numbers(listed[1]))

@@ -16,11 +16,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from voco_jax.config import Config
+from voco_jax.config.load import command_parser, load, parse_arguments, positive
+from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
-from voco_jax.overrides import load_config, parse_overrides, positive
 from voco_jax.plan.devices import find_devices
 from voco_jax.plan.gpu_targets import NAMES as GPUS
 
@@ -50,7 +50,7 @@ def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
     return low
 
 
-def _batch_size(options: argparse.Namespace, config: Config, devices: int) -> int:
+def _batch_size(options: argparse.Namespace, config: Pretraining, devices: int) -> int:
     """Volumes over all devices, by the flags or the config.
 
     Raises:
@@ -71,19 +71,15 @@ def _batch_size(options: argparse.Namespace, config: Config, devices: int) -> in
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see --help.
 
-    Args:
-        arguments: of the command line; None: this process's.
-
     Returns:
         Exit status: 0 done, 1 the step does not fit the devices, 2 bad input.
     """
-    options, rest = _parser().parse_known_args(arguments)
     try:
+        options, overrides = parse_arguments(_parser(), arguments)
         if options.json and not Path(options.json).absolute().parent.is_dir():
             raise InputError(f"--json: {options.json}: no such folder; make it first")
         if options.json and Path(options.json).is_dir():
             raise InputError(f"--json: {options.json}: found a folder, expected a file")
-        overrides = parse_overrides(rest)
         found = _run(options, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if found.memory.fits is False else 0
 
 
-def _run(options: argparse.Namespace, overrides: dict[str, Any]) -> "Estimate":
+def _run(options: argparse.Namespace, overrides: dict[str, str]) -> "Estimate":
     """The estimate that the flags ask for, printed."""
-    config = load_config(options.config, overrides)
+    config = load(options.config, overrides)
     devices = find_devices(options.topology)
     from voco_jax.plan.estimate import estimate
     from voco_jax.plan.table import table
@@ -126,18 +122,16 @@ def _run(options: argparse.Namespace, overrides: dict[str, Any]) -> "Estimate":
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="""examples:
-  python -m voco_jax.plan --config configs/voco_10k.py --topology v5e:16x16
-  python -m voco_jax.plan --config configs/voco_10k.py --topology v5p:4x4x4 \\
-      --config.model.feature_size=192 --config.mesh.fsdp=16 --json plan.json
-  python -m voco_jax.plan --config configs/voco_10k.py --topology v4:2x2x1 --find-batch
-  python -m voco_jax.plan --config configs/voco_10k.py --topology h200:8
-  python -m voco_jax.plan --config configs/demo.py --topology cpu:4""",
+    parser = command_parser(
+        "-m voco_jax.plan",
+        __doc__,
+        """
+--config configs/voco_10k.py --topology v5e:16x16
+--config configs/voco_160k.py:h --topology v5p:4x4x4 --config.mesh.fsdp=16 --json plan.json
+--config configs/voco_10k.py --topology v4:2x2x1 --find-batch
+--config configs/voco_10k.py --topology h200:8
+--config configs/demo.py --topology cpu:4
+""",
     )
     add = parser.add_argument
     add("--config", required=True, metavar="PY", help="config file; --config.field=value as ever")

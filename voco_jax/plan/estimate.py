@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from voco_jax.config import Config
+from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
 from voco_jax.plan import hlo
 from voco_jax.plan.chips import Chip, chip
@@ -21,7 +21,7 @@ from voco_jax.plan.flops import count_flops
 from voco_jax.plan.roofline import Roofline, roofline
 from voco_jax.plan.traffic import count_traffic
 from voco_jax.training.mesh import make_mesh
-from voco_jax.training.program import make_program
+from voco_jax.voco.task import make_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Estimate:
     hosts: int
     batch_size: int  # volumes, over all devices
     fsdp: int
-    feature_size: int
+    encoder: str
     crops_per_pass: int
     remat: bool
     teacher: str  # its scope
@@ -89,7 +89,7 @@ class Estimate:
     throughput: Throughput | None  # likewise
 
 
-def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
+def estimate(config: Pretraining, devices: Sequence[jax.Device]) -> Estimate:
     """Compiles the training step for some devices, which need not be here, and reads the program.
 
     Raises:
@@ -100,7 +100,8 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
     program = make_program(config, mesh)
     traced = program.step.trace(program.state, program.batch)
     placed = list(np.ravel(mesh.devices))
-    known = chip(str(placed[0].device_kind))
+    device_kind = str(placed[0].device_kind)
+    known = chip(device_kind)
     usable = _usable(known) if known else None
     start = time.monotonic()
     compiled, used = _compile(traced)
@@ -132,12 +133,12 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
             crop_bytes = _local_bytes(program.batch) * len(placed) / config.batch_size
             throughput = _throughput(config, times.step, crop_bytes)
     return Estimate(
-        device=known.name if known else str(placed[0].device_kind),
+        device=known.name if known else device_kind,
         devices=len(placed),
         hosts=len({device.process_index for device in placed}),
         batch_size=config.batch_size,
         fsdp=config.mesh.fsdp,
-        feature_size=config.model.feature_size,
+        encoder=config.model.encoder,
         crops_per_pass=config.model.crops_per_pass,
         remat=config.model.remat,
         teacher=config.teacher.scope,
@@ -159,7 +160,7 @@ def estimate(config: Config, devices: Sequence[jax.Device]) -> Estimate:
     )
 
 
-def model_flops(config: Config, mesh: Mesh) -> int:
+def model_flops(config: Pretraining, mesh: Mesh) -> int:
     """FLOPs of one step that computes nothing twice, on all devices together.
 
     The same for every form of the same step, so that their utilisations compare.
@@ -191,12 +192,12 @@ def bytes_needed(error: str) -> int | None:
     """
     if not re.search("CompileTimeHbmOom|memory space hbm|Out of memory", error):
         return None
-    number = r"([\d.]+)([KMGT])"
-    told = rf"Used {number} of|total memory required for [\w ]*\({number}\)"
-    found = re.search(told, error)
+    found = re.search(
+        r"(?:Used |total memory required for [\w ]*\()([\d.]+)([KMGT])(?: of|\))", error
+    )
     if not found:
         return 0
-    count, unit = (part for part in found.groups() if part)
+    count, unit = found.groups()
     return int(float(count) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
 
 
@@ -238,7 +239,7 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, CollectiveTotal]:
     }
 
 
-def _throughput(config: Config, step: float, crop_bytes: float) -> Throughput:
+def _throughput(config: Pretraining, step: float, crop_bytes: float) -> Throughput:
     """Of steps of so many seconds; `crop_bytes`: of one volume's crops and labels."""
     rate, crops = config.batch_size / step, config.crops
     voxels = math.prod(crops.grid) * math.prod(crops.crop_size)

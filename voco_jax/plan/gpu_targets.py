@@ -45,11 +45,7 @@ NAMES = tuple(_TARGETS)
 
 
 def target_config(name: str) -> str:
-    """The text of the proto.
-
-    Args:
-        name: one of `NAMES`.
-    """
+    """The text of the proto of one of `NAMES`."""
     return _PROTO.format_map(_TARGETS[name])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from voco_jax.plan.chips import Chip
 from voco_jax.plan.collectives import Collective
 
-_CUBE = 4  # v4 and v5p: a slice of whole cubes of 4x4x4 is a torus, a smaller one an open mesh
+_CUBE = 4  # v4 and v5p: a slice of full cubes of 4x4x4 is a torus, a smaller one an open mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ def table(found: Estimate) -> str:
     rows = [
         ("devices", f"{found.devices} x {found.device}, {found.hosts} hosts"),
         ("batch", f"{found.batch_size} volumes, {found.batch_size // found.devices} a device"),
-        ("model", f"feature size {found.feature_size}, {found.parameters / 1e6:.1f} M parameters"),
+        ("model", f"{found.encoder}, {found.parameters / 1e6:.1f} M parameters"),
         ("teacher", found.teacher),
         ("fsdp", f"state sharded over {found.fsdp}"),
         ("microbatches", f"{found.crops_per_pass or 'all'} crops at a time, remat {found.remat}"),
@@ -32,10 +32,9 @@ def table(found: Estimate) -> str:
             ("  FLOPs", f"{work.flops / 1e12:.2f} T, {once}"),
             ("  memory traffic", f"{work.traffic / 1e9:.1f} GB"),
         ]
-        rows += [
-            (f"  {kind}", f"{of.count} x, {of.size / 1e6:.1f} MB, sends {of.sent / 1e6:.1f} MB")
-            for kind, of in work.collectives.items()
-        ]
+        for kind, of in work.collectives.items():
+            sizes = f"{of.size / 1e6:.1f} MB, sends {of.sent / 1e6:.1f} MB"
+            rows.append((f"  {kind}", f"{of.count} x, {sizes}"))
         if work.unknown_loops:
             rows.append(("  loops", f"{work.unknown_loops} of unknown length, counted once"))
     if times is None or rates is None:

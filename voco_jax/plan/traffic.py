@@ -7,7 +7,7 @@ from voco_jax.plan.hlo import Computation, Instruction, Module
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
     "conditional", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency",
-    "async-start", "async-update", "async-done", "domain",
+    "async-start", "async-update", "domain",
 }  # fmt: skip
 _VIEWS = {"bitcast", "reshape", "get-tuple-element"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
@@ -55,7 +55,7 @@ def _moved(module: Module, computation: Computation, one: Instruction) -> int:
 def _read(module: Module, computation: Computation, name: str) -> int:
     """Bytes that a fusion reads of one of its parameters."""
     read = 0
-    whole = computation.instructions[name].stored
+    stored = computation.instructions[name].stored
     for user in computation.instructions.values():
         if name not in user.operands:
             continue
@@ -71,8 +71,8 @@ def _read(module: Module, computation: Computation, name: str) -> int:
                 if user.operands[number] == name:
                     read += _read(module, inner, parameter.name)
         else:
-            return whole
-    return min(read, whole)
+            return stored
+    return min(read, stored)
 
 
 def _written(module: Module, computation: Computation, one: Instruction) -> int:

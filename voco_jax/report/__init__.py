@@ -1,1 +1,1 @@
-"""Pictures of crops, positions and whole caches."""
+"""Pictures of crops, positions and caches."""

@@ -8,7 +8,6 @@ from those of the others: more than 3.5 robust standard deviations from the medi
 Hoaglin's modified z-score, by the median absolute deviation). DIR/index.csv lists all of them.
 """
 
-import argparse
 import csv
 import functools
 import re
@@ -23,7 +22,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from voco_jax.config import Chain
+from voco_jax.config.common import Chain
+from voco_jax.config.load import command_parser, load, parse_arguments, positive
 from voco_jax.data.cache import Cache, read_settings
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
@@ -50,14 +50,7 @@ class Look:
 
 
 def survey(cache: Cache) -> list[Look]:
-    """Compares the numbers of all volumes.
-
-    Args:
-        cache: opened.
-
-    Returns:
-        The odd ones, oddest first, then the others in order of id.
-    """
+    """Compares the numbers of all volumes: the odd ones, oddest first, then the others by id."""
     entries = cache.entries
     share = [100 * entry.foreground for entry in entries]
     flat = [float(np.sqrt(entry.spacing[0] * entry.spacing[1])) for entry in entries]
@@ -86,14 +79,9 @@ def survey(cache: Cache) -> list[Look]:
 
 
 def robust_scores(numbers: np.ndarray, least: float) -> np.ndarray:
-    """How many robust standard deviations each number is from the median.
+    """How many robust standard deviations, at least `least` each, numbers are from the median.
 
-    Args:
-        numbers: any.
-        least: the standard deviation is taken to be at least this.
-
-    Returns:
-        0.6745 (x - median) / MAD, or less.
+    0.6745 (x - median) / MAD, or less.
     """
     away = numbers - np.median(numbers)
     return away / max(float(np.median(np.abs(away))) / 0.6745, least)
@@ -117,6 +105,7 @@ def draw(
         InputError: the folder cannot be written.
     """
     looks = survey(cache)
+    odd = sum(bool(look.reasons) for look in looks)
     on_page = COLUMNS * ROWS
     total = -(-len(looks) // on_page)
     shown = looks[: on_page * (total if pages is None else pages)]
@@ -129,7 +118,6 @@ def draw(
         _write_index(output / "index.csv", looks)
         with bar("contact sheet", len(shown), progress) as done:
             for number, tiles in enumerate(_tiles(cache, shown), 1):
-                odd = sum(bool(look.reasons) for look in looks)
                 title = (
                     f"{cache.path}     page {number} of {total}     {len(looks)} volumes, "
                     f"{odd} odd ones first (red)"
@@ -171,13 +159,11 @@ def _tile(cache: Cache, look: Look) -> Image.Image:
         tile.paste(panel, (left, _GAP + (_PANEL - panel.height) // 2))
     shape, spacing = "x".join(map(str, entry.shape)), "x".join(f"{s:.3g}" for s in entry.spacing)
     extent = "x".join(f"{length:.0f}" for length in look.extent)
+    share = 100 * entry.foreground
     lines = [
         (entry.id, _INK),
         (f"{shape}   {spacing} mm   {entry.section}", _PALE),
-        (
-            f"mean {entry.mean:.3f}   foreground {100 * entry.foreground:.3g}%   {extent} mm",
-            _PALE,
-        ),
+        (f"mean {entry.mean:.3f}   foreground {share:.3g}%   {extent} mm", _PALE),
     ]
     if len(reasons) > 2:
         reasons[1:] = [f"{reasons[1]} (and {len(reasons) - 2} more)"]
@@ -195,10 +181,10 @@ def _slices(cache: Cache, look: Look) -> list[Image.Image]:
     entry, size = look.entry, look.entry.stored
     middle = [length // 2 for length in size]
     planes = []
-    whole = None if cache.chain.fit == "random_crop" else cache.read_whole(entry)
+    volume = None if cache.chain.fit == "random_crop" else cache.read_whole(entry)
     for axis in (2, 1, 0):
-        if whole is not None:
-            plane = whole.take(middle[axis], axis)
+        if volume is not None:
+            plane = volume.take(middle[axis], axis)
         else:  # only the chunks of this plane
             corner = tuple(middle[i] if i == axis else 0 for i in range(3))
             part = tuple(1 if i == axis else size[i] for i in range(3))
@@ -231,15 +217,10 @@ def _page(tiles: Sequence[Image.Image], title: str) -> Image.Image:
 def _write_index(path: Path, looks: Sequence[Look]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(
-            [
-                *("page", "row", "column", "id", "reasons", "score", "section", "path"),
-                *(f"shape_{axis}" for axis in "xyz"),
-                *(f"spacing_{axis}_mm" for axis in "xyz"),
-                *(f"extent_{axis}_mm" for axis in "xyz"),
-                *("foreground_share", "mean"),
-            ]
-        )
+        columns = ["page", "row", "column", "id", "reasons", "score", "section", "path"]
+        for name in ("shape_{}", "spacing_{}_mm", "extent_{}_mm"):
+            columns += map(name.format, "xyz")
+        table.writerow([*columns, "foreground_share", "mean"])
         for number, look in enumerate(looks):
             page, place = divmod(number, COLUMNS * ROWS)
             row, column = divmod(place, COLUMNS)
@@ -290,33 +271,48 @@ def _cut(text: str, count: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see --help. Returns the exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m voco_jax.report.contact_sheet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m voco_jax.report.contact_sheet --cache cache/voco "
-        "--output looks --pages 10",
+    parser = command_parser(
+        "-m voco_jax.report.contact_sheet",
+        __doc__,
+        """
+--cache cache/voco --output looks --pages 10
+--config configs/voco_160k.py --output looks
+""",
     )
-    parser.add_argument("--cache", required=True, help="folder, gs:// or s3:// URL of the cache")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pages")
-    parser.add_argument("--pages", type=int, help="only the first so many; default: all")
-    options = parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--cache", help="folder, gs:// or s3:// URL of the cache")
+    add(
+        "--config",
+        metavar="PY",
+        help="config file, instead of --cache: all its data.sources, each in a folder of its name",
+    )
+    add("--output", required=True, metavar="DIR", help="folder for the pages")
+    add("--pages", type=positive, metavar="N", help="only the first so many; default: all")
     try:
-        if options.pages is not None and options.pages < 1:
-            raise InputError(f"--pages: found {options.pages}, expected 1 or more")
-        cache = Cache.open(options.cache, Chain(**read_settings(options.cache)))
-        looks, files = draw(cache, Path(options.output), options.pages)
+        options, overrides = parse_arguments(parser, arguments)
+        if (options.cache is None) == (options.config is None) or (overrides and options.cache):
+            raise InputError("give --cache CACHE or --config FILE")
+        caches = {options.output: options.cache}
+        if options.config:
+            sources = load(options.config, overrides).data.sources
+            caches = {f"{options.output}/{name}": s.cache for name, s in sources.items()}
+        for output, path in caches.items():
+            cache = Cache.open(path, Chain(**read_settings(path)))
+            _tell(output, *draw(cache, Path(output), options.pages))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _tell(output: str, looks: Sequence[Look], files: Sequence[Path]) -> None:
     odd = [look for look in looks if look.reasons]
     for look in odd[:20]:
         print(f"{look.entry.id}: {'; '.join(look.reasons)}")
     if len(odd) > 20:
         print(f"and {len(odd) - 20} more odd ones")
     print(f"{len(looks)} volumes, {len(odd)} odd")
-    print(f"{options.output}: index.csv and {len(files)} pages")
-    return 0
+    print(f"{output}: index.csv and {len(files)} pages")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-Size = tuple[int, int, int]
+from voco_jax.types import Size
+
 _COLOURS = ("#ff5a5f", "#2ec4b6", "#ffbf00", "#9d7bff", "#5ab1ff", "#ff9f5a", "#a8e05f", "#ff7bd5")
 
 
@@ -29,7 +30,7 @@ def draw_positions(
         similarities: (s, n) predicted.
         grid: base crops along (x, y, z).
         crop_size: voxels of one crop.
-        title: of the whole picture.
+        title: of the picture.
 
     Returns:
         (rows, columns, 3) uint8.
@@ -40,7 +41,7 @@ def draw_positions(
     axes = figure.subplots(count, 3, squeeze=False)
     extent = np.multiply(grid, crop_size)
     for row, (origin, colour) in enumerate(zip(origins[:count], _COLOURS, strict=False)):
-        layer = _layer(origin, grid, crop_size)
+        layer = min(round(origin[2] / crop_size[2]), grid[2] - 1)  # shares most of its z with it
         depth = origin[2] + crop_size[2] // 2
         _draw_slice(axes[row, 0], volume[:, :, depth], origin, colour, grid, crop_size)
         axes[row, 0].set_title(f"sub-volume {row + 1}, slice z = {depth}", fontsize=9)
@@ -74,18 +75,8 @@ def draw_positions(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _layer(origin: np.ndarray, grid: Size, crop_size: Size) -> int:
-    """The grid layer in z that the sub-volume shares most with."""
-    return int(min(round(origin[2] / crop_size[2]), grid[2] - 1))
-
-
 def _draw_slice(
-    axis: Axes,
-    image: np.ndarray,
-    origin: np.ndarray,
-    colour: str,
-    grid: Size,
-    crop_size: Size,
+    axis: Axes, image: np.ndarray, origin: np.ndarray, colour: str, grid: Size, crop_size: Size
 ) -> None:
     axis.imshow(
         image.T,
@@ -95,10 +86,9 @@ def _draw_slice(
         vmax=1,
         extent=(0, image.shape[0], 0, image.shape[1]),
     )
-    for line in range(1, grid[0]):
-        axis.axvline(line * crop_size[0], color="white", linewidth=0.8, alpha=0.6)
-    for line in range(1, grid[1]):
-        axis.axhline(line * crop_size[1], color="white", linewidth=0.8, alpha=0.6)
+    for draw, cells, length in zip((axis.axvline, axis.axhline), grid, crop_size, strict=False):
+        for line in range(1, cells):
+            draw(line * length, color="white", linewidth=0.8, alpha=0.6)
     corner = (float(origin[0]), float(origin[1]))
     axis.add_patch(Rectangle(corner, *crop_size[:2], fill=False, edgecolor=colour, linewidth=2))
     axis.set(xticks=[], yticks=[], xlabel="left to right", ylabel="back to front")

@@ -1,11 +1,13 @@
-"""Orbax checkpoints: the only place that imports Orbax.
+"""Orbax checkpoints.
 
-A step's folder holds `student`, `teacher` and `optimizer` (arrays), `info` (JSON: the data
-position and the experiment's config) and `digests.json` (of every other file). Steps are written
-asynchronously and become visible whole.
+A step's folder holds an item for each field of the task's state (of VoCo's `student`, `teacher`,
+`optimizer`), `info` (JSON: the step, the experiment's config, the data's fingerprint, which fields
+are networks to export) and `digests.json` (of every other file). Steps are written asynchronously
+and become visible when they are complete.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -22,15 +24,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preservation
 
-from voco_jax.config import Checkpoint as Keep
+from voco_jax.config.common import Checkpoint as Keep
 from voco_jax.errors import InputError
-from voco_jax.voco.step import State
+from voco_jax.training.task import S
 
 FOLDER, DAMAGED = "checkpoints", "damaged_checkpoints"
 DIGESTS = "digests.json"
-_STAMP = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it, last of all
-_NETWORKS = ("student", "teacher")
-_ITEMS = (*_NETWORKS, "optimizer", "info")
+OTHER_VERSION = (
+    "written by voco_jax 0.1, whose random draws this version does not repeat: go on with that "
+    "version, or begin a new --workdir with its exported weights as --config.init_from"
+)
+_COMMITTED = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it, last of all
 # TensorStore reports a full disk as a ValueError. Not JAX's errors: another process has died.
 _WRITE_ERRORS = (OSError, ValueError)
 _SAVE_TIMEOUT = 300  # seconds that processes wait for each other in a save
@@ -43,12 +47,13 @@ class Checkpoints:
         folder: where they are.
     """
 
-    def __init__(self, workdir: Path, keep: Keep | None) -> None:
+    def __init__(self, workdir: Path, keep: Keep | None = None, state: Any = None) -> None:
         """Opens a workdir's checkpoints.
 
         Args:
             workdir: of the run.
             keep: which to keep; None: only to read, beside a run that saves.
+            state: abstract, whose fields are saved and restored; None: nothing of it will be.
         """
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.folder = (workdir / FOLDER).resolve()
@@ -62,7 +67,7 @@ class Checkpoints:
             if keep.keep_best:
                 policies.append(
                     preservation.BestN(
-                        get_metric_fn=_accuracy,
+                        get_metric_fn=_score,
                         n=keep.keep_best,
                         keep_checkpoints_without_metrics=False,
                     )
@@ -70,54 +75,55 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,  # what a killed run left half-written
                 preservation_policy=preservation.AnyPreservationPolicy(policies),
-                best_fn=_accuracy,
+                best_fn=_score,
                 async_options=ocp.AsyncOptions(
                     timeout_secs=_SAVE_TIMEOUT, post_finalization_callback=self._write_digests
                 ),
             )
-        self._manager = ocp.CheckpointManager(self.folder, item_names=_ITEMS, options=options)
+        items = ("info",) if state is None else ("info", *_saved_fields(state))
+        self._manager = ocp.CheckpointManager(self.folder, item_names=items, options=options)
         # JAX's counter of steps until a preemption is the loop's: Orbax would set it back.
         self._manager.reached_preemption = lambda step: False
 
     def latest_step(self) -> int | None:
-        """The last step that was saved, whole once `wait` has returned; None: nothing was."""
+        """The last step that was saved, complete once `wait` has returned; None: nothing was."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
         """All steps that are there, ascending."""
         return sorted(self._manager.all_steps())
 
-    def best_accuracy(self) -> float | None:
-        """The best position accuracy among the checkpoints; None: none has one."""
+    def best_score(self) -> float | None:
+        """The best score among the checkpoints; None: none has one."""
         best = self._manager.best_step()
         metrics = None if best is None else self._manager.metrics(best)
-        return None if metrics is None else _accuracy(metrics)
+        return None if metrics is None else _score(metrics)
 
-    def save(self, state: State, info: Mapping[str, Any], accuracy: float | None = None) -> None:
+    def save(self, state: S, info: Mapping[str, Any], score: float | None = None) -> None:
         """Starts to save the state under its step; returns once the arrays may change.
 
         Args:
             state: on the devices.
             info: for JSON.
-            accuracy: position accuracy at this very step, if it was validated.
+            score: of the validation at this very step, if there was one.
 
         Raises:
             InputError: the folder cannot be written.
         """
         arguments = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(tree) for name, tree in _trees(state).items()},
+            **{name: ocp.args.StandardSave(tree) for name, tree in _saved_fields(state).items()},
             info=ocp.args.JsonSave({**info, "step": int(state.step)}),
         )
         try:
             self._manager.wait_until_finished()  # of the step before: its digests need its number
             self._saving = int(state.step)
-            metrics = None if accuracy is None else {"position_accuracy": accuracy}
+            metrics = None if score is None else {"score": score}
             self._manager.save(self._saving, args=arguments, metrics=metrics)
         except _WRITE_ERRORS as error:
             raise self._unwritable(error) from error
 
     def wait(self) -> None:
-        """Returns when every started save is on disk whole.
+        """Returns when every started save is completely on disk.
 
         Raises:
             InputError: a save failed.
@@ -131,12 +137,15 @@ class Checkpoints:
         """The JSON of a step.
 
         Raises:
-            InputError: it is damaged.
+            InputError: it is damaged, or of a version of this package that cannot be continued.
         """
         arguments = ocp.args.Composite(info=ocp.args.JsonRestore())
-        with self._damage_named(step):
+        with self._restore_errors(step):
             info = dict(self._manager.restore(step, args=arguments)["info"])
-            return {name: info[name] for name in ("config", "step", "data_fingerprint")}
+            if "task" not in info["config"]:
+                raise InputError(f"{self.folder / str(step)}: {OTHER_VERSION}")
+            names = ("config", "step", "data_fingerprint", "networks")
+            return {name: info[name] for name in names}
 
     def restore_network(self, step: int, network: str) -> dict[str, Any]:
         """One network's parameters as nested dicts of NumPy arrays.
@@ -146,7 +155,7 @@ class Checkpoints:
         """
         path = self.folder / str(step) / network
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        with self._damage_named(step), ocp.StandardCheckpointer() as reader:
+        with self._restore_errors(step), ocp.StandardCheckpointer() as reader:
             saved = reader.metadata(path).item_metadata.tree
             wanted = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved
@@ -154,7 +163,7 @@ class Checkpoints:
             arrays = reader.restore(path, wanted)  # on whatever devices it was saved
         return jax.tree.map(np.asarray, arrays)
 
-    def restore(self, step: int, abstract: State) -> State:
+    def restore(self, step: int, abstract: S) -> S:
         """The state of a step.
 
         Args:
@@ -165,16 +174,15 @@ class Checkpoints:
             InputError: the arrays are damaged or of another model.
         """
         arguments = ocp.args.Composite(
-            **{name: ocp.args.StandardRestore(tree) for name, tree in _trees(abstract).items()}
+            **{
+                name: ocp.args.StandardRestore(tree)
+                for name, tree in _saved_fields(abstract).items()
+            }
         )
-        with self._damage_named(step):
+        with self._restore_errors(step):
             found = self._manager.restore(step, args=arguments)
-        return State(
-            step=jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
-            student=found["student"],
-            teacher=found["teacher"] if abstract.teacher else {},
-            optimizer=found["optimizer"],
-        )
+        number = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
+        return dataclasses.replace(abstract, step=number, **found)  # type: ignore[type-var]
 
     def close(self) -> None:
         """Waits for saves and lets go of the folder.
@@ -188,15 +196,17 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def _write_digests(self) -> None:
-        """Called on the first process when a step is written whole, before it becomes visible."""
+        """Called on process 0 when a step is written completely, before it becomes visible."""
         for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
             text = json.dumps(_digests(folder), indent=1)
             (folder / DIGESTS).write_text(text, "utf-8")
 
     @contextlib.contextmanager
-    def _damage_named(self, step: int) -> Iterator[None]:
+    def _restore_errors(self, step: int) -> Iterator[None]:
         try:
             yield
+        except InputError:
+            raise
         except (ValueError, KeyError, TypeError, OSError) as error:
             earlier = [s for s in self.steps() if s < step]
             raise InputError(
@@ -215,8 +225,19 @@ class Checkpoints:
         )
 
 
-def _accuracy(metrics: Any) -> float:
-    return float(metrics["position_accuracy"])
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of a workdir's checkpoints, ascending, without opening them."""
+    return sorted(int(f.name) for f in (workdir / FOLDER).glob("*") if f.name.isdigit())
+
+
+def _saved_fields(state: Any) -> dict[str, Any]:
+    """What is saved of a state, by item; Orbax takes no empty tree."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: tree for name, tree in fields.items() if name != "step" and jax.tree.leaves(tree)}
+
+
+def _score(metrics: Any) -> float:
+    return float(metrics["score"])
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -226,7 +247,7 @@ def _digests(folder: Path) -> dict[str, str]:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()
 
-    later = (folder / DIGESTS, folder / _STAMP)
+    later = (folder / DIGESTS, folder / _COMMITTED)
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f not in later)
     with ThreadPoolExecutor() as pool:
         values = pool.map(digest, files)
@@ -239,7 +260,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a step's folder, against its own digests; None: every bit is as saved."""
     if not (folder / DIGESTS).exists():
         return f"{DIGESTS} is missing: damaged, or saved before there were digests"
-    name = _STAMP
+    name = _COMMITTED
     try:
         json.loads((folder / name).read_text("utf-8"))
         name = DIGESTS
@@ -259,23 +280,23 @@ def damage(folder: Path) -> str | None:
 
 
 def set_damaged_aside(workdir: Path) -> str:
-    """Makes the newest whole checkpoint the latest one: moves damaged newer ones away.
+    """Makes the newest intact checkpoint the latest one: moves damaged newer ones away.
 
-    And those older ones whose position accuracy cannot be read: Orbax reads all of them.
+    And those older ones whose score cannot be read: Orbax reads all of them.
     To be called on one process, before any opens `Checkpoints`.
 
     Returns:
         A loud message about each; "": all is well.
 
     Raises:
-        InputError: there are or were checkpoints, but none is whole.
+        InputError: there are or were checkpoints, but none is intact.
     """
     folder = workdir / FOLDER
-    steps = sorted((int(f.name) for f in folder.glob("*") if f.name.isdigit()), reverse=True)
+    steps = saved_steps(workdir)[::-1]
     damaged = []
     good = -1
     for step in steps:
-        reason = damage(folder / str(step)) if good < 0 else _unread(folder / str(step))
+        reason = damage(folder / str(step)) if good < 0 else _unreadable_score(folder / str(step))
         if reason is not None:
             damaged.append((step, reason))
         elif good < 0:
@@ -301,27 +322,21 @@ def set_damaged_aside(workdir: Path) -> str:
         os.replace(folder / str(bad), away)
         messages.append(
             f"DAMAGED CHECKPOINT: step {bad} ({reason}); moved to {away}, "
-            + (f"falling back to step {good}" if bad > good else f"step {good} is whole")
+            + (f"falling back to step {good}" if bad > good else f"step {good} is intact")
         )
     return "\n".join(messages)
 
 
-def _unread(folder: Path) -> str | None:
-    """Why a step's position accuracy cannot be read; None: it can, or there is none."""
+def _unreadable_score(folder: Path) -> str | None:
+    """Why a step's score cannot be read; None: it can, or there is none."""
     path = folder / "metrics" / "metrics"
     if not path.exists():
         return None
     try:
-        _accuracy(json.loads(path.read_text("utf-8")))
+        _score(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"metrics cannot be read ({error!r})"
     return None
-
-
-def _trees(state: State) -> dict[str, Any]:
-    """What is saved of a state, by item; Orbax takes no empty tree, which no teacher is."""
-    trees = {"student": state.student, "teacher": state.teacher, "optimizer": state.optimizer}
-    return {name: tree for name, tree in trees.items() if tree}
 
 
 def read_network(
@@ -331,28 +346,25 @@ def read_network(
 
     Args:
         workdir: of the run.
-        network: "student" or "teacher"; None: the teacher, if it has an encoder, else the student.
+        network: one of the run's `networks`, as "teacher"; None: the first of them.
         step: completed updates; None: the latest saved.
 
     Returns:
         (parameters as nested dicts of NumPy arrays, the checkpoint's info: config, step,
-        data_fingerprint, and which network it is).
+        data_fingerprint, networks, and which network it is).
 
     Raises:
-        InputError: no checkpoint there, or not of that step.
+        InputError: no checkpoint there, not of that step, or no such network.
     """
-    if network not in (None, *_NETWORKS):
-        raise InputError(f"network: found {network!r}, expected one of {', '.join(_NETWORKS)}")
     folder = Path(workdir) / FOLDER
     if not folder.is_dir():
         raise InputError(
             f"{workdir}: found no folder {FOLDER!r} in it, expected the --workdir of a training run"
         )
-    checkpoints = Checkpoints(Path(workdir), keep=None)
-    try:
+    with contextlib.closing(Checkpoints(Path(workdir))) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
-            raise InputError(f"{folder}: found no whole checkpoint; train until one is saved")
+            raise InputError(f"{folder}: found no complete checkpoint; train until one is saved")
         chosen = steps[-1] if step is None else step
         if chosen not in steps:
             raise InputError(
@@ -366,13 +378,12 @@ def read_network(
                 + (f"others: step {others}" if others else "there is no other")
             )
         info = checkpoints.restore_info(chosen)
-        scope = info["config"]["teacher"]["scope"]
-        network = network or ("teacher" if scope == "network" else "student")
-        if network == "teacher" and scope != "network":
+        if not info["networks"]:
+            raise InputError(f"{workdir}: this run's task has no network to export")
+        network = network or info["networks"][0]
+        if network not in info["networks"]:
             raise InputError(
-                f"network: found 'teacher', but this run's teacher has no encoder (teacher.scope "
-                f"is {scope!r}); take the student"
+                f"network: found {network!r}, expected one of {', '.join(info['networks'])}: no "
+                "other part of this run's state holds an encoder"
             )
         return checkpoints.restore_network(chosen, network), {**info, "network": network}
-    finally:
-        checkpoints.close()

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 HEARTBEAT_TIMEOUT = 60
 JOIN_TIMEOUT = 3600  # seconds for all processes to come: a cluster may still be making machines
 _LONGEST_WAIT = 7 * 24 * 3600  # seconds for one process to do something for all, as preparing data
-_meetings = itertools.count()
+_barriers = itertools.count()
 
 
 def start(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -127,13 +127,13 @@ def _waiting(what: str) -> Iterator[None]:
                 os._exit(1)  # a crash for the launchers: machines may only be late
             print(f"still {text}", flush=True)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=tell, daemon=True)
+    reporter.start()
     try:
         yield
     finally:
         joined.set()
-        teller.join()
+        reporter.join()
 
 
 def _check_port(coordinator: str) -> None:
@@ -160,7 +160,7 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
     """Whether this process is the one that writes what is written once."""
     return jax.process_index() == 0
 
@@ -202,7 +202,7 @@ def gather(values: np.ndarray) -> np.ndarray:
 
 
 def broadcast(text: str) -> str:
-    """The first process's text, on every process."""
+    """Process 0's text, on every process."""
     if jax.process_count() == 1:
         return text
     raw = np.frombuffer(text.encode(), np.uint8)
@@ -212,16 +212,16 @@ def broadcast(text: str) -> str:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until every process is here, however long one takes; a dead one still ends all.
 
     To be called where processes may be minutes apart: a collective that connects them for the
-    first time gives up much sooner (Gloo, on CPUs, after 30 seconds).
+    first time gives up much fast_compile (Gloo, on CPUs, after 30 seconds).
     """
-    multihost.get_barrier_sync_fn()(key=f"voco_{next(_meetings)}", timeout_ms=_LONGEST_WAIT * 1000)
+    multihost.get_barrier_sync_fn()(key=f"voco_{next(_barriers)}", timeout_ms=_LONGEST_WAIT * 1000)
 
 
-def compile_together(function: Any, *arguments: Any) -> Any:
+def compile_on_all(function: Any, *arguments: Any) -> Any:
     """Compiles a jitted function on every process, and waits for the slowest.
 
     Args:
@@ -232,11 +232,11 @@ def compile_together(function: Any, *arguments: Any) -> Any:
         What may be called with such arguments.
     """
     compiled = function.lower(*arguments).compile()
-    meet()
+    barrier()
     return compiled
 
 
-def everywhere(function: Callable[[], Result]) -> Result:
+def run_on_all(function: Callable[[], Result]) -> Result:
     """Runs a function on every process; where one finds a mistake of the user's, all stop.
 
     Raises:
@@ -249,7 +249,7 @@ def everywhere(function: Callable[[], Result]) -> Result:
         result = function()
     except InputError as error:
         problem = str(error)
-    meet()
+    barrier()
     raw = np.frombuffer(problem.encode(), np.uint8)
     lengths = gather(np.array([raw.size]))[:, 0]
     if lengths.max():
@@ -261,6 +261,6 @@ def everywhere(function: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def on_first(function: Callable[[], str]) -> str:
-    """Runs a function on the first process; all get its text, or its InputError."""
-    return broadcast(everywhere(lambda: function() if is_first() else ""))
+def run_on_process_0(function: Callable[[], str]) -> str:
+    """Runs a function on process 0; all get its text, or its InputError."""
+    return broadcast(run_on_all(lambda: function() if is_process_0() else ""))

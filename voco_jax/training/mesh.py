@@ -8,9 +8,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from voco_jax.errors import InputError
+from voco_jax.types import Batch
 
 _DATA, _FSDP = "data", "fsdp"
-# Smaller arrays stay whole on every device: gathering them would cost more than they take.
+# Smaller arrays are replicated: gathering them would cost more than they take.
 _SHARDED_FROM = 2**18  # elements
 
 
@@ -74,14 +75,14 @@ def state_sharding(mesh: Mesh, abstract: Any) -> Any:
 
 
 def on_each_device(
-    function: Callable[..., jax.Array], mesh: Mesh, whole: int
+    function: Callable[..., jax.Array], mesh: Mesh, replicated: int
 ) -> Callable[..., jax.Array]:
     """Runs a function on each device's own rows, for what XLA cannot split by itself.
 
     Args:
-        function: (rows, and then `whole` arguments that every device has whole) -> rows.
+        function: (rows, and then `replicated` arguments that every device has) -> rows.
         mesh: of `make_mesh`; the rows are split over all of it.
-        whole: number of arguments after the rows.
+        replicated: number of arguments after the rows.
     """
     if mesh.devices.size == 1:
         return function
@@ -89,7 +90,7 @@ def on_each_device(
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(rows, *[PartitionSpec()] * whole),
+        in_specs=(rows, *[PartitionSpec()] * replicated),
         out_specs=rows,
         check_vma=False,  # kernels do not tell over which axes their results vary
     )
@@ -105,29 +106,45 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
     return tuple(sorted(rows))
 
 
-def to_devices(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> dict[str, Any]:
-    """This process's `local_rows` of a batch -> the global batch, on all devices."""
-    sharding = batch_sharding(mesh)
+def to_devices(batch: Batch, sharding: NamedSharding, batch_size: int) -> dict[str, jax.Array]:
+    """This process's `local_rows` of a batch -> the global batch, on all devices.
+
+    Args:
+        batch: host arrays.
+        sharding: of `batch_sharding`.
+        batch_size: rows over all processes.
+    """
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
         for name, rows in batch.items()
     }
 
 
-def ahead_on_devices(
-    batches: Iterator[Any], batch_size: int, mesh: Mesh
-) -> Iterator[dict[str, Any]]:
-    """Endless `batches` on the devices, the next one on its way while a step runs on one."""
-    ahead = to_devices(next(batches), batch_size, mesh)
+def prefetch_to_device(
+    batches: Iterator[Batch], abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[dict[str, jax.Array]]:
+    """Endless `batches` on the devices, the next one on its way while a step runs on one.
+
+    Args:
+        batches: this process's rows.
+        abstract: the global batch, with its shardings.
+    """
+
+    one = next(iter(abstract.values()))
+
+    def place(batch: Batch) -> dict[str, jax.Array]:
+        return to_devices(batch, one.sharding, one.shape[0])
+
+    ahead = place(next(batches))
     while True:
-        ready, ahead = ahead, to_devices(next(batches), batch_size, mesh)
+        ready, ahead = ahead, place(next(batches))
         yield ready
 
 
 def fetch(tree: Any, mesh: Mesh) -> Any:
     """A tree of sharded arrays as NumPy, on every process."""
-    whole = jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree)
-    return jax.device_get(whole)
+    gathered = jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree)
+    return jax.device_get(gathered)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -76,6 +77,21 @@ class MetricsWriter:
             self._board.close()
 
 
+def save_picture(image: np.ndarray, path: Path) -> None:
+    """Writes a PNG.
+
+    Args:
+        image: (rows, columns, 3) uint8.
+        path: the file; its folder is made if missing.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+
 def last_step(workdir: Path) -> int:
     """The last step that metrics.jsonl has a line of; 0: none.
 
@@ -86,7 +102,7 @@ def last_step(workdir: Path) -> int:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(step, line) of each whole line."""
+    """(step, line) of each complete line."""
     if not path.exists():
         return
     for line in path.read_text("utf-8", "replace").splitlines():
@@ -183,11 +199,11 @@ class Progress:
 
 
 @contextlib.contextmanager
-def still(say: Callable[[str], None], what: str, every: float = 15.0) -> Iterator[None]:
-    """Says now and then that something long, which cannot tell how far it is, goes on.
+def log_while_running(log: Callable[[str], None], what: str, every: float = 15.0) -> Iterator[None]:
+    """Logs now and then that something long, which cannot tell how far it is, goes on.
 
     Args:
-        say: takes a line.
+        log: takes a line.
         what: goes on.
         every: seconds.
     """
@@ -195,18 +211,18 @@ def still(say: Callable[[str], None], what: str, every: float = 15.0) -> Iterato
 
     def tell() -> None:
         while not done.wait(every):
-            say(f"still {what}: {duration(time.monotonic() - start)} so far")
+            log(f"still {what}: {duration(time.monotonic() - start)} so far")
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=tell, daemon=True)
+    reporter.start()
     try:
         yield
     finally:
         done.set()
-        teller.join()
+        reporter.join()
 
 
 def duration(seconds: float) -> str:
     """h:mm:ss."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    total = round(seconds)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from voco_jax.config import Optimizer
+from voco_jax.config.common import Optimizer
 
 
 class AmsgradState(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Size = tuple[int, int, int]
+from voco_jax.types import Size
 
 
 @flax.struct.dataclass

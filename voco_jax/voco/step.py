@@ -4,7 +4,7 @@ The teacher is as much of the student's network as its parameters are: all of it
 the projector on the student's own pooled features (`projector`), or nothing (`none`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from voco_jax.models.encoder import PROJECTOR
+from voco_jax.types import Batch, Params, Size
 from voco_jax.voco import augment, losses
 
-Params = Mapping[str, Any]
 Scope = Literal["none", "network", "projector"]
-PROJECTOR = "proj_head"  # its part of a network's parameters
-Batch = Mapping[str, jax.Array]  # subs (b, s, x, y, z), bases (b, n, x, y, z), labels (b, s, n)
 
 
 @flax.struct.dataclass
@@ -49,7 +48,7 @@ def teacher_part(params: Params, scope: Scope) -> Params:
 def abstract_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
-    encoder_size: augment.Size,
+    encoder_size: Size,
     scope: Scope = "network",
 ) -> State:
     """The state's shapes and dtypes, as `jax.ShapeDtypeStruct`."""
@@ -65,7 +64,7 @@ def abstract_state(
 def init_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
-    encoder_size: augment.Size,
+    encoder_size: Size,
     seed: int,
     scope: Scope = "network",
     shardings: State | None = None,
@@ -76,7 +75,7 @@ def init_state(
     One network's initialisation is compiled and called twice: compiling takes most of the time.
 
     Args:
-        network: a `VoCoNetwork`.
+        network: a `voco_jax.models.network.Network`.
         optimizer: of the student.
         encoder_size: of the crops, voxels.
         seed: the same values come of it whatever the shardings.
@@ -100,13 +99,18 @@ def init_state(
     )
 
 
-def _initialiser(network: nn.Module, encoder_size: augment.Size) -> Callable[[jax.Array], Params]:
+def _initialiser(network: nn.Module, encoder_size: Size) -> Callable[[jax.Array], Params]:
     crops = jnp.zeros((2, *encoder_size, 1), jnp.float32)
     return lambda key: network.init(key, crops, False)["params"]
 
 
-def prepare(batch: Batch, encoder_size: augment.Size) -> jax.Array:
-    """Cached crops of a batch -> (b * (s + n), x, y, z) float32, sub-volumes first per volume."""
+def prepare(batch: Batch, encoder_size: Size) -> jax.Array:
+    """Cached crops of a batch -> (b * (s + n), x, y, z) float32, sub-volumes first per volume.
+
+    Args:
+        batch: subs (b, s, x, y, z), bases (b, n, x, y, z), labels (b, s, n).
+        encoder_size: voxels of the result's crops.
+    """
     crops = jnp.concatenate([batch["subs"], batch["bases"]], axis=1)
     crops = crops.reshape(-1, *crops.shape[2:])
     return augment.resize(augment.to_unit(crops), encoder_size)
@@ -117,17 +121,17 @@ def encode(
     params: Params,
     crops: jax.Array,
     dropout_key: jax.Array | None = None,
-    passes: int = 1,
+    microbatches: int = 1,
 ) -> jax.Array:
     """All crops through one encoder.
 
     Args:
-        network: a `VoCoNetwork`.
+        network: a `voco_jax.models.network.Network`.
         params: of the network.
         crops: (n, x, y, z).
         dropout_key: for drop path; None turns it off.
-        passes: the encoder, which takes each crop for itself, runs over so many equal parts of
-            the crops one after the other and keeps nothing between them but pooled features.
+        microbatches: the encoder, which takes each crop for itself, runs over so many equal parts
+            of the crops one after the other and keeps nothing between them but pooled features.
 
     Returns:
         (n, pooled features) float32.
@@ -143,11 +147,11 @@ def encode(
         )
         return jnp.asarray(pooled)
 
-    if passes == 1:
+    if microbatches == 1:
         return one(crops, dropout_key)
     # Every part takes crops from the whole range, so that all devices work on every part.
-    parts = crops.reshape(-1, passes, *crops.shape[1:]).swapaxes(0, 1)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, passes)
+    parts = crops.reshape(-1, microbatches, *crops.shape[1:]).swapaxes(0, 1)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, microbatches)
     pooled = jax.lax.map(jax.checkpoint(lambda part: one(*part)), (parts, keys))
     return pooled.swapaxes(0, 1).reshape(crops.shape[0], -1)
 
@@ -156,7 +160,7 @@ def project(network: nn.Module, params: Params, pooled: jax.Array, labels: jax.A
     """Pooled features through one projector; its batch norm sees the whole batch.
 
     Args:
-        network: a `VoCoNetwork`.
+        network: a `voco_jax.models.network.Network`.
         params: of the network; only its projector's are used.
         pooled: (b * (s + n), features), sub-volumes first per volume.
         labels: (b, s, n); only its shape is used.
@@ -194,15 +198,15 @@ def make_train_step(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     *,
-    encoder_size: augment.Size,
+    encoder_size: Size,
     recipe: losses.Recipe,
     weigh: Callable[[losses.Losses], jax.Array] = lambda terms: terms.total,
     momentum: float,
     draw: Callable[[jax.Array, int], augment.Draws] | None,
     drop: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     seed: int,
-    passes: int = 1,
-    gather: Callable[[Params], Params] = lambda params: params,
+    microbatches: int = 1,
+    unshard: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """One update, in the published order.
 
@@ -210,7 +214,7 @@ def make_train_step(
     loss; gradient; optimizer.
 
     Args:
-        network: a `VoCoNetwork`.
+        network: a `voco_jax.models.network.Network`.
         optimizer: of the student.
         encoder_size: crops are resized to it.
         recipe: one of `losses.RECIPES`.
@@ -220,8 +224,8 @@ def make_train_step(
         drop: (pooled features, key) -> what the student's projector takes; None: the same.
         seed: of augmentation, dropout and drop path; each step's keys are folded in from its
             number (`step_keys`), so that a resumed run needs no random state.
-        passes: see `encode`.
-        gather: makes whole what is sharded over devices, where a network is about to be used.
+        microbatches: see `encode`.
+        unshard: replicates what is sharded over devices, where a network is about to be used.
 
     Returns:
         The step: (state, batch) -> (state, metrics); metrics are float32 scalars.
@@ -237,11 +241,11 @@ def make_train_step(
         teacher = ema(state.teacher, followed, momentum)
 
         def loss(student: Params) -> tuple[jax.Array, losses.Losses]:
-            whole = gather(student)
-            pooled = encode(network, whole, crops, path_key, passes)
+            params = unshard(student)
+            pooled = encode(network, params, crops, path_key, microbatches)
             dropped = pooled if drop is None else drop(pooled, drop_key)
-            s = project(network, whole, dropped, labels)
-            t = _teach(network, gather(teacher), crops, pooled, labels, passes)
+            s = project(network, params, dropped, labels)
+            t = _teach(network, unshard(teacher), crops, pooled, labels, microbatches)
             terms = recipe.loss(**_names(s, t), labels=labels)
             return weigh(terms), terms
 
@@ -279,13 +283,13 @@ def _teach(
     crops: jax.Array,
     pooled: jax.Array,
     labels: jax.Array,
-    passes: int,
+    microbatches: int,
 ) -> Embeddings | None:
     """What the teacher makes of the crops, or of the student's pooled features; no gradient."""
     if not teacher:
         return None
     if set(teacher) != {PROJECTOR}:
-        pooled = encode(network, teacher, crops, passes=passes)
+        pooled = encode(network, teacher, crops, microbatches=microbatches)
     return project(network, teacher, jax.lax.stop_gradient(pooled), labels)
 
 
@@ -311,10 +315,10 @@ class Predictions:
 def make_predict(
     network: nn.Module,
     *,
-    encoder_size: augment.Size,
+    encoder_size: Size,
     recipe: losses.Recipe,
-    passes: int = 1,
-    gather: Callable[[Params], Params] = lambda params: params,
+    microbatches: int = 1,
+    unshard: Callable[[Params], Params] = lambda params: params,
 ) -> Callable[[State, Batch], Predictions]:
     """Predictions without augmentation and dropout, else as the training loss sees them.
 
@@ -323,10 +327,10 @@ def make_predict(
 
     def predict(state: State, batch: Batch) -> Predictions:
         crops, labels = prepare(batch, encoder_size), batch["labels"]
-        student = gather(state.student)
-        pooled = encode(network, student, crops, passes=passes)
+        student = unshard(state.student)
+        pooled = encode(network, student, crops, microbatches=microbatches)
         s = project(network, student, pooled, labels)
-        t = _teach(network, gather(state.teacher), crops, pooled, labels, passes)
+        t = _teach(network, unshard(state.teacher), crops, pooled, labels, microbatches)
         return Predictions(
             similarities=recipe.predict(**_names(s, t)),
             labels=labels,

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from voco_jax.data.formats.stored import (
+    FormatError,
     StoredVolume,
-    VolumeError,
     affine_from_lps,
-    axes_of,
-    check_affine,
     check_size,
+    checked_axes,
     checked_shape,
     file_inside,
 )
@@ -65,22 +64,16 @@ def load_series(folder: Path) -> StoredVolume:
         y along its columns, z along the normal of both.
 
     Raises:
-        VolumeError: no DICOM, several series, a damaged file, slices that are not one regular
+        FormatError: no DICOM, several series, a damaged file, slices that are not one regular
             upright grid, colours, several frames in a file.
         OSError: the folder cannot be read.
     """
-    slices = _one_series(folder, [_slice(folder, name) for name in _images(folder)])
-    slices, affine = _grid(folder, slices)
-    shape = checked_shape(folder, (*slices[0].shape, len(slices)))
-    check_affine(folder, affine)
-    return StoredVolume(
-        path=folder,
-        voxels=_voxels(folder, slices, shape),
-        slope=1.0,
-        intercept=0.0,
-        affine=affine,
-        axes=axes_of(affine),
-    )
+    slices = _one_series([_slice(folder, name) for name in _images(folder)])
+    slices, affine = _grid(slices)
+    shape = checked_shape((*slices[0].shape, len(slices)))
+    axes = checked_axes(affine)
+    voxels = _voxels(folder, slices, shape)
+    return StoredVolume(folder, voxels, slope=1.0, intercept=0.0, affine=affine, axes=axes)
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -108,10 +101,12 @@ def series_in(names: Sequence[str], folder: str | None) -> list[str]:
 
 def series_files(folder: Path) -> list[Path]:
     """The files in a folder, or the folder if there is none."""
+    return [folder / name for name in _files(folder)] or [folder]
+
+
+def _files(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return [Path(e) for e in entries if not e.name.startswith(".") and not e.is_dir()] or [
-            folder
-        ]
+        return sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
 
 
 def _may_be_slice(name: str) -> bool:
@@ -123,19 +118,16 @@ def _may_be_slice(name: str) -> bool:
 def _images(folder: Path) -> list[str]:
     """The names of the files that are DICOM images, sorted."""
     names = []
-    with os.scandir(folder) as entries:
-        listed = sorted(e.name for e in entries if not e.name.startswith(".") and not e.is_dir())
-    for name in listed:
+    for name in _files(folder):
         if not _may_be_slice(name):
             continue
-        with open(file_inside(folder, name, folder), "rb") as file:
+        with open(file_inside(folder, name), "rb") as file:
             head = file.read(_HEAD)
         if head[MAGIC_AT : MAGIC_AT + 4] != MAGIC:
             if name.lower().endswith(SUFFIXES) or len(head) <= MAGIC_AT:
-                raise VolumeError(
-                    folder,
+                raise FormatError(
                     f"damaged slice: {name} is no DICOM file ({len(head)} bytes looked at); "
-                    "copy it again or take it away",
+                    "copy it again or take it away"
                 )
             continue
         kind = re.search(rb"\x02\0\x02\0UI(..)", head, re.DOTALL)
@@ -143,8 +135,8 @@ def _images(folder: Path) -> list[str]:
         if not _NO_IMAGES.match(uid):
             names.append(name)
     if not names:
-        raise VolumeError(
-            folder, "no DICOM: found a folder without DICOM images, expected the slices of one CT"
+        raise FormatError(
+            "no DICOM: found a folder without DICOM images, expected the slices of one CT"
         )
     return names
 
@@ -152,46 +144,35 @@ def _images(folder: Path) -> list[str]:
 def _slice(folder: Path, name: str) -> _Slice:
     try:
         reader = _reader(folder / name)
-        dtype = _dtype(folder, reader)
-    except VolumeError as error:
-        raise VolumeError(folder, f"{error.reason} ({name})") from error
+        dtype = _dtype(reader)
+    except FormatError as error:
+        raise FormatError(f"{error} ({name})") from error
     size = tuple(reader.GetSize())
     tags = {}
     for key in ("0020|000e", "0020|0032", "0020|0037", "0028|0030", "0028|0004"):
         # Text of any file: what is no text becomes a mark, not an error.
         tags[key] = str(reader.GetMetaData(key)).strip(" \0") if reader.HasMetaDataKey(key) else ""
     if len(size) > 2 and size[2] > 1:
-        raise VolumeError(
-            folder,
+        raise FormatError(
             f"several frames: {name} holds {size[2]} images, expected one for each file; "
-            "convert it to NIfTI",
+            "convert it to NIfTI"
         )
     if tags["0028|0004"] != "MONOCHROME2":
-        raise VolumeError(
-            folder,
-            f"not a grey image: {name} is {tags['0028|0004'][:30]!r}, expected MONOCHROME2",
+        raise FormatError(
+            f"not a grey image: {name} is {tags['0028|0004'][:30]!r}, expected MONOCHROME2"
         )
-    position = _numbers(folder, name, "position", tags["0020|0032"], 3)
-    directions = _numbers(folder, name, "orientation", tags["0020|0037"], 6).reshape(2, 3)
-    rows, columns = _numbers(folder, name, "pixel spacing", tags["0028|0030"], 2).tolist()
+    position = _numbers(name, "position", tags["0020|0032"], 3)
+    directions = _numbers(name, "orientation", tags["0020|0037"], 6).reshape(2, 3)
+    rows, columns = _numbers(name, "pixel spacing", tags["0028|0030"], 2).tolist()
     if np.abs(directions @ directions.T - np.eye(2)).max() > _DIRECTION_TOLERANCE:
-        raise VolumeError(
-            folder, f"absurd orientation: the rows and columns of {name} are no unit vectors"
-        )
+        raise FormatError(f"absurd orientation: the rows and columns of {name} are no unit vectors")
     return _Slice(
         name, tags["0020|000e"], (size[0], size[1]), (columns, rows), directions, position, dtype
     )
 
 
 def _reader(path: Path) -> Any:
-    """SimpleITK's reader after it has read a file's header.
-
-    Args:
-        path: the file.
-
-    Raises:
-        VolumeError: ITK cannot read the header.
-    """
+    """SimpleITK's reader after it has read a file's header."""
     import SimpleITK  # a quarter of a second: not for those who have NIfTI only
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
@@ -202,7 +183,7 @@ def _reader(path: Path) -> Any:
         reader.ReadImageInformation()
     except RuntimeError as error:
         reason = f"unreadable: {_message(error)}; copy it again or convert it"
-        raise VolumeError(path, reason) from error
+        raise FormatError(reason) from error
     return reader
 
 
@@ -214,52 +195,39 @@ def _message(error: RuntimeError) -> str:
     return f"ITK found: {message[:300]}"
 
 
-def _dtype(path: Path, reader: Any) -> np.dtype:
-    """The numpy type of an image's voxels.
-
-    Raises:
-        VolumeError: colours, vectors, complex numbers, labels.
-    """
+def _dtype(reader: Any) -> np.dtype:
+    """The numpy type of an image's voxels, which are one number each."""
     import SimpleITK
 
+    names = ("Int8", "UInt8", "Int16", "UInt16", "Int32", "UInt32", "Int64", "UInt64")
     kinds = {
-        SimpleITK.sitkInt8: "i1",
-        SimpleITK.sitkUInt8: "u1",
-        SimpleITK.sitkInt16: "i2",
-        SimpleITK.sitkUInt16: "u2",
-        SimpleITK.sitkInt32: "i4",
-        SimpleITK.sitkUInt32: "u4",
-        SimpleITK.sitkInt64: "i8",
-        SimpleITK.sitkUInt64: "u8",
-        SimpleITK.sitkFloat32: "f4",
-        SimpleITK.sitkFloat64: "f8",
+        getattr(SimpleITK, f"sitk{name}"): np.dtype(name.lower())
+        for name in (*names, "Float32", "Float64")
     }
     pixel = reader.GetPixelID()
     if pixel not in kinds or reader.GetNumberOfComponents() != 1:
         name = SimpleITK.GetPixelIDValueAsString(pixel)
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"not a grey image: voxels are {name}, {reader.GetNumberOfComponents()} numbers each, "
-            "expected HU, one number each",
+            "expected HU, one number each"
         )
-    return np.dtype(kinds[pixel])
+    return kinds[pixel]
 
 
-def _numbers(folder: Path, name: str, what: str, text: str, count: int) -> np.ndarray:
+def _numbers(name: str, what: str, text: str, count: int) -> np.ndarray:
     try:
         values = np.array([float(part) for part in text.split("\\")])
     except ValueError:
         values = np.empty(0)
     if len(values) != count or not np.isfinite(values).all():
-        raise VolumeError(
-            folder,
+        raise FormatError(
             f"no {what}: found {text[:100]!r} in {name}, expected {count} numbers; "
-            "such images have no place in space",
+            "such images have no place in space"
         )
     return values
 
 
-def _one_series(folder: Path, slices: list[_Slice]) -> list[_Slice]:
+def _one_series(slices: list[_Slice]) -> list[_Slice]:
     series: dict[str, list[_Slice]] = {}
     for one in slices:
         series.setdefault(one.series, []).append(one)
@@ -267,24 +235,22 @@ def _one_series(folder: Path, slices: list[_Slice]) -> list[_Slice]:
     if len(long) == 1 or len(series) == 1:
         return long[0] if long else slices
     found = ", ".join(f"{uid or 'none'} ({len(of)} images)" for uid, of in series.items())
-    raise VolumeError(
-        folder,
+    raise FormatError(
         f"several series: {found[:1000]}; expected one in a folder (beside it, ones of at most "
-        f"{LOCALISER_SLICES} images are left aside): move each to its own folder",
+        f"{LOCALISER_SLICES} images are left aside): move each to its own folder"
     )
 
 
-def _grid(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
+def _grid(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
     """The slices in order, and their affine."""
     first = slices[0]
     for other in slices[1:]:
         same_size = (other.shape, other.spacing) == (first.shape, first.spacing)
         turned = np.abs(other.directions - first.directions).max() > _DIRECTION_TOLERANCE
         if not same_size or turned:
-            raise VolumeError(
-                folder,
+            raise FormatError(
                 f"mixed slices: {first.name} and {other.name} of one series differ in size, pixel "
-                "spacing or orientation; move each volume to its own folder",
+                "spacing or orientation; move each volume to its own folder"
             )
     across, down = first.directions
     normal = np.cross(across, down)
@@ -293,36 +259,33 @@ def _grid(folder: Path, slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]
     step = np.zeros(3)
     if len(slices) > 1:
         step = (positions[-1] - positions[0]) / (len(slices) - 1)
-        _check_steps(folder, slices, positions, normal)
+        _check_steps(slices, positions, normal)
     steps = np.stack([across * first.spacing[0], down * first.spacing[1], step], axis=1)
     return slices, affine_from_lps(positions[0], steps)
 
 
-def _check_steps(
-    folder: Path, slices: list[_Slice], positions: np.ndarray, normal: np.ndarray
-) -> None:
+def _check_steps(slices: list[_Slice], positions: np.ndarray, normal: np.ndarray) -> None:
     """Whether each slice lies one step after the one before."""
     gaps = np.diff(positions, axis=0)
     along = gaps @ normal
     typical = float(np.median(along))
-    for index in np.flatnonzero(along <= SPACING_TOLERANCE * max(typical, 0.01)):
-        count = int((along <= SPACING_TOLERANCE * max(typical, 0.01)).sum())
-        raise VolumeError(
-            folder,
+    close = np.flatnonzero(along <= SPACING_TOLERANCE * max(typical, 0.01))
+    if close.size:
+        index = close[0]
+        raise FormatError(
             f"duplicate slices: {slices[index].name} and {slices[index + 1].name} are at one "
-            f"place, as {count} pairs are; expected one image for each place: separate the phases "
-            "or take the copies away",
+            f"place, as {close.size} pairs are; expected one image for each place: separate the "
+            "phases or take the copies away"
         )
     usual = np.median(gaps, axis=0)
     off = np.sqrt(((gaps - usual) ** 2).sum(axis=1))
     worst = int(off.argmax())
     if off[worst] > SPACING_TOLERANCE * typical:
         sideways = abs(along[worst] - typical) < off[worst] / 2
-        raise VolumeError(
-            folder,
+        raise FormatError(
             f"irregular slice spacing: {along[worst]:.4g} mm between {slices[worst].name} and "
             f"{slices[worst + 1].name}{', and sideways' if sideways else ''}, {typical:.4g} mm "
-            f"elsewhere, expected within {SPACING_TOLERANCE:.0%}; is a slice missing?",
+            f"elsewhere, expected within {SPACING_TOLERANCE:.0%}; is a slice missing?"
         )
 
 
@@ -334,7 +297,7 @@ def _voxels(folder: Path, slices: list[_Slice], shape: tuple[int, int, int]) -> 
     dtype = np.dtype(np.int16 if integers else np.float32)
     biggest = max(one.dtype.itemsize for one in slices)
     # Compressed slices may be smaller than their voxels: only the absolute limit holds for them.
-    check_size(folder, shape, np.dtype(f"V{biggest}"), 0, 2**62, False)
+    check_size(shape, np.dtype(f"V{biggest}"), 0, 2**62, False)
     voxels = np.empty(shape[::-1], dtype)
     for index, one in enumerate(slices):
         reader = _reader(folder / one.name)
@@ -342,12 +305,10 @@ def _voxels(folder: Path, slices: list[_Slice], shape: tuple[int, int, int]) -> 
             image = reader.Execute()
         except RuntimeError as error:
             reason = f"damaged slice: {one.name}: {_message(error)}; copy it again"
-            raise VolumeError(folder, reason) from error
+            raise FormatError(reason) from error
         plane = np.squeeze(SimpleITK.GetArrayViewFromImage(image))
         if plane.shape != voxels.shape[1:]:
-            raise VolumeError(
-                folder, f"damaged slice: {one.name}: its size is not that of its header"
-            )
+            raise FormatError(f"damaged slice: {one.name}: its size is not that of its header")
         if integers and voxels.dtype == np.int16:
             limits = np.iinfo(np.int16)
             if int(plane.min()) < limits.min or int(plane.max()) > limits.max:

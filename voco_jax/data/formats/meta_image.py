@@ -6,12 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from voco_jax.data.formats.stored import (
-    StoredVolume,
-    VolumeError,
-    affine_from_lps,
-    checked_shape,
-)
+from voco_jax.data.formats.stored import FormatError, StoredVolume, affine_from_lps, checked_shape
 from voco_jax.data.formats.text_headers import DataFile, head_of, one_file, read_voxels
 
 TYPES = {
@@ -34,27 +29,24 @@ def load_meta(path: Path) -> StoredVolume:
     """Reads a MetaImage, raw or compressed, its data inside it or in one file beside it.
 
     Raises:
-        VolumeError: see `readers.load`.
         Exception: see `readers.load`.
     """
     fields, data = _header(path)
-    count = _integer(path, fields, "NDims")
+    count = _integer(fields, "NDims")
     if not 1 <= count <= 10:  # as many as MetaImage may have
-        raise VolumeError(path, f"not 3-D: NDims is {count} in its header, expected 3")
-    shape = tuple(int(size) for size in _numbers(path, fields, ("DimSize",), [count]))
-    shape = checked_shape(path, shape)
-    spacing = _numbers(path, fields, ("ElementSpacing", "ElementSize"), [count])[:3]
+        raise FormatError(f"not 3-D: NDims is {count} in its header, expected 3")
+    shape = checked_shape(tuple(map(int, _numbers(fields, ("DimSize",), [count]))))
+    spacing = _numbers(fields, ("ElementSpacing", "ElementSize"), [count])[:3]
     if not (spacing > 0).all():
-        raise VolumeError(path, f"absurd spacing: {spacing} mm in its header, expected above 0")
+        raise FormatError(f"absurd spacing: {spacing} mm in its header, expected above 0")
     # Row i of the matrix is the direction of axis i.
-    rows = _numbers(path, fields, ("TransformMatrix", "Rotation", "Orientation"), [count, count])
-    origin = _numbers(path, fields, ("Offset", "Position", "Origin"), [count])[:3]
+    rows = _numbers(fields, ("TransformMatrix", "Rotation", "Orientation"), [count, count])
+    origin = _numbers(fields, ("Offset", "Position", "Origin"), [count])[:3]
     kind, channels = fields.get("ElementType", ""), fields.get("ElementNumberOfChannels", "1")
     if kind not in TYPES or channels != "1":
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"not a grey image: voxels are {kind[:50]!r}, {channels[:20]} numbers each, expected "
-            "HU, one number each",
+            "HU, one number each"
         )
     big = _true(fields, "BinaryDataByteOrderMSB") or _true(fields, "ElementByteOrderMSB")
     dtype = np.dtype(TYPES[kind]).newbyteorder(">" if big else "<")
@@ -63,11 +55,10 @@ def load_meta(path: Path) -> StoredVolume:
 
 
 def meta_files(path: Path) -> list[Path]:
-    """A MetaImage, and the data file that it names, whether it is there or not.
+    """A MetaImage, and the data file that it names.
 
     Raises:
-        VolumeError: as `load_meta`, for what concerns the data file.
-        OSError: the header cannot be read.
+        FormatError, OSError: as `load_meta`, for what concerns the data file.
     """
     return [*{path: None, _header(path)[1].file: None}]
 
@@ -84,32 +75,30 @@ def _header(path: Path) -> tuple[dict[str, str], DataFile]:
             break
     data_name = fields.get("ElementDataFile", "")
     if "NDims" not in fields or not data_name:
-        raise VolumeError(path, "not a MetaImage: found no NDims and ElementDataFile in its header")
+        raise FormatError("not a MetaImage: found no NDims and ElementDataFile in its header")
     given = [fields[name] for name in ("ElementSpacing", "ElementSize") if name in fields]
     if not given or any(re.search(r"nan|inf", text, re.IGNORECASE) for text in given):
-        raise VolumeError(  # ITK would take 1 mm
-            path,
+        raise FormatError(
             f"absurd spacing: {given[0][:100] if given else 'none'} in its header, expected "
-            "ElementSpacing or ElementSize in mm; correct the header",
+            "ElementSpacing or ElementSize in mm; correct the header"
         )
     if not _true(fields, "BinaryData", "True"):
-        raise VolumeError(path, "unsupported MetaImage: its voxels are text, expected binary data")
+        raise FormatError("unsupported MetaImage: its voxels are text, expected binary data")
     slope = fields.get("ElementToIntensityFunctionSlope", "1")
     intercept = fields.get("ElementToIntensityFunctionOffset", "0")
     if slope not in ("1", "1.0") or intercept not in ("0", "0.0"):
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"unsupported MetaImage: slope {slope[:20]} and offset {intercept[:20]} of its "
-            "intensities, which ITK and others leave aside; store HU",
+            "intensities, which ITK and others leave aside; store HU"
         )
     packing = "zlib" if _true(fields, "CompressedData") else ""
-    skip = _integer(path, fields, "HeaderSize")
+    skip = _integer(fields, "HeaderSize")
     if data_name.upper() == "LOCAL":
         file, offset = path, end
     else:
         file, offset = one_file(path, data_name), skip
     if skip < -1 or (skip and (packing or file == path)):
-        raise VolumeError(path, f"unsupported MetaImage: HeaderSize {skip}, expected none")
+        raise FormatError(f"unsupported MetaImage: HeaderSize {skip}, expected none")
     return fields, DataFile(file, offset, packing)
 
 
@@ -117,18 +106,16 @@ def _true(fields: dict[str, str], name: str, default: str = "") -> bool:
     return fields.get(name, default)[:1] in ("T", "t", "1")
 
 
-def _integer(path: Path, fields: dict[str, str], name: str) -> int:
+def _integer(fields: dict[str, str], name: str) -> int:
     text = fields.get(name, "0")
     if not re.fullmatch(r"[-+]?\d{1,15}", text):
-        raise VolumeError(
-            path, f"unreadable: {name} is {text[:50]!r} in its header, expected a whole number"
+        raise FormatError(
+            f"unreadable: {name} is {text[:50]!r} in its header, expected a whole number"
         )
     return int(text)
 
 
-def _numbers(
-    path: Path, fields: dict[str, str], names: tuple[str, ...], shape: list[int]
-) -> np.ndarray:
+def _numbers(fields: dict[str, str], names: tuple[str, ...], shape: list[int]) -> np.ndarray:
     """The numbers of the first field that is there; none there: zeros, or the unit matrix."""
     text = next((fields[name] for name in names if name in fields), None)
     if text is None:
@@ -138,9 +125,8 @@ def _numbers(
     except ValueError:
         values = np.empty(0)
     if values.size != np.prod(shape) or not np.isfinite(values).all() or abs(values).max() > 2**53:
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"unreadable: {names[0]} is {text[:100]!r} in its header, expected "
-            f"{np.prod(shape)} numbers",
+            f"{np.prod(shape)} numbers"
         )
     return values.reshape(shape)

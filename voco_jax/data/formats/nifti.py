@@ -13,15 +13,14 @@ from nibabel.nifti1 import Nifti1PairHeader
 from nibabel.nifti2 import Nifti2PairHeader
 
 from voco_jax.data.formats.stored import (
+    FormatError,
     StoredVolume,
-    VolumeError,
-    axes_of,
-    check_affine,
     check_size,
+    checked_axes,
     checked_shape,
     file_inside,
-    fill,
     opened,
+    read_array,
 )
 
 PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
@@ -30,36 +29,29 @@ PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 def load_nifti(path: Path) -> StoredVolume:
     """Reads a NIfTI-1 or NIfTI-2 single file; compression is recognised by content.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The volume as stored. Trailing axes of size 1 are dropped.
-
     Raises:
-        VolumeError: not a NIfTI, not 3-D, absurd spacing or size.
         Exception: see `readers.load`.
     """
     with opened(path) as file:
         stream, packed = _unpacked(file)
         kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
         expected = ".nii or .nii.gz in one file"
-        header = _read_header(path, stream, (b"n+1\0", b"n+2\0"), kinds, expected)
+        header = _read_header(stream, kinds, expected)
         return _read(path, header, stream, os.fstat(file.fileno()).st_size, packed)
 
 
 def load_pair(path: Path) -> StoredVolume:
-    """Reads a NIfTI whose header and voxels are two files; see `load_nifti`.
+    """Reads a NIfTI whose header and voxels are two files, of which `path` is either.
 
-    Args:
-        path: either file.
+    Raises:
+        Exception: see `readers.load`.
     """
     header_path, data_path = pair(path)
     with opened(header_path) as file:
         kinds = (Nifti1PairHeader, Nifti2PairHeader)
         expected = "a NIfTI header (.hdr; Analyze 7.5 does not say what is left: convert it)"
         stream, _ = _unpacked(file)
-        header = _read_header(path, stream, (b"ni1\0", b"ni2\0"), kinds, expected)
+        header = _read_header(stream, kinds, expected)
     with opened(data_path) as file:
         stream, packed = _unpacked(file)
         return _read(path, header, stream, os.fstat(file.fileno()).st_size, packed)
@@ -72,7 +64,7 @@ def pair(path: Path) -> tuple[Path, Path]:
         path: one of them, ending in one of PAIR_SUFFIXES in small or capital letters.
 
     Raises:
-        VolumeError: the other one is missing or leads out of the folder.
+        FormatError: the other one is missing or leads out of the folder.
     """
     packed = ".gz" if path.name.lower().endswith(".gz") else ""
     stem = _stem(path.name)
@@ -82,7 +74,7 @@ def pair(path: Path) -> tuple[Path, Path]:
         f"{stem}{suffix}{end}" for end in (packed, "", ".gz") for suffix in (other, other.upper())
     ]
     present = [name for name in names if os.path.lexists(path.parent / name)]
-    partner = file_inside(path.parent, present[0] if present else names[0], path)
+    partner = file_inside(path.parent, present[0] if present else names[0])
     return (path, partner) if own == ".hdr" else (partner, path)
 
 
@@ -110,20 +102,15 @@ def _unpacked(file: IO[bytes]) -> tuple[Any, bool]:
     return (igzip.IGzipFile(fileobj=file) if packed else file), packed
 
 
-def _read_header(
-    path: Path,
-    stream: IO[bytes],
-    magics: tuple[bytes, bytes],
-    kinds: tuple[Any, Any],
-    expected: str,
-) -> Any:
+def _read_header(stream: IO[bytes], kinds: tuple[Any, Any], expected: str) -> Any:
     block = stream.read(540)
     little, big = (int.from_bytes(block[:4], order) for order in ("little", "big"))
     kind = kinds[540 in (little, big)]
     size = kind.sizeof_hdr
     at = 4 if size == 540 else 344
-    if size not in (little, big) or len(block) < size or block[at : at + 4] not in magics:
-        raise VolumeError(path, f"not a NIfTI: found another kind of file, expected {expected}")
+    magic = (kind.single_magic if kind.is_single else kind.pair_magic) + b"\0"
+    if size not in (little, big) or len(block) < size or block[at : at + 4] != magic:
+        raise FormatError(f"not a NIfTI: found another kind of file, expected {expected}")
     header = kind(block[:size], check=False)
     quiet = logging.Logger("quiet")  # repairs of small faults need no line each
     quiet.addHandler(logging.NullHandler())
@@ -132,34 +119,22 @@ def _read_header(
 
 
 def _read(path: Path, header: Any, stream: Any, file_size: int, packed: bool) -> StoredVolume:
-    shape = checked_shape(path, tuple(int(size) for size in header.get_data_shape()))
+    shape = checked_shape(tuple(int(size) for size in header.get_data_shape()))
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise VolumeError(path, f"not a grey image: voxels are {dtype}, expected HU")
+        raise FormatError(f"not a grey image: voxels are {dtype}, expected HU")
     offset = int(header.get_data_offset())
-    check_size(path, shape, dtype, offset, file_size, packed)
-    affine = _affine(path, header)
-    slope, intercept = header.get_slope_inter()
-    stream.seek(offset)
-    voxels = np.empty(int(np.prod(shape, dtype=object)), dtype)
-    fill(stream, voxels)
-    return StoredVolume(
-        path=path,
-        voxels=voxels.reshape(shape, order="F"),
-        slope=1.0 if slope is None else float(slope),
-        intercept=0.0 if intercept is None else float(intercept),
-        affine=affine,
-        axes=axes_of(affine),
-    )
-
-
-def _affine(path: Path, header: Any) -> np.ndarray:
+    check_size(shape, dtype, offset, file_size, packed)
     affine = header.get_best_affine()
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     zooms = np.asarray(header.get_zooms()[:3])
-    finite = np.isfinite(affine).all()
-    if finite and int(header["sform_code"]) != 0 and not np.allclose(zooms, spacing):
+    used = np.isfinite(affine).all() and int(header["sform_code"]) != 0
+    if used and not np.allclose(zooms, spacing):
         # As MONAI: an sform that disagrees with the voxel size is not believed.
         affine = header.get_qform()
-    check_affine(path, affine)
-    return affine
+    axes = checked_axes(affine)
+    slope, intercept = header.get_slope_inter()
+    slope = 1.0 if slope is None else float(slope)
+    intercept = 0.0 if intercept is None else float(intercept)
+    stream.seek(offset)
+    return StoredVolume(path, read_array(stream, shape, dtype), slope, intercept, affine, axes)

@@ -12,19 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from voco_jax.data.formats.stored import (
-    StoredVolume,
-    VolumeError,
-    affine_from_lps,
-    checked_shape,
-)
-from voco_jax.data.formats.text_headers import (
-    MAX_HEADER,
-    DataFile,
-    head_of,
-    one_file,
-    read_voxels,
-)
+from voco_jax.data.formats.stored import FormatError, StoredVolume, affine_from_lps, checked_shape
+from voco_jax.data.formats.text_headers import MAX_HEADER, DataFile, head_of, one_file, read_voxels
 
 MAX_AXES = 16  # of the format
 _MAX_VALUE = 2**14  # characters of a field that is used
@@ -39,20 +28,22 @@ _UNUSED = (
 )
 # Names may lack their blanks.
 _FIELDS = {name.replace(" ", ""): name for name in (*_USED, *_UNUSED)} | {"centers": "centerings"}
-_TYPES = {
-    **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
-    **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
-    **dict.fromkeys(("short", "short int", "signed short", "signed short int"), "i2"),
-    **dict.fromkeys(("int16", "int16_t"), "i2"),
-    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), "u2"),
-    **dict.fromkeys(("int", "signed int", "int32", "int32_t"), "i4"),
-    **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t"), "u4"),
-    **dict.fromkeys(("longlong", "long long", "long long int", "signed long long"), "i8"),
-    **dict.fromkeys(("signed long long int", "int64", "int64_t"), "i8"),
-    **dict.fromkeys(("ulonglong", "unsigned long long", "unsigned long long int"), "u8"),
-    **dict.fromkeys(("uint64", "uint64_t"), "u8"),
-    **{"float": "f4", "double": "f8"},
+_NAMES = {
+    "i1": ("signed char", "int8", "int8_t"),
+    "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
+    "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
+    "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
+    "i4": ("int", "signed int", "int32", "int32_t"),
+    "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
+    "i8": (
+        *("longlong", "long long", "long long int", "signed long long", "signed long long int"),
+        *("int64", "int64_t"),
+    ),
+    "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
+    "f4": ("float",),
+    "f8": ("double",),
 }
+_TYPES = {name: dtype for dtype, names in _NAMES.items() for name in names}
 # What turns a space into ITK's (x to the left, y to the back); without a name it is taken for it.
 _TO_LPS = {
     **dict.fromkeys(("rightanteriorsuperior", "ras"), (-1.0, -1.0, 1.0)),
@@ -67,16 +58,14 @@ def load_nrrd(path: Path) -> StoredVolume:
     """Reads an NRRD file, raw or gzip, its data inside it or in one file beside it.
 
     Raises:
-        VolumeError: see `readers.load`.
         Exception: see `readers.load`.
     """
     header, data = _header(path)
     count, sizes = header["dimension"], header["sizes"].tolist()
     if not count == len(sizes) <= MAX_AXES:
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"unreadable: dimension {str(count)[:20]} and {len(sizes)} sizes in its header, "
-            f"expected one number, at most {MAX_AXES}",
+            f"expected one number, at most {MAX_AXES}"
         )
     expected = {key: [count] for key in ("kinds", "centerings", "spacings", "axis mins")}
     space = np.shape(header.get("space directions", np.eye(3)))[1]
@@ -84,27 +73,25 @@ def load_nrrd(path: Path) -> StoredVolume:
     for field in expected.keys() & header.keys():
         found = list(np.shape(header[field]))
         if found != expected[field]:
-            raise VolumeError(
-                path,
-                f"unreadable: {field} has {found} values in its header, expected {expected[field]}",
+            raise FormatError(
+                f"unreadable: {field} has {found} values in its header, expected {expected[field]}"
             )
-    dtype = _dtype(path, header)
-    axes = _axes(path, header)
-    shape = checked_shape(path, tuple(sizes[axis] for axis in axes))
-    origin, steps = _geometry(path, header, axes[:3])
+    dtype = _dtype(header)
+    axes = _axes(header)
+    shape = checked_shape(tuple(sizes[axis] for axis in axes))
+    origin, steps = _geometry(header, axes[:3])
     if (np.abs([*origin, *steps.ravel()]) > 2**53).any():
-        raise VolumeError(
-            path, f"absurd spacing: {steps.T.tolist()} mm from {origin.tolist()} in its header"
+        raise FormatError(
+            f"absurd spacing: {steps.T.tolist()} mm from {origin.tolist()} in its header"
         )
     return read_voxels(path, data, shape, dtype, affine_from_lps(origin, steps))
 
 
 def nrrd_files(path: Path) -> list[Path]:
-    """An NRRD file, and the data file that it names, whether it is there or not.
+    """An NRRD file, and the data file that it names.
 
     Raises:
-        VolumeError: as `load_nrrd`, for what concerns the data file.
-        OSError: the header cannot be read.
+        FormatError, OSError: as `load_nrrd`, for what concerns the data file.
     """
     return [*{path: None, _header(path)[1].file: None}]
 
@@ -115,44 +102,39 @@ def _header(path: Path) -> tuple[dict[str, Any], DataFile]:
 
     block = head_of(path)
     if not block.startswith(b"NRRD000"):
-        raise VolumeError(path, "not an NRRD: found another kind of file")
+        raise FormatError("not an NRRD: found another kind of file")
     blank = re.search(rb"\r?\n\r?\n", block)
     if blank is None and len(block) == MAX_HEADER:
-        raise VolumeError(path, f"absurd header: no end in the first {MAX_HEADER} bytes")
+        raise FormatError(f"absurd header: no end in the first {MAX_HEADER} bytes")
     text = os.fsdecode(block[: blank.start()] if blank else block)
     magic, *lines = text.rstrip().split("\n")
     try:
         with np.errstate(all="ignore"):
-            header: dict[str, Any] = nrrd.read_header([magic, *_fields(path, lines)])
-    except VolumeError:
+            header: dict[str, Any] = nrrd.read_header([magic, *_fields(lines)])
+    except FormatError:
         raise
     except Exception as error:  # whatever its parsers make of strange text
-        raise VolumeError(path, f"unreadable: in its header pynrrd found {error!r:.300}") from error
+        raise FormatError(f"unreadable: in its header pynrrd found {error!r:.300}") from error
     missing = {"type", "dimension", "sizes", "encoding"} - header.keys()
     if missing:
-        raise VolumeError(path, f"unreadable: no {', '.join(sorted(missing))} in its header")
+        raise FormatError(f"unreadable: no {', '.join(sorted(missing))} in its header")
     encoding, skip = header["encoding"].lower(), header.get("byte skip", 0)
     packing = {"raw": "", "gzip": "gzip", "gz": "gzip"}.get(encoding)
     lines_skipped = header.get("line skip", 0)
     if packing is None or lines_skipped or (packing and skip) or not -1 <= skip < 2**53:
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"unsupported NRRD: encoding {encoding[:50]!r}, byte skip {str(skip)[:20]}, line skip "
-            f"{str(lines_skipped)[:20]}; expected raw or gzip data with no lines to skip",
+            f"{str(lines_skipped)[:20]}; expected raw or gzip data with no lines to skip"
         )
     if "data file" in header:
         return header, DataFile(one_file(path, header["data file"]), skip, packing)
     if blank is None:
-        raise VolumeError(path, "truncated: no data follow its header; copy it again")
+        raise FormatError("truncated: no data follow its header; copy it again")
     return header, DataFile(path, blank.end() + skip if skip >= 0 else -1, packing)
 
 
-def _fields(path: Path, lines: list[str]) -> list[str]:
-    """The lines that are used, spelled as pynrrd wants them: it takes names and vectors strictly.
-
-    Raises:
-        VolumeError: a line that is none of NRRD.
-    """
+def _fields(lines: list[str]) -> list[str]:
+    """The lines that are used, spelled as pynrrd wants them, which is strict."""
     found = []
     for line in lines:
         name, colon, value = line.partition(":")
@@ -160,12 +142,10 @@ def _fields(path: Path, lines: list[str]) -> list[str]:
         if line.startswith("#") or (colon and (not field or value[:1] == "=") and ":=" in line):
             continue  # a comment, or another program's key := value
         if not (colon and field):
-            raise VolumeError(
-                path, f"unreadable: {line[:50]!r} in its header, expected a field of NRRD"
-            )
+            raise FormatError(f"unreadable: {line[:50]!r} in its header, expected a field of NRRD")
         value = " ".join(value.split())
         if field in _USED and len(value) > _MAX_VALUE:
-            raise VolumeError(path, f"absurd header: its {field} is {len(value)} characters long")
+            raise FormatError(f"absurd header: its {field} is {len(value)} characters long")
         if field in ("space directions", "space origin"):
             for loose, tight in (("( ", "("), (" )", ")"), (" ,", ","), (", ", ","), (")(", ") (")):
                 value = value.replace(loose, tight)
@@ -176,21 +156,21 @@ def _fields(path: Path, lines: list[str]) -> list[str]:
     return found
 
 
-def _dtype(path: Path, header: dict[str, Any]) -> np.dtype:
+def _dtype(header: dict[str, Any]) -> np.dtype:
     name, endian = header["type"].lower(), header.get("endian", "").lower()
     if name not in _TYPES:
-        raise VolumeError(
-            path, f"not a grey image: voxels are {name[:50]!r}, expected HU, one number each"
+        raise FormatError(
+            f"not a grey image: voxels are {name[:50]!r}, expected HU, one number each"
         )
     dtype = np.dtype(_TYPES[name])
     if dtype.itemsize > 1 and endian not in ("little", "big"):
-        raise VolumeError(
-            path, f"unreadable: endian is {endian[:50]!r} in its header, expected little or big"
+        raise FormatError(
+            f"unreadable: endian is {endian[:50]!r} in its header, expected little or big"
         )
     return dtype.newbyteorder(">" if endian == "big" else "<")
 
 
-def _axes(path: Path, header: dict[str, Any]) -> list[int]:
+def _axes(header: dict[str, Any]) -> list[int]:
     """The axes in space; those of one voxel that have no place there are left out."""
     sizes = header["sizes"].tolist()
     kinds = [kind.lower() for kind in header.get("kinds", ["domain"] * len(sizes))]
@@ -198,17 +178,16 @@ def _axes(path: Path, header: dict[str, Any]) -> list[int]:
     axes = []
     for axis, (size, kind) in enumerate(zip(sizes, kinds, strict=True)):
         if kind not in _DOMAIN and size != 1:
-            raise VolumeError(
-                path,
+            raise FormatError(
                 f"not a grey image: axis {axis} is a {kind[:50]!r} of {size} numbers, expected HU, "
-                "one number each",
+                "one number each"
             )
         if size != 1 or (kind in _DOMAIN and not np.isnan(steps[axis]).any()):
             axes.append(axis)
     return axes
 
 
-def _geometry(path: Path, header: dict[str, Any], axes: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _geometry(header: dict[str, Any], axes: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Origin and steps of three axes as of `affine_from_lps`, whatever numbers they are."""
     place = ("space", "space dimension", "space directions", "spacings")
     given = [field for field in place if field in header]
@@ -219,19 +198,17 @@ def _geometry(path: Path, header: dict[str, Any], axes: list[int]) -> tuple[np.n
         origin = header["axis mins"][axes] + half if "axis mins" in header else np.zeros(3)
         return origin, np.diag(spacings)
     if "space directions" not in given or "spacings" in given or len(given) < 2:
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"absurd spacing: {', '.join(given) or 'none'} in its header, expected spacings, or "
-            "space and space directions, in mm; correct the header",
+            "space and space directions, in mm; correct the header"
         )
     space = header.get("space", "")
     flips = _TO_LPS.get(re.sub("[- ]", "", space).lower())
     vectors = header["space directions"][axes]
     if flips is None or not 3 <= vectors.shape[1] == header.get("space dimension", 3):
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"unsupported NRRD: space {space[:50]!r} of {vectors.shape[1]} axes, expected RAS, LAS "
-            "or LPS, of three",
+            "or LPS, of three"
         )
     with np.errstate(all="ignore"):
         lengths = np.sqrt((vectors**2).sum(axis=1, keepdims=True))

@@ -15,7 +15,7 @@ from voco_jax.data.formats.dicom import load_series, series_files, series_in
 from voco_jax.data.formats.meta_image import load_meta, meta_files
 from voco_jax.data.formats.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair_files, pairs_in
 from voco_jax.data.formats.nrrd import load_nrrd, nrrd_files
-from voco_jax.data.formats.stored import StoredVolume, VolumeError
+from voco_jax.data.formats.stored import FormatError, StoredVolume, VolumeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Format:
     Args:
         suffixes: of its files, in small letters.
         load: reads a volume; whatever it raises, `load` below turns into a VolumeError.
-        files: all files of a volume on this machine; VolumeError where a header is wrong.
+        files: all files of a volume on this machine; FormatError where a header is wrong.
         detached: those suffixes whose volumes have other files of the same name beside them.
         volumes: of the names of the files in a folder, those that are volumes; ".": the folder
             itself. It is told the folder too, or None: nothing can be looked into. None: every
@@ -63,13 +63,6 @@ FORMATS = (
 SUFFIXES = tuple(suffix for one in FORMATS for suffix in one.suffixes)
 DETACHED = tuple(suffix for one in FORMATS for suffix in one.detached)
 
-# isal's stubs call its exception an instance.
-_DAMAGED: tuple[type[Exception], ...] = (
-    gzip.BadGzipFile,
-    igzip_lib.IsalError,  # type: ignore[assignment]
-    zlib.error,
-)
-
 
 def load(path: str | Path) -> StoredVolume:
     """Reads one volume, with all checks that need no look at the numbers.
@@ -78,9 +71,6 @@ def load(path: str | Path) -> StoredVolume:
         path: a file or folder of one of FORMATS; of a pair, either file. A file of any other name
             is taken for NIfTI.
 
-    Returns:
-        The volume as stored. Trailing axes of size 1 are dropped.
-
     Raises:
         VolumeError: missing, unreadable, truncated, another format, not 3-D, absurd spacing or
             size.
@@ -88,13 +78,13 @@ def load(path: str | Path) -> StoredVolume:
     path = Path(path)
     try:
         return _format_of(path).load(path)
-    except VolumeError:
-        raise
+    except FormatError as error:
+        raise VolumeError(path, str(error)) from error
     except FileNotFoundError as error:
         raise VolumeError(path, "missing file: there is no such file") from error
     except EOFError as error:
         raise VolumeError(path, "truncated gzip: the file ends early; copy it again") from error
-    except _DAMAGED as error:
+    except (gzip.BadGzipFile, igzip_lib.IsalError, zlib.error) as error:  # type: ignore[misc]
         raise VolumeError(path, f"damaged gzip: {error}; copy it again") from error
     except OSError as error:
         raise VolumeError(path, f"unreadable: {error.strerror or error}") from error
@@ -118,7 +108,7 @@ def file_signature(path: str | Path) -> tuple[int, int]:
     """
     path = Path(path)
     found = [os.stat(path)]
-    with contextlib.suppress(VolumeError):  # `load` says what is wrong with it
+    with contextlib.suppress(FormatError):  # `load` says what is wrong with it
         found = [os.stat(file) for file in _format_of(path).files(path)]
     return sum(file.st_size for file in found), max(file.st_mtime_ns for file in found)
 

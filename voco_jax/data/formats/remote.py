@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from voco_jax.data.formats.readers import DETACHED
-from voco_jax.data.storage import Folder, is_remote, split_url
+from voco_jax.data.storage import Folder, is_remote
 
 
 @contextmanager
@@ -26,8 +26,7 @@ def local_copy(path: str | Path) -> Iterator[Path]:
     if not is_remote(path):
         yield Path(path)
         return
-    folder_url, name = split_url(str(path))
-    source = Folder(folder_url)
+    source, name = Folder.of(str(path))
     with tempfile.TemporaryDirectory(prefix="voco_fetch_") as folder:
         for file in _files(source, name):
             content = source.read(file)
@@ -45,8 +44,7 @@ def remote_signature(url: str) -> str:
     Raises:
         OSError: there is no such object, or the store cannot be read.
     """
-    folder_url, name = split_url(url)
-    source = Folder(folder_url)
+    source, name = Folder.of(url)
     digest = hashlib.blake2b(digest_size=16)
     for file in _files(source, name):
         generation = source.generation(file)

@@ -4,6 +4,7 @@ Files are untrusted: a header's claims are checked before memory is taken, and a
 file outside its own folder.
 """
 
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ SPACING_MM = (0.05, 25.0)  # smallest and largest plausible voxel
 TILT_DEGREES = 1.0
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's and DICOM's x is to the left, y to the back
 _BLOCK = 8 * 2**20
+
+
+class FormatError(Exception):
+    """What a reader finds wrong with a file; `readers.load` makes a VolumeError of it."""
 
 
 class VolumeError(InputError):
@@ -79,34 +84,27 @@ def affine_from_lps(origin: Sequence[float] | np.ndarray, steps: np.ndarray) -> 
     return _LPS_TO_RAS @ affine
 
 
-def axes_of(affine: np.ndarray) -> str:
-    """The direction of each axis of a checked affine, as "LPS"."""
-    return "".join(nibabel.aff2axcodes(affine))
-
-
-def checked_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
+def checked_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """The shape without trailing axes of size 1.
 
     Raises:
-        VolumeError: not three axes of at least two voxels.
+        FormatError: not three axes of at least two voxels.
     """
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 2:
-        raise VolumeError(
-            path,
-            f"not 3-D: shape {'x'.join(map(str, shape))}, expected three axes of at least 2 voxels",
+        raise FormatError(
+            f"not 3-D: shape {'x'.join(map(str, shape))}, expected three axes of at least 2 voxels"
         )
     return shape[0], shape[1], shape[2]
 
 
 def check_size(
-    path: Path, shape: tuple[int, ...], dtype: np.dtype, offset: int, found: int, packed: bool
+    shape: tuple[int, ...], dtype: np.dtype, offset: int, found: int, packed: bool
 ) -> None:
     """Whether a file can hold what its header claims.
 
     Args:
-        path: named in the error.
         shape: claimed.
         dtype: claimed.
         offset: of the voxels in the file (the unpacked one, if packed).
@@ -114,86 +112,76 @@ def check_size(
         packed: whether the file is compressed with deflate.
 
     Raises:
-        VolumeError: more than MAX_BYTES, more than the file can hold, or a file that ends early.
+        FormatError: more than MAX_BYTES, more than the file can hold, or a file that ends early.
     """
-    wanted = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    wanted = offset + math.prod(shape) * dtype.itemsize
     if wanted > (found * GZIP_RATIO if packed else MAX_BYTES) or wanted > MAX_BYTES:
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"absurd size: the header claims {'x'.join(map(str, shape))} voxels, {wanted} bytes, "
-            f"in a file of {found}; at most {MAX_BYTES} are read",
+            f"in a file of {found}; at most {MAX_BYTES} are read"
         )
     if not packed and wanted > found:
-        raise VolumeError(
-            path,
-            f"truncated: found {found} bytes, expected {wanted} as the header says; copy it again",
+        raise FormatError(
+            f"truncated: found {found} bytes, expected {wanted} as the header says; copy it again"
         )
 
 
-def check_affine(path: Path, affine: np.ndarray) -> None:
-    """Whether an affine is one of a scanner: finite, plausible spacing, axes at right angles.
+def checked_axes(affine: np.ndarray) -> str:
+    """The direction of each axis, as "LPS".
 
     Raises:
-        VolumeError: it is not.
+        FormatError: the affine is none of a scanner: not finite, no plausible spacing, or axes that
+            are not at right angles.
     """
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     low, high = SPACING_MM
     if not (np.isfinite(affine).all() and (spacing >= low).all() and (spacing <= high).all()):
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"absurd spacing: {'x'.join(f'{s:g}' for s in spacing)} mm, "
-            f"expected {low} to {high} mm; correct the header",
+            f"expected {low} to {high} mm; correct the header"
         )
     directions = affine[:3, :3] / spacing
     if abs(np.linalg.det(directions)) < 1e-3:
-        raise VolumeError(
-            path, "absurd orientation: the header's affine is singular; correct the header"
-        )
+        raise FormatError("absurd orientation: the header's affine is singular; correct the header")
     cosines = np.abs(directions.T @ directions - np.eye(3)).max()
     tilt = np.degrees(np.arcsin(min(float(cosines), 1.0)))
     if tilt > TILT_DEGREES:
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"gantry tilt: the axes are {tilt:.1f} degrees from right angles, expected at most "
-            f"{TILT_DEGREES:g}; resample it to an upright grid",
+            f"{TILT_DEGREES:g}; resample it to an upright grid"
         )
+    return "".join(nibabel.aff2axcodes(affine))
 
 
-def file_inside(folder: Path, name: str, path: Path) -> Path:
-    """A file that a header names, or one beside another.
+def file_inside(folder: Path, name: str) -> Path:
+    """The path of a file that a header in a folder names, or of one beside another.
 
     Args:
-        folder: of the header.
-        name: of the file, relative to the folder; links are followed.
-        path: of the volume, named in errors.
-
-    Returns:
-        Its path, which is a file below the folder.
+        folder: that it must be in or below; links are followed.
+        name: relative to the folder.
 
     Raises:
-        VolumeError: it is missing, leads out of the folder or is no regular file.
+        FormatError: it is missing, leads out of the folder or is no regular file.
     """
     root = os.path.realpath(folder)
     if "\0" in name or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
-        raise VolumeError(
-            path,
+        raise FormatError(
             f"outside its folder: the header names the data file {name[:200]!r}, "
-            "expected the name of a file beside it",
+            "expected the name of a file beside it"
         )
     found = os.path.realpath(os.path.join(root, name))
     if os.path.commonpath([root, found]) != root:
-        raise VolumeError(
-            path,
-            f"outside its folder: {name[:200]!r} is a link out of {root}; put the file there",
+        raise FormatError(
+            f"outside its folder: {name[:200]!r} is a link out of {root}; put the file there"
         )
     try:
         regular = stat.S_ISREG(os.stat(found).st_mode)
     except (OSError, ValueError) as error:
-        raise VolumeError(
-            path, f"missing file: its data are in {name[:200]!r}, which is not beside it"
+        raise FormatError(
+            f"missing file: its data are in {name[:200]!r}, which is not beside it"
         ) from error
     if not regular:
-        raise VolumeError(path, f"not a file: {name[:200]!r} is not a regular file")
+        raise FormatError(f"not a file: {name[:200]!r} is not a regular file")
     return Path(found)
 
 
@@ -201,23 +189,24 @@ def opened(path: Path) -> IO[bytes]:
     """A regular file, open; anything else (a pipe would wait for ever) is refused.
 
     Raises:
-        VolumeError: not a regular file, or empty.
+        FormatError: not a regular file, or empty.
         OSError: as open().
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise VolumeError(path, "not a file: found a device, a pipe or a socket")
+        raise FormatError("not a file: found a device, a pipe or a socket")
     if found.st_size == 0:
-        raise VolumeError(path, "empty file: 0 bytes; copy it again")
+        raise FormatError("empty file: 0 bytes; copy it again")
     return open(path, "rb")
 
 
-def fill(stream: IO[bytes], voxels: np.ndarray) -> None:
-    """Reads into an array; the read past its end makes gzip check length and checksum.
+def read_array(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Reads voxels, the first axis fastest; the read past their end makes gzip check its checksum.
 
     Raises:
         EOFError: the stream ends early.
     """
+    voxels = np.empty(math.prod(shape), dtype)
     target = voxels.view(np.uint8).data
     done = 0
     while done < len(target):
@@ -226,3 +215,4 @@ def fill(stream: IO[bytes], voxels: np.ndarray) -> None:
             raise EOFError
         done += count
     stream.read(1)
+    return voxels.reshape(shape, order="F")

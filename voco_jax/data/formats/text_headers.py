@@ -7,6 +7,7 @@ of compressed data looked at.
 """
 
 import io
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -17,14 +18,13 @@ import numpy as np
 from isal import igzip
 
 from voco_jax.data.formats.stored import (
+    FormatError,
     StoredVolume,
-    VolumeError,
-    axes_of,
-    check_affine,
     check_size,
+    checked_axes,
     file_inside,
-    fill,
     opened,
+    read_array,
 )
 
 MAX_HEADER = 2**20  # bytes; real ones have some thousands
@@ -41,31 +41,20 @@ class DataFile:
 
 
 def head_of(path: Path) -> bytes:
-    """The first MAX_HEADER bytes of a file.
-
-    Raises:
-        VolumeError: not a regular file, or empty.
-        OSError: as open().
-    """
+    """The first MAX_HEADER bytes of a file; see `opened`."""
     with opened(path) as file:
         return file.read(MAX_HEADER)
 
 
 def one_file(path: Path, name: str) -> Path:
-    """The data file that a header names.
-
-    Args:
-        path: of the header.
-        name: as it stands there.
+    """The data file that a header, at `path`, names.
 
     Raises:
-        VolumeError: several files, or see `file_inside`.
+        FormatError: several files, or see `file_inside`.
     """
     if name.upper().split()[:1] == ["LIST"] or "%" in name:
-        raise VolumeError(
-            path, f"several data files: found {name[:100]!r}, expected the name of one file"
-        )
-    return file_inside(path.parent, name, path)
+        raise FormatError(f"several data files: found {name[:100]!r}, expected one file's name")
+    return file_inside(path.parent, name)
 
 
 def read_voxels(
@@ -81,36 +70,22 @@ def read_voxels(
         affine: see `StoredVolume`.
 
     Raises:
-        VolumeError: see `check_affine` and `check_size`.
+        FormatError: see `checked_axes` and `check_size`.
         Exception: see `readers.load`.
     """
-    check_affine(path, affine)
+    axes = checked_axes(affine)
     with opened(data.file) as file:
         found, offset = os.fstat(file.fileno()).st_size, data.offset
-        count = int(np.prod(shape, dtype=object))
         if offset < 0:
-            offset = max(0, found - count * dtype.itemsize)
-        if data.packing:
-            check_size(path, shape, dtype, 0, max(0, found - offset), True)
-        else:
-            check_size(path, shape, dtype, offset, found, False)
+            offset = max(0, found - math.prod(shape) * dtype.itemsize)
+        skipped = 0 if data.packing else offset
+        check_size(shape, dtype, skipped, found - offset + skipped, bool(data.packing))
         file.seek(offset)
-        voxels = np.empty(count, dtype)
-        fill(_unpacked(file, data.packing), voxels)
-    return StoredVolume(
-        path=path,
-        voxels=voxels.reshape(shape, order="F"),
-        slope=1.0,
-        intercept=0.0,
-        affine=affine,
-        axes=axes_of(affine),
-    )
-
-
-def _unpacked(file: IO[bytes], packing: str) -> Any:
-    if packing == "gzip":
-        return igzip.IGzipFile(fileobj=file)
-    return _Inflated(file) if packing == "zlib" else file
+        stream: Any = file
+        if data.packing:
+            stream = igzip.IGzipFile(fileobj=file) if data.packing == "gzip" else _Inflated(file)
+        voxels = read_array(stream, shape, dtype)
+    return StoredVolume(path, voxels, slope=1.0, intercept=0.0, affine=affine, axes=axes)
 
 
 class _Inflated(io.RawIOBase):

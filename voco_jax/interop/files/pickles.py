@@ -35,17 +35,10 @@ class Storage:
 
 
 _STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
+    "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+}  # fmt: skip
 _PLAIN = (str, int, float, bool, NoneType)
 """Types of keys and members of sets: the hash of deeply nested tuples would end the process."""
 _MARK = object()
@@ -105,10 +98,7 @@ def read_pickle(content: bytes, source: str, check: Callable[[Storage], None]) -
 class _Reader:
     """The instructions that torch.load(weights_only=True) knows, as a stack machine.
 
-    Args:
-        source: the file, for messages.
-        check: as in `read_pickle`.
-        budget: items that the calls may copy in all. The pickle's length: every item takes a byte.
+    `budget`: items that the calls may copy in all; the pickle's length: every item takes a byte.
     """
 
     def __init__(self, source: str, check: Callable[[Storage], None], budget: int) -> None:

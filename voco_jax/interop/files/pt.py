@@ -58,8 +58,8 @@ def describe(path: Path) -> Any:
     return read_pickle(content, str(path), check)
 
 
-def load(path: Path) -> Any:
-    """What a PyTorch file that `describe` accepted holds, with torch tensors, mapped from the file.
+def load(path: Path) -> tuple[Any, type]:
+    """What a PyTorch file that `describe` accepted holds, and the type of the tensors in it.
 
     Raises:
         InputError: damaged, or torch is not installed.
@@ -73,13 +73,14 @@ def load(path: Path) -> Any:
         ) from error
     _check_sums(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds; all mean that the file is unusable
         reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise InputError(
             f"{path}: torch.load(weights_only=True) refuses it: {reason[:300]}; fetch it again, "
             "or save the network's state_dict() alone"
         ) from error
+    return content, torch.Tensor
 
 
 def to_numpy(tensor: Any, spec: TensorSpec, source: str) -> np.ndarray:
@@ -99,26 +100,18 @@ def to_numpy(tensor: Any, spec: TensorSpec, source: str) -> np.ndarray:
 
 
 def save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a flat dict of tensors with torch.save.
+    """Writes a flat dict of tensors with torch.save."""
+    import torch
 
-    Raises:
-        InputError: torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path}: writing .pt needs torch, which is not installed: pip install torch, or "
-            "write .safetensors"
-        ) from error
     with path.open("wb") as file:
         torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
 
 
 def _check_start(path: Path) -> None:
+    """A zip archive, as torch decides it, or an error that says what the file is."""
     with path.open("rb") as file:
         start = file.read(24)
-    if start.startswith(ZIP_START):  # as torch decides it
+    if start.startswith(ZIP_START):
         return
     if OLD_MAGIC in start:
         raise InputError(

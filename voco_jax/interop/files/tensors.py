@@ -3,15 +3,11 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-ITEM_SIZES = {"bfloat16": 2} | {
-    name: np.dtype(name).itemsize
-    for name in (
-        *("float64", "float32", "float16", "int64", "int32", "int16", "int8"),
-        *("uint64", "uint32", "uint16", "uint8", "bool"),
-    )
-}
+ITEM_SIZES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "bool": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1,
+}  # fmt: skip
 """Bytes of an element of each dtype that is read; PyTorch's names, which are NumPy's."""
 
 

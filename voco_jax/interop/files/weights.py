@@ -1,7 +1,6 @@
 """Reading weight files of all kinds into flat names and arrays. Files are untrusted."""
 
 import os
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -15,19 +14,6 @@ from voco_jax.interop.match import printable
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SAFETENSORS_SUFFIX = ".safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """One network's tensors out of a file.
-
-    Attributes:
-        tensors: bare name (no wrapper, no prefix) -> array.
-        selection: where they were in the file.
-    """
-
-    tensors: dict[str, np.ndarray]
-    selection: Selection
 
 
 def describe(path: str | PathLike[str], network: str = "teacher") -> Selection:
@@ -71,21 +57,19 @@ def read(path: str | PathLike[str], network: str = "teacher") -> dict[str, np.nd
         InputError: the file is missing, damaged, needs more than weights_only, claims more memory
             than it has, or two keys stand for one name; the message says how to mend it.
     """
-    return read_weights(path, network).tensors
+    return read_weights(path, network)[0]
 
 
-def read_weights(path: str | PathLike[str], network: str = "teacher") -> Weights:
-    """As `read`, with what was found around the weights."""
+def read_weights(
+    path: str | PathLike[str], network: str = "teacher"
+) -> tuple[dict[str, np.ndarray], Selection]:
+    """As `read`, with where the tensors were in the file."""
     file = _existing(path)
     selection = describe(file, network)
     if _is_safetensors(file):
         stored = safetensors.load(file, selection.sources.values())
-        tensors = {name: stored[key] for name, key in selection.sources.items()}
-        return Weights(tensors=tensors, selection=selection)
-    tree = pt.load(file)
-    import torch
-
-    loaded = select(tree, torch.Tensor, network, str(file))
+        return {name: stored[key] for name, key in selection.sources.items()}, selection
+    loaded = select(*pt.load(file), network, str(file))
     if loaded.sources != selection.sources:
         raise InputError(
             f"{file}: torch reads other keys than its pickle holds; fetch the file again"
@@ -94,20 +78,11 @@ def read_weights(path: str | PathLike[str], network: str = "teacher") -> Weights
         name: pt.to_numpy(tensor, selection.tensors[name], f"{file}: {printable(name)}")
         for name, tensor in loaded.tensors.items()
     }
-    return Weights(tensors=tensors, selection=selection)
+    return tensors, selection
 
 
 def write(tensors: dict[str, np.ndarray], path: Path, suffix: str) -> None:
-    """Writes a flat dict of tensors as .pt or .safetensors.
-
-    Args:
-        tensors: name -> array.
-        path: the file; its own suffix does not matter.
-        suffix: `.pt` or `.safetensors`.
-
-    Raises:
-        InputError: .pt without torch.
-    """
+    """Writes a flat dict of tensors as .pt or .safetensors, whatever the path's own suffix."""
     (safetensors if suffix == SAFETENSORS_SUFFIX else pt).save(tensors, path)
 
 

@@ -1,0 +1,5 @@
+"""The chain of configs/voco_10k.py."""
+
+from voco_jax.config.load import DEFAULT, load
+
+CHAIN_10K = load(DEFAULT).data.sources["ct"].chain

@@ -1,0 +1,520 @@
+"""The loop: resume, guards and errors, in this process and at the smallest size."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs import tiny
+from voco_jax.config.load import parse
+from voco_jax.data.cache import Cache
+from voco_jax.data.sources import read_volumes
+from voco_jax.errors import InputError
+from voco_jax.training import loop
+from voco_jax.training.checkpoint import Checkpoints, read_network, saved_steps, set_damaged_aside
+from voco_jax.training.compile import compiler_options
+from voco_jax.training.mesh import make_mesh
+from voco_jax.training.metrics import (
+    MetricsWriter,
+    Progress,
+    StepTimes,
+    duration,
+    log_while_running,
+)
+from voco_jax.training.workdir import claim_workdir
+from voco_jax.voco import task
+from voco_jax.voco.task import METHOD, make_program
+
+
+def run(config, workdir):
+    loop.run(parse(config, str(workdir)), workdir, METHOD)
+
+
+def _losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of four steps, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    run(tiny.get_config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_everything(finished):
+    assert sorted(_losses(finished)) == [1, 2, 3, 4]
+    assert (finished / "pictures" / "positions_0000004.png").stat().st_size > 1000
+    assert (finished / "voco_encoder.safetensors").exists()
+    card = json.loads((finished / "voco_encoder.safetensors.json").read_text())
+    assert (card["recipe"], card["step"], card["network"]) == ("voco_10k", 4, "teacher")
+    assert list((finished / "tensorboard").glob("events*"))
+    validation = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert validation["validation/chance"] >= 0.5
+
+
+def test_a_finished_run_trains_nothing_more(finished, capsys):
+    before = _losses(finished)
+    run(tiny.get_config(), finished)
+    assert "nothing left to train" in capsys.readouterr().out
+    assert _losses(finished) == before
+
+
+def test_stopped_and_killed_it_goes_on_bit_for_bit(finished, tmp_path, capsys):
+    class KilledError(Exception):
+        pass
+
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "should_stop", lambda step: step == 1)
+        with pytest.raises(loop.PreemptedError, match=r"saved step 1: the same command res"):
+            run(tiny.get_config(), workdir)
+
+    def die(self, step, values):
+        original(self, step, values)
+        if step == 3:  # the checkpoint is of step 2
+            raise KilledError
+
+    original = MetricsWriter.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", die)
+        with pytest.raises(KilledError):
+            run(tiny.get_config(), workdir)
+    assert "resuming at step 1 of 4" in capsys.readouterr().out
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')  # and a line cut off
+    run(tiny.get_config(), workdir)
+    assert "resuming at step 2 of 4" in capsys.readouterr().out
+    assert _losses(workdir) == _losses(finished)
+    for network in ("student", "teacher"):
+        expected, _ = read_network(finished, network)
+        found, _ = read_network(workdir, network)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_another_experiment_in_the_workdir(finished):
+    config = tiny.get_config()
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(
+        InputError, match=r"holds another experiment; optimizer.learning_rate: 0.001 -> 0.5"
+    ):
+        run(config, finished)
+
+
+def test_runtime_settings_may_change(finished, tmp_path):
+    """And the resumed run goes by the new ones."""
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    config = tiny.get_config()
+    config.checkpoint.every_steps, config.checkpoint.keep = 1, 2
+    config.export_to = "{workdir}/again.safetensors"
+    run(config, tmp_path / "run")
+    assert _losses(tmp_path / "run") == _losses(finished)
+    assert saved_steps(tmp_path / "run") == [3, 4]
+    assert (tmp_path / "run" / "again.safetensors").exists()
+
+
+def test_other_data_in_the_cache(finished):
+    info_of = Checkpoints.restore_info
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Checkpoints, "restore_info", lambda s, k: {**info_of(s, k), "data_fingerprint": "old"}
+        )
+        with pytest.raises(InputError, match=r"expected those of the checkpoints, old"):
+            run(tiny.get_config(), finished)
+
+
+def test_a_cache_of_other_settings(finished, tmp_path):
+    config = tiny.get_config()
+    config.data.phantoms = 0
+    config.data.prepare = False
+    config.data.sources.ct.cache = str(finished / "cache")
+    config.data.sources.ct.chain.window = (-1000.0, 500.0)
+    with pytest.raises(InputError, match=r"window"):
+        run(config, tmp_path / "other")
+
+
+def test_no_cache(tmp_path):
+    config = tiny.get_config()
+    config.data.phantoms = 0
+    config.data.prepare = False
+    with pytest.raises(InputError, match=r"voco_jax.data.prepare"):
+        run(config, tmp_path)
+
+
+def test_prepare_without_lists(tmp_path):
+    config = tiny.get_config()
+    config.data.phantoms = 0
+    with pytest.raises(InputError, match=r"data.sources.ct.roots: found none"):
+        run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("crops.encoder_size", (32, 32, 48), r"crops.encoder_size: .*\(32, 32, 48\).*multiples"),
+        ("crops.encoder_size", (32, 32, 32), r"crops.encoder_size: .*nearest sizes"),
+        ("model.num_heads", (5, 6, 12, 24), r"model.num_heads: found 5 .*divisor"),
+        ("model.feature_size", 13, r"model.feature_size: found 13.*multiple of 12"),
+        ("export_to", "{workdir}/voco.onnx", r"voco.onnx: found suffix '.onnx'"),
+    ],
+)
+def test_settings_that_the_encoder_cannot_take(tmp_path, field, value, message):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError, match=message):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_workdir_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be used as --workdir"):
+        run(tiny.get_config(), tmp_path / "file")
+    (tmp_path / "old" / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"config.json: cannot be read .*not known whose"):
+        run(tiny.get_config(), tmp_path / "old")
+
+
+def test_a_folder_that_was_not_filled_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"found \{workdir\} in .*expected the folder's name"):
+        loop.run(parse(tiny.get_config()), tmp_path / "run", METHOD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_failed_may_be_mended(tmp_path):
+    config = tiny.get_config()
+    config.init_from = str(tmp_path / "none.pt")
+    with pytest.raises(InputError, match=r"none.pt"):
+        run(config, tmp_path / "run")
+    parsed = parse(tiny.get_config())
+    assert claim_workdir(tmp_path / "run", parsed) == tmp_path / "run"
+
+
+def test_export_beside_a_running_save(finished):
+    half_written = finished / "checkpoints" / "9.orbax-checkpoint-tmp"
+    half_written.mkdir()
+    read_network(finished, "teacher")
+    assert half_written.exists()
+    half_written.rmdir()
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for file in (copy / "checkpoints" / "4" / "info").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"{")
+    with pytest.raises(
+        InputError,
+        match=r"checkpoints/4: .*damaged \(info/.* has changed .*others: step 2",
+    ):
+        read_network(copy, "teacher")
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda step: _flip(next((step / "student" / "d").iterdir())), "student/d/.* has changed"),
+        (lambda step: os.truncate(next((step / "teacher" / "d").iterdir()), 10), "teacher/d/"),
+        (lambda step: (step / "optimizer" / "_METADATA").unlink(), "_METADATA is missing"),
+        (lambda step: (step / "digests.json").unlink(), "digests.json is missing"),
+        (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "_CHECKPOINT_METADATA cannot"),
+    ],
+)
+def test_damage_is_found_and_the_step_before_is_the_latest(finished, tmp_path, harm, reason):
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    assert set_damaged_aside(tmp_path) == ""
+    harm(tmp_path / "checkpoints" / "4")
+    message = set_damaged_aside(tmp_path)
+    assert re.search(f"DAMAGED CHECKPOINT: step 4 .*{reason}.*falling back to step 2", message)
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["2"]
+    assert (tmp_path / "damaged_checkpoints" / "4").is_dir()
+    harm(tmp_path / "checkpoints" / "2")
+    with pytest.raises(InputError, match=r"every checkpoint is damaged \(step 2: "):
+        set_damaged_aside(tmp_path)
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_an_older_checkpoint_whose_accuracy_is_unreadable(finished, tmp_path):
+    """Orbax reads every step's, and would end each run with a line that names no file."""
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "2" / "metrics" / "metrics"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"sco')
+    message = set_damaged_aside(tmp_path)
+    assert re.search(r"DAMAGED CHECKPOINT: step 2 \(metrics .*; moved to .*/2, step 4", message)
+    assert Checkpoints(tmp_path, parse(tiny.get_config()).checkpoint).steps() == [4]
+
+
+def test_lost_checkpoints_are_no_new_start(finished, tmp_path):
+    config, run = parse(tiny.get_config()), tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoints").rename(run / "damaged_checkpoints")
+    with pytest.raises(InputError, match=r"holds no checkpoint, only .*damaged_checkpoints does"):
+        set_damaged_aside(run)
+    claim_workdir(run, config)  # saved every 2: a kill may have come before step 2 was whole
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    with pytest.raises(InputError, match=r"no checkpoint, though .* to step 5 and saved every 2 "):
+        claim_workdir(run, config)
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_no_workdir(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--workdir: found '{folder}', expected .*file system"):
+        run(tiny.get_config(), folder)
+    config = tiny.get_config()
+    config.export_to = f"{folder}/weights.pt"
+    with pytest.raises(InputError, match=f"export_to: found '{folder}/weights.pt'"):
+        run(config, "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from voco_jax.errors import InputError
+from voco_jax.training.metrics import Log, MetricsWriter
+from voco_jax.training.metrics import save_picture
+folder = Path(sys.argv[1])
+writer, say = MetricsWriter(folder, 0), Log(folder, 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+image = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+for act in (
+    lambda: writer.write(1, {"loss": 1.0}),
+    lambda: writer.picture(1, "positions", image),
+    lambda: say.keep("words"),
+    lambda: save_picture(image, folder / "picture.png"),
+):
+    try:
+        for _ in range(10_000):
+            act()
+    except InputError as error:
+        print(error)
+writer.close()
+print("closed")
+"""
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    """A limit on the size of files is all of a full disk that needs no rights. Nothing waits."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    told = done.stdout.splitlines()
+    names = ("tensorboard", "tensorboard", "logs/process_0.log", "picture.png")
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(names, told, strict=False):
+        assert re.fullmatch(rf"{tmp_path}/{name}: cannot be written \(.*\); free space .*", line)
+    assert told[len(names) :] == ["closed"]
+
+
+def test_each_process_keeps_why_it_ended(tmp_path):
+    config = tiny.get_config()
+    config.data.phantoms = 0
+    with pytest.raises(InputError) as raised:
+        run(config, tmp_path)
+    assert f"process 0: ended: {raised.value}" in (tmp_path / "logs/process_0.log").read_text()
+
+
+def test_which_checkpoints_are_kept(finished, tmp_path):
+    abstract = make_program(parse(tiny.get_config()), make_mesh()).state
+    state = Checkpoints(finished, None, abstract).restore(4, abstract)
+    keep = dataclasses.replace(
+        parse(tiny.get_config()).checkpoint, keep=2, keep_every_steps=4, keep_best=1
+    )
+    checkpoints = Checkpoints(tmp_path, keep, abstract)
+    for step in range(1, 11):
+        score = {3: 0.9, 6: 0.5}.get(step)
+        checkpoints.save(state.replace(step=jnp.asarray(step)), {"step": step}, score)
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4, 8, 9, 10]
+    assert checkpoints.best_score() == 0.9
+    checkpoints.close()
+
+
+def test_a_window_of_steps_is_traced_even_when_resumed_inside_it(finished, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    config = tiny.get_config()
+    config.profile.start, config.profile.steps = 2, 5
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    run(config, tmp_path / "run")  # steps 3 and 4
+    assert calls == ["start", "stop"]
+
+
+def test_a_users_xla_flags_win(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    ours = compiler_options(make_mesh())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    rest = {name: x for name, x in ours.items() if name != "xla_backend_optimization_level"}
+    assert compiler_options(make_mesh()) == rest
+
+
+def test_step_times_have_their_own_clock():
+    now = iter([0.0, 1.0, 3.0, 4.0])
+    times = StepTimes(clock=lambda: next(now))
+    for _ in range(3):
+        times.step()
+    times.wait(1.0)
+    assert times.report() == (1.0, 2.0, 0.25)
+    hosts = np.array([[1.0, 2.0, 0.25], [1.5, 1.6, 0.5]])
+    assert loop.heartbeat(hosts) == (
+        "heartbeat: 2 processes, median step 1.250 s; slowest: process 0 with 2.000 s; "
+        "waiting for input: process 1 50% of the time"
+    )
+
+
+def test_a_cache_may_grow_but_not_change(finished):
+    config = parse(tiny.get_config(), str(finished))
+    source = config.data.sources["ct"]
+    cache = Cache.open(source.cache, source.chain)
+    chosen = read_volumes({"ct": cache}, config.data, finished)
+    assert [len(part.entries) for (part,) in chosen] == [3, 1]
+    more = dataclasses.replace(cache.entries[0], id="zzz", checksum="other")
+    grown = dataclasses.replace(cache, entries=(*cache.entries, more))
+    found = read_volumes({"ct": grown}, config.data, finished)
+    assert [part.entries for (part,) in found] == [part.entries for (part,) in chosen]
+    changed = dataclasses.replace(cache.entries[0], checksum="other")
+    other = dataclasses.replace(cache, entries=(changed, *cache.entries[1:]))
+    with pytest.raises(InputError, match=r"1 volumes that this run began with .*have changed"):
+        read_volumes({"ct": other}, config.data, finished)
+
+
+def test_weights_start_both_networks(finished, tmp_path, capsys):
+    config = tiny.get_config()
+    config.init_from = str(finished / "voco_encoder.safetensors")
+    config.checkpoint.every_steps = 1
+    config.checkpoint.keep = 4
+    run(config, tmp_path / "second")
+    checkpoints = tmp_path / "second" / "checkpoints"
+    for step in (2, 3, 4):  # leaves step 1, whose update has a learning rate of 0: warm-up
+        shutil.rmtree(checkpoints / str(step))
+    out = capsys.readouterr().out
+    assert "matched" in out
+    expected, _ = read_network(finished, "teacher")
+    for network in ("student", "teacher"):
+        found, _ = read_network(tmp_path / "second", network)
+        for name in ("swinViT", "encoder1", "encoder10"):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8),
+                found[name],
+                expected[name],
+            )
+
+
+def test_weights_of_the_wrong_size(finished, tmp_path):
+    config = tiny.get_config()
+    config.init_from = str(finished / "voco_encoder.safetensors")
+    config.model.feature_size = 24
+    with pytest.raises(InputError, match=r"does not fit the model.*\n.*feature.size"):
+        run(config, tmp_path)
+
+
+def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch):
+    def poisoned(*args, **options):
+        for step, batch in enumerate(original(*args, **options), start=1):
+            yield {**batch, "labels": batch["labels"] * (np.nan if step == 3 else 1)}
+
+    original = task.batches
+    monkeypatch.setattr(task, "batches", poisoned)
+    config = tiny.get_config()
+    config.log_every_steps = 100  # found before the checkpoint of step 4, not at a log line
+    with pytest.raises(
+        loop.DivergedError,
+        match=r"step 3: .* is not finite.*Last good checkpoint: .*checkpoints/2",
+    ):
+        run(config, tmp_path)
+
+
+def test_long_waits_are_told():
+    lines: list[str] = []
+    told = threading.Event()
+
+    def say(line: str) -> None:
+        lines.append(line)
+        told.set()
+
+    with log_while_running(say, "compiling", every=0.001):
+        assert told.wait(10)
+    count = len(lines)
+    assert lines[0].startswith("still compiling: 0:00:0")
+    told.clear()
+    assert not told.wait(0.05)
+    assert len(lines) == count
+
+
+def test_progress_has_its_own_clock():
+    times = iter([0.0, 10.0, 25.0])
+    progress = Progress(100, 200, clock=lambda: next(times))
+    assert progress.lap(110) == (1.0, "0:01:30")
+    rate, left = progress.lap(120, paused=5.0)
+    assert (rate, left) == (1.0, "0:01:20")
+    assert duration(3 * 3600 + 62) == "3:01:02"
+
+
+def test_read_network_errors(finished, tmp_path):
+    with pytest.raises(InputError, match=r"found no folder 'checkpoints'"):
+        read_network(tmp_path, "teacher")
+    with pytest.raises(InputError, match=r"found no step 3, expected one of 2, 4"):
+        read_network(finished, "teacher", 3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "scope", "changes"),
+    [
+        ("paper", "none", {"model.conv_encoders": False}),
+        ("voco_v2", "projector", {"dropout.rate": 0.2, "batch_size": 2}),
+    ],
+)
+def test_other_recipes_train_resume_and_export(tmp_path, recipe, scope, changes):
+    config = tiny.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    config.recipe, config.teacher.scope = recipe, scope
+    config.total_steps, config.checkpoint.every_steps = 2, 1
+    config.validation.every_steps = 0
+    run(config, tmp_path)
+    before, (student, info) = _losses(tmp_path), read_network(tmp_path)
+    assert info["network"] == "student"
+    with pytest.raises(
+        InputError, match=r"found 'teacher', expected one of student: no other part"
+    ):
+        read_network(tmp_path, "teacher")
+    card = json.loads((tmp_path / "voco_encoder.safetensors.json").read_text())
+    assert (card["recipe"], card["network"]) == (recipe, "student")
+    exported = load_file(tmp_path / "voco_encoder.safetensors")
+    assert any(name.startswith("encoder1.") for name in exported) == (recipe != "paper")
+    kernel = student["swinViT"]["patch_embed"]["proj"]["kernel"]
+    np.testing.assert_array_equal(
+        exported["swinViT.patch_embed.proj.weight"], kernel.transpose(4, 3, 0, 1, 2)
+    )
+
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    run(config, tmp_path)
+    assert _losses(tmp_path) == before
+    again, _ = read_network(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again, student)

@@ -1,0 +1,100 @@
+"""A second task through the same loop and the same main.py: nothing under training/ knows it."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PREEMPTED = 75
+
+
+def _start(workdir, *flags):
+    script = "tests/toy_main.py"
+    command = [sys.executable, script, f"--config={script}", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": "."},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _finish(process, status=0):
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def _rows(workdir):
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {
+        (row["step"], name): row[name]
+        for row in map(json.loads, lines)
+        for name in ("loss", "validation/error")
+        if name in row
+    }
+
+
+def _wait_for(workdir, step, process):
+    for _ in itertools.takewhile(lambda _: process.poll() is None, itertools.count()):
+        if (workdir / "checkpoints" / str(step)).exists():
+            return
+        time.sleep(0.01)
+    pytest.fail(process.communicate()[0])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("toy") / "unbroken"
+    output = _finish(_start(workdir))
+    assert "validation at step 40: error" in output
+    assert "wrote w.npy" in output
+    return workdir
+
+
+def test_it_learns_and_validates(unbroken):
+    rows = _rows(unbroken)
+    assert sorted(step for step, name in rows if name == "loss") == list(range(1, 41))
+    errors = [rows[step, "validation/error"] for step in (10, 20, 30, 40)]
+    assert errors[-1] < errors[0] / 2
+    saved = sorted(int(f.name) for f in (unbroken / "checkpoints").iterdir())
+    best = 10 * (1 + int(np.argmin(errors)))
+    assert saved == sorted({best, 35, 40})
+
+
+def test_killed_and_preempted_it_goes_on_bit_for_bit(unbroken, tmp_path):
+    workdir = tmp_path / "broken"
+    killed = _start(workdir)
+    _wait_for(workdir, 5, killed)
+    killed.kill()
+    killed.communicate()
+
+    preempted = _start(workdir)
+    _wait_for(workdir, 15, preempted)
+    preempted.send_signal(signal.SIGTERM)
+    output = _finish(preempted, PREEMPTED)
+    assert "resuming at step" in output
+    assert "preempted (SIGTERM); saved step" in output
+
+    assert "resuming at step" in _finish(_start(workdir))
+    assert _rows(workdir) == _rows(unbroken)
+    np.testing.assert_array_equal(np.load(workdir / "w.npy"), np.load(unbroken / "w.npy"))
+
+
+def test_its_settings_are_its_own(unbroken):
+    output = _finish(_start(unbroken, "--config.seed=1"), 2)
+    assert "holds another experiment; seed: 0 -> 1" in output
+    output = _finish(_start(unbroken, "--config.model.remat=True"), 2)
+    assert "error: config: model.remat: no such field" in output
+    assert "nothing left to train" in _finish(_start(unbroken, "--config.run.log_every_steps=3"))

@@ -1,1 +1,0 @@
-"""What a pre-trained encoder can do: position accuracy on held-out volumes."""

@@ -1,0 +1,329 @@
+"""A run, from an experiment to its end: one readable loop, for every task.
+
+`step` is the number of completed updates, everywhere: step k used batch number k - 1.
+"""
+
+import contextlib
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from voco_jax.config.common import WORKDIR, Experiment, Profile, Run
+from voco_jax.config.load import to_dict
+from voco_jax.errors import InputError
+from voco_jax.files import local_path
+from voco_jax.training import mesh as meshes
+from voco_jax.training.checkpoint import Checkpoints, saved_steps, set_damaged_aside
+from voco_jax.training.distributed import (
+    barrier,
+    compile_on_all,
+    gather,
+    is_process_0,
+    run_on_process_0,
+    should_stop,
+    watch_preemption,
+)
+from voco_jax.training.metrics import (
+    Log,
+    MetricsWriter,
+    Progress,
+    duration,
+    log_while_running,
+    save_picture,
+)
+from voco_jax.training.steps import NotFiniteError, Steps
+from voco_jax.training.task import LogLine, Method, S, Task, Validation
+from voco_jax.training.workdir import claim_workdir
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is no longer a number; the message names step and checkpoint."""
+
+
+class PreemptedError(RuntimeError):
+    """A preemption signal came; everything is saved and the same command goes on."""
+
+
+def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> None:
+    """Trains, or goes on training, until the experiment's end.
+
+    Of a run of several processes each one calls this, with the same arguments.
+
+    Args:
+        experiment: the settings, "{workdir}" in them replaced.
+        workdir: everything is written there; the same call again resumes.
+        method: makes the task of the experiment.
+
+    Raises:
+        InputError: anything the user has to mend.
+        DivergedError: NaN or infinite loss.
+        PreemptedError: SIGTERM reached a process; saved everywhere.
+    """
+    start_time = time.monotonic()
+    folder = local_path("--workdir", workdir)
+    if WORKDIR in (settings := json.dumps(to_dict(experiment))):
+        raise InputError(f"config: found {WORKDIR} in {settings}, expected the folder's name there")
+    mesh = meshes.make_mesh(experiment.mesh.fsdp)
+    method.check(experiment)
+    program = method.make_program(experiment, mesh)
+    folder = Path(run_on_process_0(lambda: str(claim_workdir(folder, experiment))))
+    log = Log(folder, jax.process_index())
+    try:
+        log(f"devices: {meshes.describe(mesh)}; workdir: {folder}")
+        if message := run_on_process_0(lambda: set_damaged_aside(folder)):
+            log(message)
+        resumes = _newest_step(folder) is not None
+        task = method.make_task(experiment, program, workdir=folder, resumes=resumes, log=log)
+        state = train(task, experiment.run, folder, log)
+        if task.finish is not None:
+            log(task.finish(state))
+    except Exception as error:
+        expected = isinstance(error, InputError | DivergedError | PreemptedError)
+        with contextlib.suppress(InputError):  # of a full disk
+            log.keep(f"ended: {error}" if expected else traceback.format_exc())
+        raise
+    log(f"done in {duration(time.monotonic() - start_time)}; everything is in {folder}")
+
+
+def _newest_step(workdir: Path) -> int | None:
+    """The step of the newest checkpoint, on which all processes must agree."""
+    latest = max(saved_steps(workdir), default=-1)
+    seen = gather(np.asarray([latest]))[:, 0]
+    if (seen != seen[0]).any():
+        raise InputError(
+            f"{workdir}: the processes find different checkpoints in it ({seen.tolist()}, -1: "
+            "none); --workdir has to be one folder that all machines share"
+        )
+    return None if latest < 0 else latest
+
+
+def train(task: Task[S], run: Run, workdir: Path, log: LogLine) -> S:
+    """Restores or starts, then trains until `run.total_steps`.
+
+    Args:
+        task: what to train.
+        run: for how long, and what to do in between.
+        workdir: of this experiment, without damaged checkpoints in it.
+        log: for what people should know.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        InputError, DivergedError, PreemptedError: see `run`.
+    """
+    with contextlib.closing(Checkpoints(workdir, run.checkpoint, task.program.state)) as saved:
+        state, first_step = _first_state(task, saved, run.total_steps, log)
+        if first_step == run.total_steps:
+            log(f"nothing left to train: {workdir} is at step {first_step}")
+            return state
+        try:
+            return _train(task, run, workdir, log, saved, state, first_step)
+        except NotFiniteError as error:
+            saved.wait()
+            good = saved.latest_step()
+            raise DivergedError(
+                f"{error}; training stopped. Last good checkpoint: "
+                f"{'none' if good is None else saved.folder / str(good)}. Try a lower learning "
+                "rate or float32, in a new workdir"
+            ) from error
+        except KeyboardInterrupt:
+            saved.wait()
+            log(
+                f"\ninterrupted; saved up to step {saved.latest_step()}: the same command resumes "
+                "there"
+            )
+            raise
+
+
+def _first_state(
+    task: Task[S], saved: Checkpoints, total_steps: int, log: LogLine
+) -> tuple[S, int]:
+    """The newest checkpoint's state, or a new one; and its number of completed updates."""
+    latest = saved.latest_step()
+    if latest is None:
+        state = task.program.init()
+        if task.warm_start is not None:
+            state = task.warm_start(state)
+        log("starting at step 0")
+        return state, 0
+    found = saved.restore_info(latest)["data_fingerprint"]
+    if found != task.data_fingerprint:
+        raise InputError(
+            f"{saved.folder.parent}: found training data of fingerprint {task.data_fingerprint}, "
+            f"expected those of the checkpoints, {found}; choose another --workdir"
+        )
+    state = saved.restore(latest, task.program.state)
+    log(f"resuming at step {latest} of {total_steps}")
+    return state, latest
+
+
+def _train(
+    task: Task[S],
+    run: Run,
+    workdir: Path,
+    log: LogLine,
+    saved: Checkpoints,
+    state: S,
+    first_step: int,
+) -> S:
+    program, best = task.program, saved.best_score()
+    info = {
+        "config": dict(task.experiment),
+        "networks": list(task.networks),
+        "data_fingerprint": task.data_fingerprint,
+    }
+    with contextlib.closing(_Report(task, run, workdir, log, first_step)) as report:
+        log("compiling the step (minutes for a large model; the next time it is kept) ...")
+        with log_while_running(log, "compiling"):
+            compiled = compile_on_all(program.step, program.state, program.batch)
+        watch_preemption()
+        batches = meshes.prefetch_to_device(task.batches(first_step), program.batch)
+        steps = Steps(compiled, batches, state, first_step)
+        for step in range(first_step + 1, run.total_steps + 1):
+            _profile(run, workdir, steps, first_step, step)
+            steps.advance()
+            last = step == run.total_steps
+            if last or step == first_step + 1 or _due(step, run.log_every_steps):
+                report.training(step, steps)
+            saving = (
+                last
+                or _due(step, run.checkpoint.every_steps)
+                or _due(step, run.checkpoint.keep_every_steps)
+            )
+            validating = run.validate_every_steps and (last or _due(step, run.validate_every_steps))
+            if saving or validating:
+                steps.fetch()  # never validate or save what a NaN has reached
+            score: float | None = None
+            with report.pause(step, steps):
+                if task.validate is not None and validating:
+                    score = report.validation(step, task.validate(steps.state, step))
+                    barrier()  # all wait for process 0 and its pictures here, not in the next step
+                is_best = run.checkpoint.keep_best > 0 and _better(score, best)
+                preempted = should_stop(step - first_step)
+                # After validation: what is saved lacks nothing when the run is resumed.
+                if saving or is_best or preempted:
+                    steps.fetch()
+                    saved.save(steps.state, info, score)
+                    best = score if is_best else best
+                if preempted and not last:
+                    saved.wait()
+                    gather(np.zeros(1))  # a launcher may end the others when the first leaves
+                    raise PreemptedError(
+                        f"preempted (SIGTERM); saved step {step}: the same command resumes there"
+                    )
+        saved.wait()
+    return steps.state
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _better(score: float | None, best: float | None) -> bool:
+    return score is not None and (best is None or score > best)
+
+
+def _profile(run: Run, workdir: Path, steps: Steps[Any], first_step: int, step: int) -> None:
+    """Starts and stops the trace at the borders of its window, or of what is left of it."""
+    profile: Profile = run.profile
+    first = max(profile.start, first_step + 1)
+    end = min(profile.start + profile.steps, run.total_steps)
+    if profile.start and first < end and step in (first, end):
+        steps.wait()
+        if step == first:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        else:
+            jax.profiler.stop_trace()
+
+
+class _Report:
+    """Where a run's numbers go: log lines, metrics.jsonl, TensorBoard, pictures."""
+
+    def __init__(
+        self, task: Task[Any], run: Run, workdir: Path, log: LogLine, first_step: int
+    ) -> None:
+        self._task, self._run, self._workdir, self._log = task, run, workdir, log
+        self._first_step = first_step
+        self._progress = Progress(first_step, run.total_steps)
+        self._paused = 0.0  # seconds of validation and of saving since the last line
+        self._writer = MetricsWriter(workdir, first_step) if is_process_0() else None
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def pause(self, step: int, steps: Steps[Any]) -> Iterator[None]:
+        """Around what is no training: its time counts for no step."""
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        if seconds > 0.01 or step == self._first_step + 1:
+            steps.times.reset()
+        self._paused += seconds
+
+    def training(self, step: int, steps: Steps[Any]) -> None:
+        """The newest step's metrics and the speed since the last time."""
+        values = steps.fetch()
+        rate, left = self._progress.lap(step, self._paused)
+        self._paused = 0.0
+        if self._task.learning_rate is not None:
+            values["learning_rate"] = float(self._task.learning_rate(step - 1))
+        hosts = gather(np.asarray(steps.times.report()))
+        steps.times.reset()
+        first = step == self._first_step + 1
+        if first:  # its time is the compiler's
+            speed = f"compiled in {1 / rate:.0f} s"
+        else:
+            values["volumes_per_second"] = rate * self._run.batch_size
+            values["step_seconds_median"] = float(np.median(hosts[:, 0]))
+            values["step_seconds_longest"] = float(hosts[:, 1].max())
+            values["input_wait_fraction"] = float(hosts[:, 2].max())
+            speed = f"{values['volumes_per_second']:.2f} volumes/s  ETA {left}"
+        if self._writer:
+            self._writer.write(step, values)
+        parts = [f"step {step}/{self._run.total_steps}", f"loss {values['loss']:.4f}"]
+        if terms := " ".join(f"{n} {values[n]:.4f}" for n in self._task.console if n in values):
+            parts[-1] += f" ({terms})"
+        if "learning_rate" in values:
+            parts.append(f"lr {values['learning_rate']:.2e}")
+        self._log("  ".join([*parts, speed]))
+        if not first and len(hosts) > 1:
+            self._log(heartbeat(hosts))
+
+    def validation(self, step: int, found: Validation) -> float:
+        """What a validation found; returns its score."""
+        text = found.text
+        if self._writer:
+            named = {f"validation/{name}": value for name, value in found.metrics.items()}
+            self._writer.write(step, named)
+            for name, image in found.pictures.items():
+                path = self._workdir / "pictures" / f"{name}_{step:07d}.png"
+                self._writer.picture(step, name, image)
+                save_picture(image, path)
+                text += f", picture {path}"
+        self._log(f"validation at step {step}: {text}")
+        if found.warning:
+            self._log(found.warning)
+        return found.score
+
+
+def heartbeat(hosts: np.ndarray) -> str:
+    """One line about all processes.
+
+    Args:
+        hosts: (processes, 3) of `StepTimes.report`.
+    """
+    slowest, waiting = int(hosts[:, 1].argmax()), int(hosts[:, 2].argmax())
+    return (
+        f"heartbeat: {len(hosts)} processes, median step {np.median(hosts[:, 0]):.3f} s; slowest: "
+        f"process {slowest} with {hosts[slowest, 1]:.3f} s; waiting for input: process {waiting} "
+        f"{hosts[waiting, 2]:.0%} of the time"
+    )
