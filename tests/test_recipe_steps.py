@@ -23,6 +23,7 @@ from voco_jax.config.load import parse
 from voco_jax.data.crops import base_origins, cut, overlap_labels
 from voco_jax.data.volumes import prepare_volume, quantise
 from voco_jax.training.optimizer import scale_by_amsgrad
+from voco_jax.training.streams import stream
 from voco_jax.voco import losses
 from voco_jax.voco import step as voco_step
 
@@ -109,8 +110,8 @@ def test_step_on_real_ct(recipe):
         new, metrics = jax.device_get(jit(step)(state, batch))
         dropped = pooled
         if drop is not None:
-            _, _, key = voco_step.step_keys(jax.random.key(SEED), jnp.zeros((), jnp.int32))
-            dropped = np.asarray(drop(pooled, key))
+            step_key = jax.random.fold_in(jax.random.key(SEED), 0)
+            dropped = np.asarray(drop(pooled, stream(step_key, "dropout")))
             kept = (dropped != 0).any(axis=1)
             assert kept.any()
             assert not kept.all()

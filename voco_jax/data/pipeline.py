@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TypedDict
@@ -110,9 +111,14 @@ class Drawn:
 def draw(
     cache: Cache, entry: Entry, crops: Crops, sub_volumes: int, generator: np.random.Generator
 ) -> Drawn:
-    """Draws what becomes of a volume."""
-    corner = draw_corner(generator, entry.stored, cache.chain.volume_size)
-    origins = draw_origins(generator, sub_volumes, crops.grid, crops.crop_size)
+    """Draws what becomes of a volume; each stream by its name, so that another moves none."""
+    seed = int(generator.integers(2**63))
+
+    def stream(name: str) -> np.random.Generator:
+        return np.random.default_rng((seed, zlib.crc32(name.encode())))
+
+    corner = draw_corner(stream("corner"), entry.stored, cache.chain.volume_size)
+    origins = draw_origins(stream("origins"), sub_volumes, crops.grid, crops.crop_size)
     return Drawn(cache, entry, corner, origins)
 
 

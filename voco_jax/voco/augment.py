@@ -3,11 +3,14 @@
 Crops are (crops, x, y, z) without a channel axis; values are 0..1 of the HU window.
 """
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from voco_jax.training.streams import stream
 from voco_jax.types import Size
 
 
@@ -73,15 +76,15 @@ def draw(
     Turns are 1, 2 or 3 with equal probability where there is one (MONAI's RandRotate90), shifts
     uniform in [-shift, shift] (RandShiftIntensity).
     """
-    flip_key, turn_key, turns_key, shift_key, shifts_key = jax.random.split(key, 5)
-    turned = jax.random.bernoulli(turn_key, rotate_probability, (count,))
-    shifted = jax.random.bernoulli(shift_key, shift_probability, (count,))
+    keyed = partial(stream, key)
+    turned = jax.random.bernoulli(keyed("rotate"), rotate_probability, (count,))
+    turns = jax.random.randint(keyed("turns"), (count,), 1, 4)
+    shifted = jax.random.bernoulli(keyed("shift"), shift_probability, (count,))
+    shifts = jax.random.uniform(keyed("shifts"), (count,), minval=-shift, maxval=shift)
     return Draws(
-        flips=jax.random.bernoulli(flip_key, flip_probability, (count, 3)),
-        turns=jnp.where(turned, jax.random.randint(turns_key, (count,), 1, 4), 0),
-        shifts=jnp.where(
-            shifted, jax.random.uniform(shifts_key, (count,), minval=-shift, maxval=shift), 0.0
-        ),
+        flips=jax.random.bernoulli(keyed("flip"), flip_probability, (count, 3)),
+        turns=jnp.where(turned, turns, 0),
+        shifts=jnp.where(shifted, shifts, 0.0),
     )
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from voco_jax.models.encoder import PROJECTOR
+from voco_jax.training.streams import stream
 from voco_jax.types import Batch, Params, Size
 from voco_jax.voco import augment, losses
 
@@ -84,17 +85,17 @@ def init_state(
         compiler_options: of `jax.jit`.
     """
     places = shardings or State(None, None, None, None)  # type: ignore[arg-type]
-    student_key, teacher_key = jax.random.split(jax.random.key(seed))
+    key = jax.random.key(seed)
     initialise = jax.jit(
         _initialiser(network, encoder_size),
         out_shardings=places.student,
         compiler_options=compiler_options,
     )
-    student = initialise(student_key)
+    student = initialise(stream(key, "student"))
     return State(
         step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
         student=student,
-        teacher={} if scope == "none" else teacher_part(initialise(teacher_key), scope),
+        teacher={} if scope == "none" else teacher_part(initialise(stream(key, "teacher")), scope),
         optimizer=jax.jit(optimizer.init, out_shardings=places.optimizer)(student),
     )
 
@@ -223,7 +224,7 @@ def make_train_step(
         draw: (key, number of crops) -> augmentation; None: no augmentation.
         drop: (pooled features, key) -> what the student's projector takes; None: the same.
         seed: of augmentation, dropout and drop path; each step's keys are folded in from its
-            number (`step_keys`), so that a resumed run needs no random state.
+            number and the stream's name, so that a resumed run needs no random state.
         microbatches: see `encode`.
         unshard: replicates what is sharded over devices, where a network is about to be used.
 
@@ -233,17 +234,18 @@ def make_train_step(
     base_key = jax.random.key(seed)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        augment_key, path_key, drop_key = step_keys(base_key, state.step)
+        step_key = jax.random.fold_in(base_key, state.step)
+        path_key = stream(step_key, "drop_path")
         crops, labels = prepare(batch, encoder_size), batch["labels"]
         if draw is not None:
-            crops = augment.apply(crops, draw(augment_key, crops.shape[0]))
+            crops = augment.apply(crops, draw(stream(step_key, "augment"), crops.shape[0]))
         followed = {name: state.student[name] for name in state.teacher}
         teacher = ema(state.teacher, followed, momentum)
 
         def loss(student: Params) -> tuple[jax.Array, losses.Losses]:
             params = unshard(student)
             pooled = encode(network, params, crops, path_key, microbatches)
-            dropped = pooled if drop is None else drop(pooled, drop_key)
+            dropped = pooled if drop is None else drop(pooled, stream(step_key, "dropout"))
             s = project(network, params, dropped, labels)
             t = _teach(network, unshard(teacher), crops, pooled, labels, microbatches)
             terms = recipe.loss(**_names(s, t), labels=labels)
@@ -268,13 +270,6 @@ def make_train_step(
         return new_state, metrics
 
     return step
-
-
-def step_keys(base_key: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The keys of one step's augmentation, drop path and dropout."""
-    key = jax.random.fold_in(base_key, step)
-    augment_key, path_key = jax.random.split(key)
-    return augment_key, path_key, jax.random.fold_in(key, 2)  # 0 and 1 may be those two
 
 
 def _teach(
