@@ -88,6 +88,15 @@ def test_sigterm_before_the_first_step_ends_at_once(tmp_path):
     assert time.monotonic() - begin < 30
 
 
+def test_a_batch_that_does_not_split_is_one_line(tmp_path):
+    settings = {"batch_size": 1}
+    (started,) = processes.start(tmp_path / "run", devices=2, settings=settings)
+    (output,) = processes.finish([started])
+    assert started.returncode == 2
+    assert "error: batch_size: found 1 volumes for 2 devices, expected a multiple of 2" in output
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_agrees_with_itself():
     assert distributed.is_process_0()
     assert distributed.broadcast("Größe") == "Größe"

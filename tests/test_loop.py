@@ -189,7 +189,9 @@ def test_a_workdir_that_cannot_be(tmp_path):
 
 def test_a_folder_that_was_not_filled_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"found \{workdir\} in .*expected the folder's name"):
+    with pytest.raises(
+        InputError, match=r"export_to: found '\{workdir\}/voco.*', expected the folder's"
+    ):
         loop.run(parse(tiny.get_config()), tmp_path / "run", METHOD)
     assert list(tmp_path.iterdir()) == []
 

@@ -250,7 +250,9 @@ def test_whole_swin_unetr_and_allow_patterns(tmp_path):
     assert_loaded(params, monai_state())
     assert len(report.matched) == 137
     assert len(report.unexpected) == 22
-    with pytest.raises(InputError, match=r"(?s)6 missing.*likely cause: .*published weights have none"):
+    with pytest.raises(
+        InputError, match=r"(?s)6 missing.*likely cause: .*published weights have none"
+    ):
         load(network(), path, allow_unexpected=DECODER)
     params, report = load(network(), path, ["proj_head.*"], DECODER, "student")
     assert report.missing[0] == "proj_head.layer1.0.weight" or len(report.missing) == 6

@@ -76,7 +76,7 @@ def random_batch(config: Pretraining, seed: int = 0) -> dict[str, np.ndarray]:
     programs would be those of their rounding.
 
     Returns:
-        As `voco_jax.data.pipeline.Batch`.
+        As `voco_jax.data.pipeline.CropBatch`.
     """
     generator = np.random.default_rng(seed)
     crops = config.crops

@@ -161,12 +161,12 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
         for section in sections:
             inner = place.get(section)
             if not isinstance(inner, dict):
-                raise InputError(f"config: {unknown(field, leaves(values))}")
+                raise InputError(f"config: {unknown(field, list(leaves(values)))}")
             place = inner
         if isinstance(place.get(last), dict):
             raise InputError(f"config: {field}: a section, set one of {', '.join(place[last])}")
         if last not in place:
-            raise InputError(f"config: {unknown(field, leaves(values))}")
+            raise InputError(f"config: {unknown(field, list(leaves(values)))}")
         if index is None:
             place[last] = _value(text, place[last])
             continue
@@ -310,12 +310,13 @@ def field_names(kind: Any, prefix: str = "") -> list[str]:
     return list(names)
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted names of what nested dicts hold."""
-    names: list[str] = []
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What nested dicts hold, by dotted name."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        names += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
-    return names
+        inner = isinstance(value, dict)
+        found |= leaves(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, ov
 from voco_jax.errors import InputError
 
 
-class Batch(TypedDict):
+class CropBatch(TypedDict):
     """What goes to the device.
 
     subs: (batch, s, x, y, z) sub-volumes, bases: (batch, n, x, y, z) base crops, both in the
@@ -37,7 +37,7 @@ class Batch(TypedDict):
     labels: np.ndarray
 
 
-class Sample(Batch):
+class Sample(CropBatch):
     """One volume's part of a batch, without its first axis, and where its sub-volumes were cut."""
 
     origins: np.ndarray
@@ -122,7 +122,7 @@ def draw(
     return Drawn(cache, entry, corner, origins)
 
 
-def collate(drawn: Sequence[Drawn], crops: Crops) -> Batch:
+def collate(drawn: Sequence[Drawn], crops: Crops) -> CropBatch:
     """Reads the volumes of a batch and cuts their base crops and sub-volumes.
 
     Each voxel is decoded into memory that every batch uses again, and copied once, to its place.
@@ -130,7 +130,7 @@ def collate(drawn: Sequence[Drawn], crops: Crops) -> Batch:
     size, dtype = crops.crop_size, np.dtype(drawn[0].cache.chain.dtype)
     bases = base_origins(crops.grid, size)
     labels = np.stack([overlap_labels(one.origins, crops.grid, size) for one in drawn])
-    batch = Batch(
+    batch = CropBatch(
         subs=np.empty((len(drawn), len(drawn[0].origins), *size), dtype),
         bases=np.empty((len(drawn), len(bases), *size), dtype),
         labels=labels.astype(np.float32),
@@ -198,7 +198,7 @@ def batches(
     start_step: int = 0,
     workers: int = 0,
     prefetch: int = 2,
-) -> Iterator[Batch]:
+) -> Iterator[CropBatch]:
     """Endless training batches.
 
     Args:
@@ -213,7 +213,7 @@ def batches(
         prefetch: batches kept ready (per worker).
 
     Returns:
-        An iterator of `Batch`, of these rows.
+        An iterator of `CropBatch`, of these rows.
     """
     places = [
         grain.MapDataset.source([(number, index) for index in range(len(part.entries))])

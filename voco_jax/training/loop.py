@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from voco_jax.config.common import WORKDIR, Experiment, Profile, Run
-from voco_jax.config.load import to_dict
+from voco_jax.config.load import leaves, to_dict
 from voco_jax.errors import InputError
 from voco_jax.files import local_path
 from voco_jax.training import mesh as meshes
@@ -67,8 +66,9 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     """
     start_time = time.monotonic()
     folder = local_path("--workdir", workdir)
-    if WORKDIR in (settings := json.dumps(to_dict(experiment))):
-        raise InputError(f"config: found {WORKDIR} in {settings}, expected the folder's name there")
+    for name, value in leaves(to_dict(experiment)).items():
+        if WORKDIR in str(value):
+            raise InputError(f"{name}: found {value!r}, expected the folder's name for {WORKDIR}")
     mesh = meshes.make_mesh(experiment.mesh.fsdp)
     method.check(experiment)
     program = method.make_program(experiment, mesh)

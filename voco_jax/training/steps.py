@@ -1,4 +1,4 @@
-"""Steps on the devices, one after the other; at most one is queued: times mean something."""
+"""Steps on the devices, one after the other; at most one is queued, so that times are right."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ class NotFiniteError(RuntimeError):
 
 
 class Steps(Generic[S]):
-    """The state and what becomes of it.
+    """Runs a task's steps and keeps the state.
 
     Metrics stay on the devices until `fetch`, which checks those of every step.
 
@@ -36,14 +36,14 @@ class Steps(Generic[S]):
         """Starts nothing yet.
 
         Args:
-            step: compiled; uses the state up.
+            step: compiled; donates the state.
             batches: on the devices.
             state: to start from.
             number: completed updates of it.
         """
         self.state, self.times = state, StepTimes()
         self._step, self._batches, self._number = step, batches, number
-        self._running: Any = None  # the loss of the newest step, perhaps to come
+        self._running: Any = None  # the newest step's loss; may still be pending
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._last: dict[str, float] = {}
 

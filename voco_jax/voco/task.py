@@ -54,6 +54,7 @@ def make_program(experiment: Pretraining, mesh: Mesh) -> Program[State]:
     Raises:
         InputError: settings that the encoder cannot take, or a batch that does not split.
     """
+    meshes.check_batch_size(experiment.batch_size, mesh)  # before crops are counted by it
     network = make_network(experiment, mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.total_steps)
     size, crops = experiment.crops.encoder_size, experiment.crops
@@ -160,9 +161,9 @@ def make_task(
     """Fills and opens the caches and splits their volumes; see `voco_jax.training.task.MakeTask`.
 
     Raises:
-        InputError: data or an output that cannot be used.
+        InputError: data that cannot be used.
     """
-    data, seed = experiment.data, experiment.seed
+    data, seed, settings = experiment.data, experiment.seed, to_dict(experiment)
     if summary := run_on_process_0(lambda: fill_caches(data, seed, workdir)):
         log(summary)
     caches = run_on_all(lambda: open_caches(data))
@@ -189,7 +190,7 @@ def make_task(
         network = experiment.networks[0]
         params = meshes.fetch(getattr(state, network), program.mesh)
         card = Card(
-            config=to_dict(experiment),
+            config=settings,
             step=int(state.step),
             network=network,
             data_fingerprint=data_fingerprint,
@@ -206,7 +207,7 @@ def make_task(
         finish=finish if experiment.export_to else None,
         data_fingerprint=data_fingerprint,
         learning_rate=schedule(experiment.optimizer, experiment.total_steps),
-        experiment=to_dict(experiment),
+        experiment=settings,
         networks=experiment.networks,
         console=("pos", "neg", "reg", "inter"),
     )
