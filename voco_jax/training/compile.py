@@ -1,8 +1,8 @@
 """How programs are compiled for a mesh's devices."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ def build_program(
     meshes.check_batch_size(next(iter(batch.values())).shape[0], mesh)
     shardings = meshes.state_sharding(mesh, state)
     replicated, by_row = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    jit = partial(
+    jit = functools.partial(
         jax.jit, in_shardings=(shardings, by_row), compiler_options=compiler_options(mesh)
     )
 
@@ -49,7 +49,7 @@ def build_program(
         mesh=mesh,
         state=jax.tree.map(place, state, shardings),
         batch={name: place(leaf, by_row) for name, leaf in batch.items()},
-        init=partial(init, shardings),
+        init=functools.partial(init, shardings),
         step=jit(step, out_shardings=(shardings, replicated), donate_argnums=0),
         predict=None if predict is None else jit(predict, out_shardings=replicated),
     )
@@ -60,21 +60,27 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
 
     On a CPU, XLA would merge recomputed activations with the first ones, so that remat would save
     nothing; and a small step would compile for twice as long (docs/benchmarks.md). What XLA_FLAGS
-    names is left to it.
+    names is left to it, and each option is tried: XLAs come and go with theirs.
     """
     if platform(mesh) != "cpu":
         return None
-    options: dict[str, Any] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-    fast_compile = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
     named = os.environ.get("XLA_FLAGS", "")
-    fast_compile = {
-        name: value for name, value in fast_compile.items() if f"--{name}=" not in named
+    fast_compile = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} | {
+        name: value
+        for name, value in fast_compile.items()
+        if f"--{name}=" not in named and _takes(name, value)
     }
+
+
+@functools.cache
+def _takes(option: str, value: Any) -> bool:
+    """Whether this XLA has the option."""
     try:
-        jax.jit(lambda: 0, compiler_options=fast_compile)()
-    except jax.errors.JaxRuntimeError:  # an XLA that no longer has these options
-        return options
-    return options | fast_compile
+        jax.jit(lambda: 0, compiler_options={option: value})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def platform(mesh: Mesh) -> str:
