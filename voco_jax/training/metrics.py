@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +12,17 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from voco_jax.errors import InputError
+
+# Where PyTorch is installed, tensorboardX imports it: seconds of every start, and not needed here.
+_torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # "not to be found"
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
+
+if _torch is None:
+    del sys.modules["torch"]
 
 JSON_LINES, BOARD = "metrics.jsonl", "tensorboard"
 

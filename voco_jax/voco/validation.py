@@ -11,7 +11,6 @@ from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.crops import join
 from voco_jax.data.pipeline import Part, Sample, held_out_sample, shuffle_key
 from voco_jax.data.volumes import dequantise
-from voco_jax.report.positions import draw_positions
 from voco_jax.training.distributed import compile_on_all, is_process_0
 from voco_jax.training.mesh import batch_sharding, local_rows, to_devices
 from voco_jax.training.task import Program, Validation
@@ -98,6 +97,8 @@ class Validator:
         return jax.device_get(self._predict(state, placed))
 
     def _picture(self, sample: Sample, similarities: np.ndarray, title: str) -> np.ndarray:
+        from voco_jax.report.positions import draw_positions  # Matplotlib: a second of every start
+
         crops = self._experiment.crops
         return draw_positions(
             dequantise(join(sample["bases"], crops.grid)),
