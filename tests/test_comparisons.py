@@ -1,11 +1,8 @@
 """comparisons/ as a user runs them, at their smallest; they end with 1 where two sides differ."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
-
-from conftest import FEW_STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -14,7 +11,6 @@ def _run(module, *flags):
     done = subprocess.run(
         [sys.executable, "-m", module, *flags],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": FEW_STEPS},
         capture_output=True,
         text=True,
     )

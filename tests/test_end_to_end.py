@@ -1,6 +1,5 @@
 """The commands as a user runs them: real CT in, PyTorch weights out; kill -9 and resume."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import monai_reference as reference
 import numpy as np
 import pytest
 import torch
-from conftest import FEW_STEPS, shared_file
+from conftest import shared_file
 from monai.networks.nets import SwinUNETR
 from networks import swin_unetr
 from safetensors.torch import load_file
@@ -60,7 +59,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(cache, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    _run(_train(workdir, cache), env={**os.environ, "XLA_FLAGS": FEW_STEPS})
+    _run(_train(workdir, cache))
     return workdir
 
 

@@ -56,7 +56,6 @@ def _batch():
 
 SCOPES = {"paper": "none", "voco_v2": "projector"}
 DROP = {"voco_v2": functools.partial(voco_step.dropout, rate=RATE, kind="embedding")}
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -85,7 +84,7 @@ def _pooled():
     network, student, _ = _network()
     with jax.enable_x64(True):
         crops = voco_step.prepare(_batch(), ENCODER_SIZE)
-        return np.asarray(jit(functools.partial(voco_step.encode, network))(student, crops))
+        return np.asarray(jax.jit(functools.partial(voco_step.encode, network))(student, crops))
 
 
 @pytest.mark.parametrize("recipe", SCOPES)
@@ -107,7 +106,7 @@ def test_step_on_real_ct(recipe):
             drop=drop,
             seed=SEED,
         )
-        new, metrics = jax.device_get(jit(step)(state, batch))
+        new, metrics = jax.device_get(jax.jit(step)(state, batch))
         dropped = pooled
         if drop is not None:
             step_key = jax.random.fold_in(jax.random.key(SEED), 0)

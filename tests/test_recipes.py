@@ -84,8 +84,7 @@ def _weighed(e, y, weights, recipe):
     return stacked @ weights, (stacked, found.total)
 
 
-# A compilation for every shape: the least optimisation there is takes a third of the time.
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@jax.jit
 def _ours(e, y, weights):
     """Of each recipe: ((weighted sum, (terms, total)), gradients of the weighted sum)."""
     return {
@@ -131,7 +130,7 @@ def _terms(e, y, recipe):
     return {name: getattr(found, name) for name in TERMS}
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@jax.jit
 def _jacobians(e, y):
     """[recipe][term][embedding]: the gradient."""
     return {r: jax.jacrev(functools.partial(_terms, recipe=r))(e, y) for r in losses.RECIPES}

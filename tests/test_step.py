@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import shared_file
+from conftest import MUCH_TO_COMPUTE, shared_file
 from networks import network, shapes
 
 from voco_jax.training.optimizer import scale_by_amsgrad
@@ -229,7 +229,7 @@ def test_golden_step(file, patch_merging, embeddings):
     ]
     wide = network(**options, dtype=jnp.float64)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=MUCH_TO_COMPUTE)
     def embed(params):
         pooled = voco_step.encode(wide, params, crops, microbatches=len(crops) // 2)
         return voco_step.project(wide, params, pooled, labels)

@@ -118,7 +118,7 @@ CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
     ),
     (
         (32, 32, 64),
-        "lax",
+        "planes",
         {
             "feature_size": 24,
             "window_size": (7, 7, 7),
