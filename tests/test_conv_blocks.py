@@ -15,7 +15,7 @@ from voco_jax.models.conv_blocks import (
 )
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (1, 3, 2, 8, 2), (1, 1, 1, 2, 4)])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (1, 1, 1, 2, 4)])
 def test_planes_is_lax(shape: tuple[int, ...]):
     x = reference.noise(shape)
     kernel = reference.noise((3, 3, 3, shape[-1], 7), seed=1)

@@ -145,7 +145,7 @@ def _planes_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
 
 
 def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
-    """Of x: the convolution with the mirrored kernel. Of the kernel: `_kernel_gradient`."""
+    """Of x: the convolution with the mirrored kernel. Of the kernel: nine matrix products."""
     x, kernel = saved
     mirrored = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
     return convolve_planes(d_out, mirrored), _kernel_gradient(x, d_out).astype(kernel.dtype)
@@ -154,45 +154,26 @@ def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
 def _kernel_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:
     """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times `d_out`.
 
-    Plane after plane along x, so that what is copied stays in the cache; the crops are added up at
-    the end, so that devices talk once. Along z a product takes `_BLOCK` voxels of `d_out` with all
-    that they see of `x` as its columns, and of its pairs the right ones are added: to multiply
-    twice as much is faster than products of few columns.
+    The three offsets along z are columns of one product: `d_out`, shifted the other way.
     """
-    batch, size_x, size_y, size_z, channels = x.shape
-    features, blocks = d_out.shape[-1], -(-size_z // _BLOCK)
-    rest = blocks * _BLOCK - size_z
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, _BLOCK - 1 + rest), (0, 0)))
-    x = x.reshape(batch, size_x + 2, size_y + 2, blocks + 1, _BLOCK * channels)
-    x = jnp.concatenate([x[..., :-1, :], x[..., 1:, : 2 * channels]], axis=-1)
-    d_out = jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (0, rest), (0, 0)))
-    d_out = d_out.reshape(batch, size_x, size_y, blocks, _BLOCK * features)
-
-    def add_plane(k: jax.Array, total: jax.Array) -> jax.Array:
-        seen, plane = lax.dynamic_slice_in_dim(x, k, 3, 1), d_out[:, k]
-        products = [
-            jnp.einsum(
-                "byzi,byzo->bio",
-                seen[:, i, j : j + size_y],
-                plane,
-                preferred_element_type=total.dtype,
-            )
-            for i in range(3)
-            for j in range(3)
-        ]
-        return total + jnp.stack(products, axis=1)
-
-    shape = (batch, 9, (_BLOCK + 2) * channels, _BLOCK * features)
-    total = jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32))
-    total = jnp.sum(lax.fori_loop(0, size_x, add_plane, total), axis=0)
-    pairs = total.reshape(3, 3, _BLOCK + 2, channels, _BLOCK, features)
-    offsets = [sum(pairs[:, :, z + k, :, z] for z in range(_BLOCK)) for k in range(3)]
-    return jnp.stack(offsets, axis=2)
+    size_x, size_y, channels = x.shape[1], x.shape[2], x.shape[-1]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
+    shifted = [jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (k, 2 - k), (0, 0))) for k in range(3)]
+    columns = jnp.concatenate(shifted, axis=-1)
+    products = [
+        jnp.einsum(
+            "bxyzi,bxyzo->io",
+            padded[:, i : i + size_x, j : j + size_y],
+            columns,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+        )
+        for i in range(3)
+        for j in range(3)
+    ]
+    return jnp.stack(products).reshape(3, 3, channels, 3, -1).transpose(0, 1, 3, 2, 4)
 
 
 convolve_planes.defvjp(_planes_forward, _planes_backward)
-
-_BLOCK = 4  # see `_kernel_gradient`
 
 CONVOLUTIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "lax": convolve_lax,
