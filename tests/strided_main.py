@@ -3,14 +3,16 @@
 python tests/strided_main.py --config tests/strided_main.py --workdir DIR
 """
 
+import dataclasses
+
 from configs import tiny
+from voco_jax.config import encoders
 
 
 def get_config():
     values = tiny.get_config().to_dict()
-    model = values["model"]
-    common = ("remat", "crops_per_pass", "dtype", "convolution", "attention")
-    values["model"] = {name: model[name] for name in common}
+    common = {field.name for field in dataclasses.fields(encoders.Model)}
+    values["model"] = {name: x for name, x in values["model"].items() if name in common}
     # A layer of 512 x 512 is just large enough to be split over devices.
     values["model"] |= {"encoder": "strided_cnn", "features": 4, "projector_size": 512}
     return values
@@ -20,9 +22,8 @@ if __name__ == "__main__":
     import strided_cnn
 
     import main
-    from voco_jax.config import encoders as settings
     from voco_jax.models.encoders import ENCODERS
 
     ENCODERS["strided_cnn"] = strided_cnn.ENCODER
-    settings.ENCODERS["strided_cnn"] = strided_cnn.Settings
+    encoders.ENCODERS["strided_cnn"] = strided_cnn.Settings
     main.main()

@@ -4,8 +4,6 @@ Outside its own files (here strided_cnn.py) a new encoder touches voco_jax/model
 voco_jax/config/encoders.py, one line each.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
@@ -13,9 +11,9 @@ import networks
 import numpy as np
 import pytest
 import strided_cnn
+import strided_main
 import torch
 
-from configs import tiny
 from voco_jax.config import encoders as settings
 from voco_jax.config.load import parse, to_dict
 from voco_jax.errors import InputError
@@ -37,10 +35,7 @@ def values(monkeypatch):
     """What a config file says."""
     monkeypatch.setitem(ENCODERS, "strided_cnn", strided_cnn.ENCODER)
     monkeypatch.setitem(settings.ENCODERS, "strided_cnn", strided_cnn.Settings)
-    values = tiny.get_config().to_dict()
-    common = {field.name for field in dataclasses.fields(settings.Model)}
-    values["model"] = {name: x for name, x in values["model"].items() if name in common}
-    values["model"] |= {"encoder": "strided_cnn", "features": 4}
+    values = strided_main.get_config()
     values["model"]["attention"] = "fused"  # it has none to fuse
     return values
 

@@ -22,7 +22,7 @@ from voco_jax.data.sources import read_volumes
 from voco_jax.errors import InputError
 from voco_jax.training import loop
 from voco_jax.training.checkpoint import Checkpoints, read_network, saved_steps, set_damaged_aside
-from voco_jax.training.compile import compiler_options
+from voco_jax.training.compile import compiler_options, has_option
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.metrics import (
     MetricsWriter,
@@ -374,6 +374,25 @@ def test_a_users_xla_flags_win(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
     rest = {name: x for name, x in ours.items() if name != "xla_backend_optimization_level"}
     assert compiler_options(make_mesh()) == rest
+
+
+def test_options_that_xla_lacks_are_left_out():
+    assert has_option("xla_backend_optimization_level", 1)
+    assert not has_option("xla_no_such_option", 1)
+
+
+def test_a_run_starts_without_torch_and_matplotlib():
+    code = (
+        "import sys, main, voco_jax.training.loop; main.methods(); "
+        "print(sorted({'torch', 'matplotlib'} & sys.modules.keys())); import torch"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_step_times_have_their_own_clock():

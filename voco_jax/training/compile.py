@@ -60,22 +60,26 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
 
     On a CPU, XLA would merge recomputed activations with the first ones, so that remat would save
     nothing; and a small step would compile for twice as long (docs/benchmarks.md). What XLA_FLAGS
-    names is left to it, and each option is tried: XLAs come and go with theirs.
+    names is left to it, and what this XLA does not have is left out.
     """
     if platform(mesh) != "cpu":
         return None
     named = os.environ.get("XLA_FLAGS", "")
-    fast_compile = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 1}
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} | {
+    options: dict[str, Any] = {
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_backend_optimization_level": 1,
+    }
+    return {
         name: value
-        for name, value in fast_compile.items()
-        if f"--{name}=" not in named and _takes(name, value)
+        for name, value in options.items()
+        if f"--{name}=" not in named and has_option(name, value)
     }
 
 
 @functools.cache
-def _takes(option: str, value: Any) -> bool:
-    """Whether this XLA has the option."""
+def has_option(option: str, value: Any) -> bool:
+    """Whether this XLA has a compiler option, and takes this value for it."""
     try:
         jax.jit(lambda: 0, compiler_options={option: value})()
     except jax.errors.JaxRuntimeError:
