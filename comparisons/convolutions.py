@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ from voco_jax.errors import InputError
 from voco_jax.models.conv_blocks import convolve_lax, convolve_planes
 from voco_jax.training.compile import compiler_options
 from voco_jax.training.mesh import make_mesh
-from voco_jax.voco.step import encode
+from voco_jax.voco.step import describe_parameters, encode
 from voco_jax.voco.task import make_network
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of the input, of the kernel
@@ -44,9 +45,7 @@ def shapes(config: Pretraining) -> collections.Counter[Shapes]:
     network = make_network(config, make_mesh(1, jax.devices()[:1]))
     count = config.crops.sub_volumes + int(np.prod(config.crops.grid))
     crops = jax.ShapeDtypeStruct((count, *config.crops.encoder_size), jnp.float32)
-    params = jax.eval_shape(
-        lambda x: network.init(jax.random.key(0), x[..., None], False)["params"], crops
-    )
+    params = nn.unbox(describe_parameters(network, config.crops.encoder_size))
     traced = jax.make_jaxpr(lambda params, x: encode(network, params, x))(params, crops)
     found: collections.Counter[Shapes] = collections.Counter()
     _collect(traced.jaxpr, found)

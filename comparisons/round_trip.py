@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs import voco_160k
@@ -22,6 +22,7 @@ from voco_jax.config.load import parse, to_dict
 from voco_jax.interop.export import Card, export
 from voco_jax.interop.load import load_into
 from voco_jax.training.mesh import make_mesh
+from voco_jax.voco.step import describe_parameters
 from voco_jax.voco.task import make_network
 
 
@@ -29,8 +30,7 @@ def round_trip(size: str, suffix: str, folder: Path) -> bool:
     """Whether every bit comes back; prints a line."""
     config = parse(voco_160k.get_config(size))
     encoder = make_network(config, make_mesh()).encoder
-    crops = jax.ShapeDtypeStruct((1, 64, 64, 64, 1), jnp.float32)
-    shapes = jax.eval_shape(lambda x: encoder.init(jax.random.key(0), x, False), crops)["params"]
+    shapes = nn.unbox(describe_parameters(encoder, (64, 64, 64)))
     generator = np.random.default_rng(0)
     params = jax.tree.map(lambda s: generator.standard_normal(s.shape, np.float32), shapes)
     path = folder / f"voco_{size}{suffix}"

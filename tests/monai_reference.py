@@ -136,7 +136,8 @@ def load(template: Any, values: Mapping[str, np.ndarray]) -> Any:
 
 def abstract(model: nn.Module, *inputs: Any) -> Any:
     """The shapes of a Flax module's parameters, without the time that drawing them takes."""
-    return jax.eval_shape(lambda key: model.init(key, *inputs), jax.random.key(0))["params"]
+    variables = jax.eval_shape(lambda key: model.init(key, *inputs), jax.random.key(0))
+    return nn.unbox(variables)["params"]
 
 
 def load_by_rule(template: Any) -> Any:

@@ -6,7 +6,7 @@ In float32 and without recomputing, whatever the config says.
 import dataclasses
 from typing import Any
 
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
 
 from configs import voco_10k
@@ -16,6 +16,7 @@ from voco_jax.models.attention import attend
 from voco_jax.models.encoders import ENCODERS
 from voco_jax.models.network import Network
 from voco_jax.models.swin_unetr import SwinUNETREncoder
+from voco_jax.voco.step import describe_parameters
 
 SETTINGS = parse(voco_10k.get_config()).model
 
@@ -41,5 +42,4 @@ def network(*, projector_size: int = SETTINGS.projector_size, **changes: Any) ->
 
 def shapes(model: Network | SwinUNETREncoder, size: tuple[int, int, int] = (32, 32, 64)) -> Any:
     """The abstract parameters."""
-    crops = jax.ShapeDtypeStruct((2, *size, 1), jnp.float32)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), crops)["params"]
+    return nn.unbox(describe_parameters(model, size))

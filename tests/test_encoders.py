@@ -4,6 +4,7 @@ Outside its own files (here strided_cnn.py) a new encoder touches voco_jax/model
 voco_jax/config/encoders.py, one line each.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
@@ -49,7 +50,7 @@ def test_network_starts_as_its_encoder_alone():
     """Flax draws by a parameter's path: at the top level it is that of the encoder by itself."""
     crops, key = jnp.zeros((2, 8, 8, 8, 1)), jax.random.key(5)
     encoder = strided_cnn.StridedCNN((2, 4, 8), jnp.float32)
-    both = Network(encoder, 16, jnp.float32).init(key, crops, False)["params"]
+    both = nn.unbox(Network(encoder, 16, jnp.float32).init(key, crops, False)["params"])
     alone = encoder.init(key, crops, False)["params"]
     assert both.keys() - alone.keys() == {"proj_head"}
     jax.tree.map(np.testing.assert_array_equal, {name: both[name] for name in alone}, alone)
@@ -102,7 +103,7 @@ def test_a_second_encoder_trains(config):
 def test_its_weights_go_to_pytorch_and_come_back(config, tmp_path, monkeypatch, capsys):
     network = make_network(config, make_mesh(1, jax.devices()[:1]))
     crops = reference.crops_by_rule(0, 2, config.crops.encoder_size)
-    params = jax.device_get(network.init(jax.random.key(3), crops, False)["params"])
+    params = jax.device_get(nn.unbox(network.init(jax.random.key(3), crops, False)["params"]))
     card = Card(config=to_dict(config), step=3, network="teacher", data_fingerprint="f1e2")
     exported = export(params, tmp_path / "cnn.safetensors", card)
     assert read_card(exported.weights)["encoder"] == "strided_cnn"

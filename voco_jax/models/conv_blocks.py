@@ -1,9 +1,8 @@
-"""3-D convolutions and the residual block of MONAI's UNETR encoders; initial values as PyTorch's.
+"""3-D convolutions and the residual block of MONAI's UNETR encoders.
 
 Every array is channels-last, `b x y z c`; every kernel is `kx ky kz in out`.
 """
 
-import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+
+from voco_jax.models.initial_values import torch_uniform
 
 SAVED_CONVOLUTION = "convolution"
 """Name under which a residual block's convolution outputs can be kept by a remat policy."""
@@ -22,29 +23,6 @@ EPSILON = 1e-5  # PyTorch's
 def at_least_float32(x: jax.Array) -> jax.Array:
     """`x` for sums that bfloat16 cannot carry: in float32, or as it is if wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
-    """PyTorch's default for the weights and biases of linear and convolution layers.
-
-    Args:
-        fan_in: number of inputs that one output sums over.
-
-    Returns:
-        An initializer that draws from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), whatever the shape
-        (`kaiming_uniform_(a=sqrt(5))` of the weight, and the rule of the bias).
-    """
-    bound = 1 / math.sqrt(fan_in)
-
-    def initialize(
-        key: jax.Array,
-        shape: tuple[int, ...],
-        dtype: DTypeLike = jnp.float32,
-        out_sharding: None = None,
-    ) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return initialize
 
 
 def linear(fan_in: int, features: int, dtype: DTypeLike, *, bias: bool = True) -> nn.Dense:

@@ -13,7 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from voco_jax.models.attention import Attend
-from voco_jax.models.conv_blocks import linear, residual_block, torch_uniform
+from voco_jax.models.conv_blocks import linear, residual_block
+from voco_jax.models.initial_values import Distribution, torch_uniform
 from voco_jax.models.windows import (
     fit_window,
     relative_position_bias,
@@ -39,7 +40,13 @@ NEIGHBOURS: dict[str, tuple[Size, ...]] = {
 def layer_norm(dtype: DTypeLike, *, affine: bool = True) -> nn.LayerNorm:
     """PyTorch's LayerNorm: eps 1e-5, two-pass variance, statistics in float32."""
     return nn.LayerNorm(
-        epsilon=1e-5, use_fast_variance=False, use_bias=affine, use_scale=affine, dtype=dtype
+        epsilon=1e-5,
+        use_fast_variance=False,
+        use_bias=affine,
+        use_scale=affine,
+        bias_init=Distribution("constant", 0),
+        scale_init=Distribution("constant", 1),
+        dtype=dtype,
     )
 
 
@@ -94,7 +101,7 @@ class WindowAttention(nn.Module):
     def setup(self) -> None:
         rows = math.prod(2 * size - 1 for size in self.window_size)
         self.relative_position_bias_table = self.param(
-            "relative_position_bias_table", nn.initializers.normal(0.02), (rows, self.num_heads)
+            "relative_position_bias_table", Distribution("normal", 0.02), (rows, self.num_heads)
         )
         self.qkv = linear(self.dim, 3 * self.dim, self.dtype)
         self.proj = linear(self.dim, self.dim, self.dtype)

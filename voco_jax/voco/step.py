@@ -4,6 +4,7 @@ The teacher is as much of the student's network as its parameters are: all of it
 the projector on the student's own pooled features (`projector`), or nothing (`none`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from voco_jax.models.encoder import PROJECTOR
+from voco_jax.models.initial_values import initialise
 from voco_jax.training.streams import stream
 from voco_jax.types import Batch, Params, Size
 from voco_jax.voco import augment, losses
@@ -53,7 +55,7 @@ def abstract_state(
     scope: Scope = "network",
 ) -> State:
     """The state's shapes and dtypes, as `jax.ShapeDtypeStruct`."""
-    params = jax.eval_shape(_initialiser(network, encoder_size), jax.random.key(0))
+    params = nn.unbox(describe_parameters(network, encoder_size))
     return State(
         step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
         student=params,
@@ -69,11 +71,8 @@ def init_state(
     seed: int,
     scope: Scope = "network",
     shardings: State | None = None,
-    compiler_options: dict[str, Any] | None = None,
 ) -> State:
     """Random student and, independently, random teacher (as published).
-
-    One network's initialisation is compiled and called twice: compiling takes most of the time.
 
     Args:
         network: a `voco_jax.models.network.Network`.
@@ -82,27 +81,39 @@ def init_state(
         seed: the same values come of it whatever the shardings.
         scope: of the teacher.
         shardings: of each array; None: the default device.
-        compiler_options: of `jax.jit`.
     """
     places = shardings or State(None, None, None, None)  # type: ignore[arg-type]
     key = jax.random.key(seed)
-    initialise = jax.jit(
+    draw = functools.partial(
+        initialise,
+        describe_parameters(network, encoder_size),
         _initialiser(network, encoder_size),
-        out_shardings=places.student,
-        compiler_options=compiler_options,
+        shardings=places.student,
     )
-    student = initialise(stream(key, "student"))
+    student = draw(stream(key, "student"))
     return State(
         step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
         student=student,
-        teacher={} if scope == "none" else teacher_part(initialise(stream(key, "teacher")), scope),
+        teacher={} if scope == "none" else teacher_part(draw(stream(key, "teacher")), scope),
         optimizer=jax.jit(optimizer.init, out_shardings=places.optimizer)(student),
     )
 
 
+@functools.cache
+def describe_parameters(network: nn.Module, encoder_size: Size) -> Any:
+    """A network's abstract parameters, boxed, see `initial_values`. Traces it: checks all sizes.
+
+    Raises:
+        InputError: settings that the encoder cannot take.
+    """
+    return jax.eval_shape(_initialiser(network, encoder_size), jax.random.key(0))
+
+
 def _initialiser(network: nn.Module, encoder_size: Size) -> Callable[[jax.Array], Params]:
-    crops = jnp.zeros((2, *encoder_size, 1), jnp.float32)
-    return lambda key: network.init(key, crops, False)["params"]
+    def init(key: jax.Array) -> Params:
+        return network.init(key, jnp.zeros((2, *encoder_size, 1), jnp.float32), False)["params"]
+
+    return init
 
 
 def prepare(batch: Batch, encoder_size: Size) -> jax.Array:

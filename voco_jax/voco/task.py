@@ -31,7 +31,7 @@ from voco_jax.models.encoders import find_encoder
 from voco_jax.models.network import Network
 from voco_jax.training import mesh as meshes
 from voco_jax.training.attention_backend import choose_attention
-from voco_jax.training.compile import build_program, compiler_options, platform
+from voco_jax.training.compile import build_program, platform
 from voco_jax.training.distributed import run_on_all, run_on_process_0
 from voco_jax.training.optimizer import make_optimizer, schedule
 from voco_jax.training.task import LogLine, Method, Program, Task
@@ -40,6 +40,7 @@ from voco_jax.voco import augment, losses
 from voco_jax.voco.step import (
     State,
     abstract_state,
+    describe_parameters,
     dropout,
     init_state,
     make_predict,
@@ -90,8 +91,7 @@ def make_program(experiment: Pretraining, mesh: Mesh) -> Program[State]:
     )
 
     def init(shardings: State) -> State:
-        options = compiler_options(mesh)
-        return init_state(network, optimizer, size, experiment.seed, scope, shardings, options)
+        return init_state(network, optimizer, size, experiment.seed, scope, shardings)
 
     volumes, bases = experiment.batch_size, math.prod(crops.grid)
     cached, labels = jnp.dtype(experiment.data.dtype), (volumes, crops.sub_volumes, bases)
@@ -120,10 +120,8 @@ def make_network(experiment: Pretraining, mesh: Mesh) -> Network:
     except InputError as error:
         raise InputError(f"crops.encoder_size: {error}") from error
     network = build_network(experiment.model, mesh, attend)
-    # Tracing the initialisation checks every other setting without computing anything.
-    crops = jax.ShapeDtypeStruct((2, *experiment.crops.encoder_size, 1), jnp.float32)
     try:
-        jax.eval_shape(lambda x: network.init(jax.random.key(0), x, False), crops)
+        describe_parameters(network, experiment.crops.encoder_size)
     except InputError as error:
         raise InputError(f"model.{error}") from error
     return network
