@@ -61,7 +61,7 @@ on_workers() {
 
 install() { # the working tree as it is now, and its packages
   tar -czf "$scratch/voco_jax.tar.gz" --exclude=__pycache__ \
-    main.py requirements.txt configs voco_jax launch &&
+    main.py requirements.lock configs voco_jax launch &&
     gcloud compute tpus tpu-vm scp "$scratch/voco_jax.tar.gz" "$TPU_NAME:" "${place[@]}" \
       --quiet --worker=all &&
     on_workers "mkdir -p voco_jax && tar -xzf voco_jax.tar.gz -C voco_jax && $worker install"

@@ -15,9 +15,9 @@ case $1 in
     fi
     # The machines' own Python is too old; uv brings one along.
     [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
-    [ -d ~/voco_env ] || ~/.local/bin/uv venv --quiet --python 3.11 ~/voco_env
+    [ -d ~/voco_env ] || ~/.local/bin/uv venv --quiet --python 3.13 ~/voco_env
     ~/.local/bin/uv pip install --quiet --python ~/voco_env/bin/python \
-      -r requirements.txt "jax[tpu]"
+      -r requirements.lock "jax[tpu]"
     ;;
   run)
     shift

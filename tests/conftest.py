@@ -1,6 +1,8 @@
 """Shared set-up: one CPU backend, absl flags for grain's workers, the shared data folder."""
 
+import importlib.util
 import os
+import re
 from collections import Counter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,6 +31,16 @@ MUCH_TO_COMPUTE = {"xla_backend_optimization_level": 1}
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+# Without PyTorch (tests on the newest Python) what compares with it live is left out.
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+NEED_TORCH = sorted(
+    path.name
+    for path in Path(__file__).parent.glob("test_*.py")
+    if re.search(r"^(import|from) (torch|monai)", path.read_text("utf-8"), re.MULTILINE)
+)
+collect_ignore = [] if HAS_TORCH else NEED_TORCH
+
+
 def shared_file(*parts: str) -> Path:
     """A file of the data folder beside the checkout; skips the test where it is absent."""
     path = SHARED.joinpath(*parts)
@@ -48,6 +60,9 @@ def pytest_terminal_summary(terminalreporter):
     why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     count = len(skipped)
     terminalreporter.write_line(f"{count} test{'s' * (count != 1)} skipped{': ' * bool(why)}{why}")
+    if collect_ignore:
+        files = ", ".join(collect_ignore)
+        terminalreporter.write_line(f"{len(collect_ignore)} files need PyTorch, left out: {files}")
 
 
 @pytest.fixture

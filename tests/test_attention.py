@@ -4,9 +4,9 @@
 from functools import partial
 from types import SimpleNamespace
 
+import by_rule
 import jax
 import jax.numpy as jnp
-import monai_reference as reference
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
@@ -19,9 +19,9 @@ from voco_jax.training.mesh import make_mesh
 
 
 def _arguments(b: int, windows: int, n: int, heads: int, d: int, regions: int):
-    qkv = reference.noise((b, windows, n, 3, heads, d)).astype(np.float64) * 2
-    bias = reference.noise((heads, n, n)).astype(np.float64)
-    upper = reference.noise((b, windows, n, heads, d)).astype(np.float64)
+    qkv = by_rule.noise((b, windows, n, 3, heads, d)).astype(np.float64) * 2
+    bias = by_rule.noise((heads, n, n)).astype(np.float64)
+    upper = by_rule.noise((b, windows, n, heads, d)).astype(np.float64)
     found = None
     if regions:
         found = jnp.asarray(np.random.default_rng(n).integers(0, regions, (windows, n)), jnp.int32)
@@ -61,7 +61,7 @@ def test_bfloat16_is_rounded_where_plain_attention_rounds():
     fused = _both(lambda q, t: attention.attend_fused(q, t, found, interpret=True), *arguments)
     for ours, theirs in zip(fused, plain, strict=True):
         assert ours.dtype == theirs.dtype
-        assert reference.relative_error(ours, theirs) < 1e-2
+        assert by_rule.relative_error(ours, theirs) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_attention_in_blocks_is_plain_attention(n, d, dtype, tolerance, monkeypa
     )
     for ours, theirs in zip(blocks, plain, strict=True):
         assert ours.dtype == theirs.dtype
-        assert reference.relative_error(ours, theirs) < tolerance
+        assert by_rule.relative_error(ours, theirs) < tolerance
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12

@@ -1,3 +1,4 @@
+import by_rule
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
@@ -16,31 +17,31 @@ from voco_jax.models.conv_blocks import (
 
 @pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (1, 1, 1, 2, 4)])
 def test_planes_is_lax(shape: tuple[int, ...]):
-    x = reference.noise(shape)
-    kernel = reference.noise((3, 3, 3, shape[-1], 7), seed=1)
+    x = by_rule.noise(shape)
+    kernel = by_rule.noise((3, 3, 3, shape[-1], 7), seed=1)
     ours, pull_ours = jax.vjp(convolve_planes, x, kernel)
     theirs, pull_theirs = jax.vjp(convolve_lax, x, kernel)
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
-    gradient = reference.noise(ours.shape, seed=2)
+    gradient = by_rule.noise(ours.shape, seed=2)
     for a, b in zip(pull_ours(gradient), pull_theirs(gradient), strict=True):
-        assert reference.relative_error(a, b) < 1e-6
+        assert by_rule.relative_error(a, b) < 1e-6
 
 
 def test_planes_in_bfloat16_keeps_dtypes():
-    x = jnp.asarray(reference.noise((1, 4, 4, 4, 2)), jnp.bfloat16)
-    kernel = jnp.asarray(reference.noise((3, 3, 3, 2, 3), seed=1), jnp.bfloat16)
+    x = jnp.asarray(by_rule.noise((1, 4, 4, 4, 2)), jnp.bfloat16)
+    kernel = jnp.asarray(by_rule.noise((3, 3, 3, 2, 3), seed=1), jnp.bfloat16)
     out, pull = jax.vjp(convolve_planes, x, kernel)
     gradients = pull(jnp.ones_like(out))
     assert [a.dtype for a in (out, *gradients)] == [jnp.bfloat16] * 3
     theirs = convolve_lax(x.astype(jnp.float32), kernel.astype(jnp.float32))
-    assert reference.relative_error(out, theirs) < 1e-2
+    assert by_rule.relative_error(out, theirs) < 1e-2
 
 
 def test_instance_norm_equals_torch_far_from_zero():
-    x = 10 + 1e-2 * reference.noise((2, 3, 4, 5, 6))
+    x = 10 + 1e-2 * by_rule.noise((2, 3, 4, 5, 6))
     theirs = torch.nn.functional.instance_norm(reference.to_torch(x).double())
     ours = instance_norm(jnp.asarray(x))
-    assert reference.relative_error(ours, reference.from_torch(theirs)) < 1e-3
+    assert by_rule.relative_error(ours, reference.from_torch(theirs)) < 1e-3
     assert instance_norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
@@ -51,12 +52,12 @@ def test_residual_block_equals_monai(in_channels: int, features: int, convolutio
     block = residual_block(
         in_channels, features, convolution=convolution, remat=False, dtype=jnp.float32
     )
-    x = reference.noise((2, 8, 6, 4, in_channels))
-    params = reference.abstract(block, x)
+    x = by_rule.noise((2, 8, 6, 4, in_channels))
+    params = by_rule.abstract(block, x)
     values = reference.parameters(theirs)
-    params = reference.load(params, values)
+    params = by_rule.load(params, values)
     expected = theirs(reference.to_torch(x).double())
-    weights = reference.noise(tuple(expected.shape), seed=1)
+    weights = by_rule.noise(tuple(expected.shape), seed=1)
     (expected * torch.from_numpy(weights)).sum().backward()
 
     @jax.jit
@@ -66,16 +67,16 @@ def test_residual_block_equals_monai(in_channels: int, features: int, convolutio
 
     out, gradient = run(params, x, jnp.moveaxis(weights, 1, -1))
     np.testing.assert_allclose(out, reference.from_torch(expected), atol=1e-5)
-    expected_gradient = reference.load(params, reference.gradients(theirs))
-    assert reference.relative_error(gradient, expected_gradient) < 1e-5
+    expected_gradient = by_rule.load(params, reference.gradients(theirs))
+    assert by_rule.relative_error(gradient, expected_gradient) < 1e-5
 
 
 def test_recomputing_changes_nothing():
-    x = reference.noise((2, 4, 4, 4, 3))
+    x = by_rule.noise((2, 4, 4, 4, 3))
     gradients = []
     for remat in (False, True):
         block = residual_block(3, 5, convolution="lax", remat=remat, dtype=jnp.float32)
-        params = reference.load_by_rule(reference.abstract(block, x))
+        params = by_rule.load_by_rule(by_rule.abstract(block, x))
         gradient = jax.jit(jax.grad(lambda v, x, m=block: jnp.sum(m.apply({"params": v}, x) ** 3)))
         gradients.append(gradient(params, x))
-    assert reference.relative_error(*gradients) < 1e-6
+    assert by_rule.relative_error(*gradients) < 1e-6

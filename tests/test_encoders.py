@@ -4,6 +4,7 @@ Outside its own files (here strided_cnn.py) a new encoder touches voco_jax/model
 voco_jax/config/encoders.py, one line each.
 """
 
+import by_rule
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def test_a_second_encoder_trains(config):
 
 def test_its_weights_go_to_pytorch_and_come_back(config, tmp_path, monkeypatch, capsys):
     network = make_network(config, make_mesh(1, jax.devices()[:1]))
-    crops = reference.crops_by_rule(0, 2, config.crops.encoder_size)
+    crops = by_rule.crops_by_rule(0, 2, config.crops.encoder_size)
     params = jax.device_get(nn.unbox(network.init(jax.random.key(3), crops, False)["params"]))
     card = Card(config=to_dict(config), step=3, network="teacher", data_fingerprint="f1e2")
     exported = export(params, tmp_path / "cnn.safetensors", card)

@@ -20,6 +20,7 @@ import numpy as np
 import processes
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
@@ -648,7 +649,7 @@ def test_the_image_has_all_that_main_needs(tmp_path):
             shutil.copytree(ROOT / source, tmp_path / target)
         else:
             shutil.copy(ROOT / source, tmp_path / target)
-    assert (tmp_path / "requirements.txt").exists()
+    assert (tmp_path / "requirements.lock").exists()
     code = "import configs.demo, voco_jax.voco.task"
     for command in ([*entry[1:], "--help"], ["-c", code]):
         done = subprocess.run(
@@ -656,6 +657,24 @@ def test_the_image_has_all_that_main_needs(tmp_path):
         )
         assert "Traceback" not in done.stderr, done.stderr
         assert "xample" in done.stdout or command[0] == "-c"
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_locked_versions_are_within_the_ranges(python):
+    """Written by `uv pip compile --universal --python-version 3.11 requirements.txt`."""
+    here = {"python_version": python, "python_full_version": f"{python}.0"}
+    pins = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line and line[0] not in " #":
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate(here):
+                assert pins.setdefault(pin.name.lower(), pin) is pin, line
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if text := line.partition("#")[0].strip():
+            wanted = Requirement(text)
+            (pinned,) = pins[wanted.name.lower().replace("_", "-")].specifier
+            assert pinned.operator == "=="
+            assert wanted.specifier.contains(pinned.version), line
 
 
 # ---- prepare_slurm.py

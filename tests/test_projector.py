@@ -1,3 +1,4 @@
+import by_rule
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,15 @@ class TorchProjector(torch.nn.Module):
 def test_projector_equals_torch():
     theirs = TorchProjector(20, 16)
     ours = Projector(20, 16, jnp.float32)
-    x = reference.noise((9, 20))
-    params = reference.load(reference.abstract(ours, x), reference.parameters(theirs))
+    x = by_rule.noise((9, 20))
+    params = by_rule.load(by_rule.abstract(ours, x), reference.parameters(theirs))
     expected = theirs(torch.from_numpy(x))
-    weights = reference.noise((9, 16), seed=1)
+    weights = by_rule.noise((9, 16), seed=1)
     (expected * torch.from_numpy(weights)).sum().backward()
     out, pull = jax.vjp(lambda params: ours.apply({"params": params}, x), params)
     np.testing.assert_allclose(out, expected.detach().numpy(), atol=1e-5)
-    expected_gradient = reference.load(params, reference.gradients(theirs))
-    assert reference.relative_error(pull(jnp.asarray(weights))[0], expected_gradient) < 1e-5
+    expected_gradient = by_rule.load(params, reference.gradients(theirs))
+    assert by_rule.relative_error(pull(jnp.asarray(weights))[0], expected_gradient) < 1e-5
 
 
 def test_batch_norm_uses_the_batch_in_float32():
@@ -48,12 +49,12 @@ def test_batch_norm_uses_the_batch_in_float32():
 
 def test_bfloat16_products_keep_float32_parameters_and_output():
     ours = Projector(20, 16, jnp.bfloat16)
-    x = reference.noise((9, 20))
+    x = by_rule.noise((9, 20))
     variables = nn.unbox(ours.init(jax.random.key(0), x))
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     out = ours.apply(variables, x)
     assert out.dtype == jnp.float32
-    assert reference.relative_error(out, Projector(20, 16, jnp.float32).apply(variables, x)) < 0.03
+    assert by_rule.relative_error(out, Projector(20, 16, jnp.float32).apply(variables, x)) < 0.03
 
 
 @pytest.mark.parametrize(("shape", "message"), [((1, 20), "at least 2"), ((4, 19), "20")])

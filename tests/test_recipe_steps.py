@@ -7,6 +7,7 @@ PyTorch's gradients. voco_10k's step is compared with a whole PyTorch model in t
 
 import functools
 
+import by_rule
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
@@ -120,7 +121,7 @@ def test_step_on_real_ct(recipe):
         teacher,
         {name: student[name] for name in teacher},
     )
-    _check_close(reference.flatten(new.teacher), reference.flatten(averaged), 1e-12)
+    _check_close(by_rule.flatten(new.teacher), by_rule.flatten(averaged), 1e-12)
 
     ours = Projector(student["proj_head"])
     rows = _split("student", ours(dropped), batch)
@@ -139,11 +140,9 @@ def test_step_on_real_ct(recipe):
 
     # The first moment after a step is a tenth of the gradient: of the weighted loss, and here
     # of the projector, which follows from the pooled features alone.
-    gradient = {
-        name: moment / 0.1 for name, moment in reference.flatten(new.optimizer[0].mu).items()
-    }
+    gradient = {name: moment / 0.1 for name, moment in by_rule.flatten(new.optimizer[0].mu).items()}
     expected = {
-        f"proj_head.{name}": reference.our_layout(name, value)
+        f"proj_head.{name}": by_rule.our_layout(name, value)
         for name, value in reference.gradients(ours.layers).items()
     }
     _check_close({name: gradient[name] for name in expected}, expected, 1e-5)
@@ -154,10 +153,10 @@ def test_step_on_real_ct(recipe):
 def _parameters(template, prefix):
     """By the golden files' rule, of other keys for the teacher."""
     values = {
-        name: reference.weight_by_rule(prefix + name, reference.torch_shape(name, leaf))
-        for name, leaf in reference.flatten(template).items()
+        name: by_rule.weight_by_rule(prefix + name, by_rule.torch_shape(name, leaf))
+        for name, leaf in by_rule.flatten(template).items()
     }
-    return jax.tree.map(np.float64, reference.load(template, values))
+    return jax.tree.map(np.float64, by_rule.load(template, values))
 
 
 class Projector:
@@ -166,7 +165,7 @@ class Projector:
     def __init__(self, params):
         flat = {
             name: torch.tensor(value if value.ndim == 1 else value.T)
-            for name, value in reference.flatten(params).items()
+            for name, value in by_rule.flatten(params).items()
         }
 
         def layer(name):

@@ -12,84 +12,19 @@ is therefore tested in float64, over two steps, against live PyTorch.
 import functools
 import json
 
+import by_rule
 import jax
 import jax.numpy as jnp
-import monai_reference as reference
 import numpy as np
 import optax
 import pytest
-import torch
 from conftest import MUCH_TO_COMPUTE, shared_file
 from networks import network, shapes
+from stored import digest, stored
 
 from voco_jax.training.optimizer import scale_by_amsgrad
 from voco_jax.voco import losses
 from voco_jax.voco import step as voco_step
-
-
-class TorchVoCo(torch.nn.Module):
-    """The published student or teacher: SwinUNETR's encoder, pooled, and the projector."""
-
-    def __init__(self, config, patch_merging):
-        super().__init__()
-        self.net = reference.swin_unetr(
-            feature_size=config["feature_size"],
-            patch_merging=patch_merging,
-            use_v2=True,
-            window_size=4,
-            depths=(1, 1, 1, 1),
-        )
-        for name in [n for n, _ in self.net.named_children() if n.startswith(("decoder", "out"))]:
-            delattr(self.net, name)
-        hidden = config["hidden"]
-
-        def layer(inputs):
-            norm = torch.nn.BatchNorm1d(hidden, affine=False, track_running_stats=False)
-            return torch.nn.Sequential(torch.nn.Linear(inputs, hidden), norm, torch.nn.ReLU())
-
-        self.net.proj_head = torch.nn.Sequential()
-        self.net.proj_head.layer1 = layer(24 * config["feature_size"])
-        self.net.proj_head.layer2 = layer(hidden)
-        self.net.proj_head.layer3 = torch.nn.Sequential(torch.nn.Linear(hidden, hidden))
-        self.double()
-
-    def forward(self, x):
-        _, features = reference.encode(self.net, x)
-        return self.net.proj_head(torch.cat([f.mean((2, 3, 4)) for f in features], dim=1))
-
-
-def _torch_steps(config, patch_merging, values, crops, labels):
-    """Losses, first gradients and final parameters."""
-    networks = {name: TorchVoCo(config, patch_merging) for name in ("student", "teacher")}
-    for name, model in networks.items():
-        state = {key: torch.from_numpy(value) for key, value in values[name].items()}
-        assert not model.net.load_state_dict(state, strict=False).unexpected_keys
-    student, teacher = networks["student"], networks["teacher"]
-    count, labels = labels.shape[1], torch.from_numpy(labels[0]).double()
-    x = reference.to_torch(crops).double()
-    optimizer = torch.optim.AdamW(
-        student.parameters(), config["lr"], weight_decay=0.01, amsgrad=True
-    )
-    history, gradients = [], {}
-    for _ in range(config["steps"]):
-        rows = torch.nn.functional.normalize(student(x))
-        with torch.no_grad():
-            for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-                t.mul_(0.9).add_(s, alpha=0.1)
-            rows_t = torch.nn.functional.normalize(teacher(x))
-        p = rows[:count] @ rows_t[count:].T
-        p = (p.relu() + (rows_t[:count] @ rows[count:].T).relu()) / 2
-        pos = (-labels * torch.log(1 - (labels - p).abs() + 1e-6)).sum() / (labels.sum() + 1e-6)
-        neg = (p[labels == 0] ** 2).mean()
-        pairs = (rows[count:] @ rows[count:].T.detach()).relu() ** 2
-        reg = pairs[np.triu_indices(len(pairs), 1)].mean()
-        optimizer.zero_grad()
-        (pos + neg + reg).backward()
-        gradients = gradients or {k: v.copy() for k, v in reference.gradients(student.net).items()}
-        optimizer.step()
-        history.append([float(pos.detach()), float(neg.detach()), float(reg.detach())])
-    final = {name: reference.parameters(model.net) for name, model in networks.items()}
-    return np.array(history), gradients, final
 
 
 def _distance(found, expected):
@@ -102,14 +37,14 @@ TINY_LABELS = np.array([[[0.5, 0.3, 0.2, 0.0]]])
 
 
 def _shapes(template):
-    return {n: reference.torch_shape(n, leaf) for n, leaf in reference.flatten(template).items()}
+    return {n: by_rule.torch_shape(n, leaf) for n, leaf in by_rule.flatten(template).items()}
 
 
 def _weights(shapes):
     """(student, teacher) by the golden files' rule, for PyTorch names and shapes."""
-    student = {name: reference.weight_by_rule(name, shape) for name, shape in shapes.items()}
+    student = {name: by_rule.weight_by_rule(name, shape) for name, shape in shapes.items()}
     teacher = {
-        name: value + np.float32(0.1) * reference.weight_by_rule(f"teacher.{name}", shapes[name])
+        name: value + np.float32(0.1) * by_rule.weight_by_rule(f"teacher.{name}", shapes[name])
         for name, value in student.items()
     }
     return student, teacher
@@ -125,7 +60,7 @@ def _optimizer(rate):
 
 def _first_gradients(state):
     """Read off the first moment after one step: (1 - beta1) times the gradient."""
-    return reference.flatten(jax.tree.map(lambda m: np.asarray(m) / 0.1, state.optimizer[0].mu))
+    return by_rule.flatten(jax.tree.map(lambda m: np.asarray(m) / 0.1, state.optimizer[0].mu))
 
 
 def _run(network, rate, params, batch, count, microbatches):
@@ -165,15 +100,29 @@ def test_steps_are_pytorchs_in_float64():
     }
     template = shapes(network(**options), size)
     student, teacher = _weights(_shapes(template))
-    exact_losses, exact_gradients, exact = _pytorch_in_float64()
-    crops = reference.crops_by_rule(0, 5, size)[..., 0]
+    crops = by_rule.crops_by_rule(0, 5, size)
+
+    whole = {}
+
+    def pytorchs():
+        from torch_voco import torch_steps
+
+        values = {"student": student, "teacher": teacher}
+        losses, gradients, final = torch_steps(config, "merging", values, crops, TINY_LABELS)
+        whole.update({"gradient": gradients, **final})
+        for arrays in whole.values():
+            arrays.update({name: by_rule.our_layout(name, a) for name, a in arrays.items()})
+        return _digest(losses, whole)
+
+    exact = stored("step", pytorchs)
+    crops = crops[..., 0]
     batch = {"subs": crops[None, :1], "bases": crops[None, 1:], "labels": np.float32(TINY_LABELS)}
     with jax.enable_x64(True):
         wide = [
-            jax.tree.map(np.float64, reference.load(template, values))
+            jax.tree.map(np.float64, by_rule.load(template, values))
             for values in (student, teacher)
         ]
-        losses, gradients, state = _run(
+        history, gradients, state = _run(
             network(**options, dtype=jnp.float64),
             config["lr"],
             wide,
@@ -181,27 +130,31 @@ def test_steps_are_pytorchs_in_float64():
             config["steps"],
             microbatches=5,
         )
-    np.testing.assert_allclose(losses, exact_losses, rtol=1e-5)
-    floor = 1e-6 * max(np.linalg.norm(value) for value in exact_gradients.values())
-    for name, value in gradients.items():
-        expected = reference.our_layout(name, exact_gradients[name])
-        assert np.linalg.norm(value - expected) < 1e-5 * np.linalg.norm(expected) + floor, name
-    for name in ("student", "teacher"):
-        for key, value in reference.flatten(getattr(state, name)).items():
-            assert _distance(value, reference.our_layout(key, exact[name][key])) < 1e-5, key
+    found = {
+        "gradient": gradients,
+        "student": by_rule.flatten(state.student),
+        "teacher": by_rule.flatten(state.teacher),
+    }
+    floor = 1e-6 * max(exact[f"gradient {name}"][0] for name in gradients)
+    floors = {"gradient": floor, "student": 0, "teacher": 0}
+    digests = _digest(history, found)
+    assert digests.keys() == exact.keys()
+    np.testing.assert_allclose(digests.pop("losses"), exact["losses"], rtol=1e-5)
+    for name, numbers in digests.items():
+        tolerance = 1e-5 * exact[name][0] + floors[name.split()[0]]
+        np.testing.assert_allclose(numbers, exact[name], rtol=0, atol=tolerance, err_msg=name)
+    for kind, arrays in whole.items():
+        for name, expected in arrays.items():
+            error = np.linalg.norm(found[kind][name] - expected)
+            assert error < 1e-5 * np.linalg.norm(expected) + floors[kind], (kind, name)
 
 
-@functools.cache
-def _pytorch_in_float64():
-    parameters = TorchVoCo(TINY, "merging").net.named_parameters()
-    student, teacher = _weights({name: tuple(value.shape) for name, value in parameters})
-    return _torch_steps(
-        TINY,
-        "merging",
-        {"student": student, "teacher": teacher},
-        reference.crops_by_rule(0, 5, TINY_SIZE),
-        TINY_LABELS,
-    )
+def _digest(losses, arrays):
+    """The losses, and what `stored.digest` keeps of each array."""
+    found = {"losses": np.asarray(losses).tolist()}
+    for kind, values in arrays.items():
+        found |= digest(values, f"{kind} ")
+    return found
 
 
 @pytest.mark.parametrize(
@@ -213,8 +166,8 @@ def test_golden_step(file, patch_merging, embeddings):
     config = json.loads(str(golden["config"]))
     size, count = tuple(config["roi"]), config["sub_volumes"]
     assert config["batch"] == 1
-    subs = reference.crops_by_rule(config["seed"], count, size)
-    bases = reference.crops_by_rule(config["seed"] + 1, 16, size)
+    subs = by_rule.crops_by_rule(config["seed"], count, size)
+    bases = by_rule.crops_by_rule(config["seed"] + 1, 16, size)
     crops = np.concatenate([subs, bases])[..., 0].astype(np.float64)
     labels = np.asarray(golden["labels"], np.float64)
     options = {
@@ -225,7 +178,7 @@ def test_golden_step(file, patch_merging, embeddings):
     }
     template = shapes(network(**options), size)
     student, teacher = [
-        jax.tree.map(np.float64, reference.load(template, v)) for v in _weights(_shapes(template))
+        jax.tree.map(np.float64, by_rule.load(template, v)) for v in _weights(_shapes(template))
     ]
     wide = network(**options, dtype=jnp.float64)
 

@@ -1,5 +1,6 @@
 from typing import Any
 
+import by_rule
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
@@ -25,7 +26,7 @@ def test_relative_positions_equal_monai(window: Size):
     attention = monai_swin.WindowAttention(6, 3, window)
     index = swin_unetr_pytorch.relative_position_index(window)
     np.testing.assert_array_equal(index, attention.relative_position_index.numpy())
-    table = reference.noise((int(index.max()) + 1, 3))
+    table = by_rule.noise((int(index.max()) + 1, 3))
     for tokens in (index.shape[0], 8, 1):
         bias = windows.relative_position_bias(jnp.asarray(table), window, tokens)
         expected = table[index[:tokens, :tokens]].transpose(2, 0, 1)
@@ -51,7 +52,7 @@ def test_shift_regions_are_no_constant():
 
 
 def test_windows_come_back():
-    x = jnp.asarray(reference.noise((2, 4, 6, 10, 3)))
+    x = jnp.asarray(by_rule.noise((2, 4, 6, 10, 3)))
     cut = windows.window_partition(x, (2, 3, 5))
     expected = monai_swin.window_partition(torch.from_numpy(np.array(x)), (2, 3, 5))
     np.testing.assert_array_equal(cut.reshape(expected.shape), expected.numpy())
@@ -62,9 +63,9 @@ def test_windows_come_back():
 def test_patch_merging_equals_monai(patch_merging: str):
     theirs = MERGINGS[patch_merging](6)
     ours = swin.PatchMerging(6, patch_merging, jnp.float32)
-    x = reference.noise((2, 4, 2, 6, 6))
-    params = reference.abstract(ours, x)
-    params = reference.load(params, reference.parameters(theirs))
+    x = by_rule.noise((2, 4, 2, 6, 6))
+    params = by_rule.abstract(ours, x)
+    params = by_rule.load(params, reference.parameters(theirs))
     expected = theirs(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_allclose(ours.apply({"params": params}, x), expected, atol=1e-5)
 
@@ -77,12 +78,12 @@ def test_block_equals_monai_with_padding_and_shrunken_windows(size: Size, shifte
     theirs = monai_swin.SwinTransformerBlock(10, 5, full, shift)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            value = reference.weight_by_rule(name, tuple(parameter.shape))
+            value = by_rule.weight_by_rule(name, tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(value))
     ours = swin.SwinTransformerBlock(10, 5, full, shifted, 0.0, attend, jnp.float32)
-    x = reference.noise((2, *size, 10))
-    params = reference.abstract(ours, x, False)
-    params = reference.load(params, reference.parameters(theirs))
+    x = by_rule.noise((2, *size, 10))
+    params = by_rule.abstract(ours, x, False)
+    params = by_rule.load(params, reference.parameters(theirs))
     window, used = monai_swin.get_window_size(size, full, shift)
     padded = [-(-extent // w) * w for extent, w in zip(size, window, strict=True)]
     mask = monai_swin.compute_mask(padded, window, used, "cpu")
@@ -92,10 +93,10 @@ def test_block_equals_monai_with_padding_and_shrunken_windows(size: Size, shifte
 
 
 def test_drop_path():
-    x = jnp.asarray(reference.noise((512, 2, 2, 2, 6)))
+    x = jnp.asarray(by_rule.noise((512, 2, 2, 2, 6)))
     block = swin.SwinTransformerBlock(6, 2, (4, 4, 4), False, 0.4, attend, jnp.float32)
     kept = block.clone(drop_path=0.0)
-    variables = {"params": reference.load_by_rule(reference.abstract(block, x, False))}
+    variables = {"params": by_rule.load_by_rule(by_rule.abstract(block, x, False))}
     np.testing.assert_array_equal(block.apply(variables, x, False), kept.apply(variables, x, False))
 
     first = block.apply(variables, x, True, rngs={"dropout": jax.random.key(1)})
@@ -118,13 +119,13 @@ def test_drop_path():
 def test_recomputing_changes_nothing(drop_path: float):
     gradients = []
     with jax.enable_x64(True):
-        x = reference.noise((2, 6, 6, 4, 6)).astype(np.float64)
+        x = by_rule.noise((2, 6, 6, 4, 6)).astype(np.float64)
         for remat in (False, True):
             rates = (0.0, drop_path)
             stage = swin.BasicLayer(
                 6, 2, 3, (4, 4, 4), "merging", rates, remat, attend, jnp.float64
             )
-            params = reference.load_by_rule(reference.abstract(stage, x, False))
+            params = by_rule.load_by_rule(by_rule.abstract(stage, x, False))
             variables = {"params": jax.tree.map(np.float64, params)}
 
             def loss(variables: Any, x: Any, stage: swin.BasicLayer = stage) -> jax.Array:
@@ -133,7 +134,7 @@ def test_recomputing_changes_nothing(drop_path: float):
 
             gradients.append(jax.jit(jax.grad(loss))(variables, x))
             assert ("remat" in str(jax.make_jaxpr(loss)(variables, x))) == remat
-        assert reference.relative_error(*gradients) < 1e-12
+        assert by_rule.relative_error(*gradients) < 1e-12
 
 
 def test_drop_path_rates_rise_from_zero():

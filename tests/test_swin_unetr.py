@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import by_rule
 import jax
 import jax.numpy as jnp
 import monai_reference as reference
@@ -57,7 +58,7 @@ def monai_values(
 
 def projections(hidden: Any, pooled: Any) -> list[np.ndarray]:
     """Random weights for the sum of all outputs: `b c x y z` each, unit norm, and `b c`."""
-    draws = [reference.noise(tuple(x.shape), seed) for seed, x in enumerate([*hidden, pooled])]
+    draws = [by_rule.noise(tuple(x.shape), seed) for seed, x in enumerate([*hidden, pooled])]
     return [draw / np.linalg.norm(draw) for draw in draws]
 
 
@@ -90,7 +91,7 @@ def check_close(
     for ours, theirs in zip((*output.hidden_states, output.pooled), [*hidden, pooled], strict=True):
         assert ours.shape == theirs.shape
         assert np.max(np.abs(ours - theirs)) < absolute
-        assert reference.relative_error(ours, theirs) < relative
+        assert by_rule.relative_error(ours, theirs) < relative
 
 
 CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
@@ -135,7 +136,7 @@ CASES: list[tuple[tuple[int, int, int], str, dict[str, Any]]] = [
 def test_encoder_equals_monai(
     size: tuple[int, int, int], convolution: str, options: dict[str, Any]
 ):
-    crops = reference.crops_by_rule(0, 1, size)
+    crops = by_rule.crops_by_rule(0, 1, size)
     values, hidden, pooled, gradients = monai_values(options, crops)
     weights = projections([np.moveaxis(state, -1, 1) for state in hidden], pooled)
 
@@ -143,21 +144,21 @@ def test_encoder_equals_monai(
         model = swin_unetr(**options, convolution=convolution, dtype=jnp.float64)
         template = shapes(model, size)
         run = run_with_gradient(model, weights)
-        output, gradient = run(reference.load(template, values), crops.astype(np.float64))
+        output, gradient = run(by_rule.load(template, values), crops.astype(np.float64))
         check_close(output, hidden, pooled, absolute=1e-8, relative=1e-9)
-        assert reference.relative_error(gradient, reference.load(template, gradients)) < 1e-9
+        assert by_rule.relative_error(gradient, by_rule.load(template, gradients)) < 1e-9
 
     model = swin_unetr(**options, convolution=convolution)
-    params = jax.tree.map(np.float32, reference.load(shapes(model, size), values))
+    params = jax.tree.map(np.float32, by_rule.load(shapes(model, size), values))
     if options["use_v2"]:
         output = jax.jit(lambda p, x: model.apply({"params": p}, x, False))(params, crops)
     else:
         output, gradient = run_with_gradient(model, weights)(params, crops)
-        assert reference.relative_error(gradient, reference.load(template, gradients)) < 1e-4
+        assert by_rule.relative_error(gradient, by_rule.load(template, gradients)) < 1e-4
     split = 8 * options["feature_size"] if size == SMALL_SIZE else pooled.shape[1]
     steep = pooled[:, split:]
     if steep.size:
-        assert reference.relative_error(output.pooled[:, split:], steep) < 2e-4
+        assert by_rule.relative_error(output.pooled[:, split:], steep) < 2e-4
     output = output.replace(pooled=output.pooled[:, :split])
     check_close(output, hidden, pooled[:, :split], absolute=1e-4, relative=1e-5)
 
@@ -176,8 +177,8 @@ class Small:
 @pytest.fixture(scope="module")
 def small() -> Small:
     both = network(**SMALL, projector_size=16)
-    params = reference.load_by_rule(shapes(both))
-    crops = reference.crops_by_rule(0, 2, SMALL_SIZE)
+    params = by_rule.load_by_rule(shapes(both))
+    crops = by_rule.crops_by_rule(0, 2, SMALL_SIZE)
     encoder = swin_unetr(**SMALL)
     encoder_params = {name: value for name, value in params.items() if name != "proj_head"}
     assert set(encoder_params) == set(reference.ENCODER)
@@ -219,7 +220,7 @@ def test_bfloat16_is_close_and_keeps_float32_parameters(small: Small):
     assert narrow.pooled.dtype == jnp.float32
     assert {x.dtype for x in (*narrow.hidden_states, *narrow.features)} == {jnp.dtype("bfloat16")}
     for a, b in zip(narrow.hidden_states, small.output.hidden_states, strict=True):
-        assert reference.relative_error(a, b) < 0.1
+        assert by_rule.relative_error(a, b) < 0.1
 
 
 def test_recomputing_keeps_the_parameters():
@@ -228,8 +229,8 @@ def test_recomputing_keeps_the_parameters():
 
 def test_swin_alone_pools_its_last_state():
     model = swin_unetr(**SMALL, conv_encoders=False, use_v2=False, depths=(1, 1, 1, 1))
-    crops = reference.crops_by_rule(0, 2, SMALL_SIZE)
-    params = reference.load_by_rule(shapes(model))
+    crops = by_rule.crops_by_rule(0, 2, SMALL_SIZE)
+    params = by_rule.load_by_rule(shapes(model))
     assert set(params) == {"swinViT"}
     output = jax.jit(lambda p, x: model.apply({"params": p}, x, False))(params, crops)
     assert output.features == ()
@@ -249,24 +250,24 @@ def test_published_legacy_stages():
         "convolution": "planes",
     }
     params = shapes(network(**options, projector_size=config["hidden"]), size)
-    assert sorted(reference.flatten(params)) == sorted(golden["param_keys"].tolist())
+    assert sorted(by_rule.flatten(params)) == sorted(golden["param_keys"].tolist())
     swin = swin_unetr(**options, conv_encoders=False)
-    params = reference.load_by_rule({"swinViT": params["swinViT"]})
-    crops = reference.crops_by_rule(config["seed"], 2, size)
+    params = by_rule.load_by_rule({"swinViT": params["swinViT"]})
+    crops = by_rule.crops_by_rule(config["seed"], 2, size)
     output = jax.jit(lambda p, x: swin.apply({"params": p}, x, False))(params, crops)
     for stage, state in enumerate(output.hidden_states):
         wide = np.asarray(state, np.float64)
         mean, deviation = np.mean(wide, axis=(1, 2, 3)), np.std(wide, axis=(1, 2, 3), ddof=1)
         for ours, theirs in ((mean, f"stage{stage}_mean"), (deviation, f"stage{stage}_std")):
             assert np.max(np.abs(ours - golden[theirs])) < 1e-4
-            assert reference.relative_error(ours, golden[theirs]) < 1e-5
+            assert by_rule.relative_error(ours, golden[theirs]) < 1e-5
 
 
 def test_published_projector_has_the_published_shapes():
     projector = shapes(network(), (64, 64, 64))["proj_head"]
     assert {
-        name: reference.torch_shape(name, leaf)
-        for name, leaf in reference.flatten(projector).items()
+        name: by_rule.torch_shape(name, leaf)
+        for name, leaf in by_rule.flatten(projector).items()
     } == {
         "layer1.0.weight": (2048, 1152), "layer1.0.bias": (2048,),
         "layer2.0.weight": (2048, 2048), "layer2.0.bias": (2048,),
@@ -323,4 +324,4 @@ def test_impossible_settings_are_errors(settings: dict[str, Any], message: str):
 )
 def test_wrong_crops_are_an_error(shape: tuple[int, ...], message: str):
     with pytest.raises(ValueError, match=message):
-        reference.abstract(network(), jnp.zeros((2, *shape)), False)
+        by_rule.abstract(network(), jnp.zeros((2, *shape)), False)

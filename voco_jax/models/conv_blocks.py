@@ -97,7 +97,7 @@ def convolve_lax(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`convolve_lax` as one 2-D convolution, with the three neighbours along x as channels.
+    """`convolve_lax` as one 2-D convolution of every plane, summed over three neighbours along x.
 
     The same sums, on a CPU several times faster than XLA's 3-D convolution (docs/benchmarks.md).
     XLA's gradient of the kernel would be slow again, so it is written out as matrix products.
@@ -105,14 +105,22 @@ def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     batch, size_x, size_y, size_z, channels = x.shape
     features = kernel.shape[-1]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-    planes = jnp.concatenate([padded[:, i : i + size_x] for i in range(3)], axis=-1)
-    planes = planes.reshape(batch * size_x, size_y, size_z, 3 * channels)
-    flat_kernel = jnp.moveaxis(kernel, 0, 2).reshape(3, 3, 3 * channels, features)
     out = lax.conv_general_dilated(
-        planes, flat_kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    return out.reshape(batch, size_x, size_y, size_z, features)
+        x.reshape(batch * size_x, size_y, size_z, channels),
+        jnp.moveaxis(kernel, 0, 3).reshape(3, 3, channels, 3 * features),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    ).reshape(batch, size_x, size_y, size_z, 3, features)
+    before = _pad(out[:, :-1, :, :, 0], 1, (1, 0))
+    after = _pad(out[:, 1:, :, :, 2], 1, (0, 1))
+    return (before + out[:, :, :, :, 1] + after).astype(x.dtype)
+
+
+def _pad(x: jax.Array, axis: int, widths: tuple[int, int]) -> jax.Array:
+    """Zeros before and after one axis."""
+    return jnp.pad(x, [widths if i == axis else (0, 0) for i in range(x.ndim)])
 
 
 _Pair = tuple[jax.Array, jax.Array]
@@ -123,32 +131,48 @@ def _planes_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
 
 
 def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
-    """Of x: the convolution with the mirrored kernel. Of the kernel: nine matrix products."""
+    """Of x: the convolution with the mirrored kernel. Of the kernel: matrix products."""
     x, kernel = saved
     mirrored = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
     return convolve_planes(d_out, mirrored), _kernel_gradient(x, d_out).astype(kernel.dtype)
 
 
+_ROWS = 2**14
+"""Voxels that `_kernel_gradient` takes at once: their columns stay in a CPU's cache."""
+
+
 def _kernel_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:
     """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times `d_out`.
 
-    The three offsets along z are columns of one product: `d_out`, shifted the other way.
+    A few planes along x after the other: three matrix products (the offsets along y) of columns
+    that are x at the three offsets along z and `d_out` at those along x, the other way round.
     """
-    size_x, size_y, channels = x.shape[1], x.shape[2], x.shape[-1]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0)))
-    shifted = [jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (k, 2 - k), (0, 0))) for k in range(3)]
-    columns = jnp.concatenate(shifted, axis=-1)
-    products = [
-        jnp.einsum(
-            "bxyzi,bxyzo->io",
-            padded[:, i : i + size_x, j : j + size_y],
-            columns,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-        )
-        for i in range(3)
-        for j in range(3)
-    ]
-    return jnp.stack(products).reshape(3, 3, channels, 3, -1).transpose(0, 1, 3, 2, 4)
+    batch, size_x, size_y, size_z, channels = x.shape
+    features = d_out.shape[-1]
+    plane = batch * size_y * size_z
+    divisors = [n for n in range(1, size_x + 1) if size_x % n == 0]
+    planes = max(n for n in divisors if n == 1 or n * plane <= _ROWS)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    d_padded = _pad(d_out, 1, (1, 1))
+
+    def add(i: int, total: jax.Array) -> jax.Array:
+        part = lax.dynamic_slice_in_dim(x, i * planes, planes, axis=1)
+        part = jnp.pad(part, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        left = jnp.concatenate([part[:, :, :, k : k + size_z] for k in range(3)], axis=-1)
+        near = lax.dynamic_slice_in_dim(d_padded, i * planes, planes + 2, axis=1)
+        right = jnp.concatenate([near[:, 2 - k : 2 - k + planes] for k in range(3)], axis=-1)
+        products = [
+            jnp.einsum(
+                "bxyzi,bxyzo->io", left[:, :, j : j + size_y], right, preferred_element_type=wide
+            )
+            for j in range(3)
+        ]
+        return total + jnp.stack(products)
+
+    zero = jnp.zeros((3, 3 * channels, 3 * features), wide)
+    total = lax.fori_loop(0, size_x // planes, add, zero)
+    # y, (z in), (x out) -> x y z in out
+    return total.reshape(3, 3, channels, 3, features).transpose(3, 0, 1, 2, 4)
 
 
 convolve_planes.defvjp(_planes_forward, _planes_backward)
