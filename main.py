@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
+from voco_jax.large_pages import restart_with_large_pages
 
 _COMPILED = "~/.cache/voco_jax/xla"  # as in launch/
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
@@ -116,4 +117,5 @@ def _fail(error: object, status: int) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     main()

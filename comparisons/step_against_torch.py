@@ -13,8 +13,9 @@ The PyTorch side is the published step on MONAI's blocks. Its variants are words
 float32 or bf16 (autocast), compile (torch.compile), channels_last, checkpoint (of the Swin blocks),
 flash (MONAI's, of the teacher). Both sides take the same weights and the same random crops, which
 lie on the device as uint8, resize them and augment nothing. First of all the losses of one step in
-float32 are compared. Every row is a process of its own; peak memory: of the device on a GPU, on a
-CPU resident. Needs the packages of requirements-dev.txt.
+float32 are compared. Every row is a process of its own, ours with large pages of memory, as main.py
+has them. Peak memory: of the device on a GPU, on a CPU resident. Needs the packages of
+requirements-dev.txt.
 """
 
 import argparse
@@ -25,11 +26,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from comparisons import torch_step
 from comparisons.step_tables import add_utilisation, text
+from voco_jax import large_pages
 from voco_jax.benchmark.command import parse_variants, sizes
 from voco_jax.benchmark.measure import (
     ChildError,
@@ -156,7 +159,12 @@ class Table:
     def _measure(self, row: Row, steps: int, warmup: int, limit: float | None) -> dict[str, Any]:
         if row.side == "voco_jax":
             ceiling = None if row.exact else self.ceiling(row.config.model.dtype)
-            found = in_own_process_within(limit, run_ours, row, self.folder, steps, warmup, ceiling)
+            with mock.patch.dict(
+                os.environ, {large_pages.VARIABLE: large_pages.VALUE}
+            ):  # as main.py
+                found = in_own_process_within(
+                    limit, run_ours, row, self.folder, steps, warmup, ceiling
+                )
         else:
             found = in_own_process_within(
                 limit,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from monai.networks.blocks import UnetrBasicBlock as MonaiBlock
 
+from voco_jax.models import conv_blocks
 from voco_jax.models.conv_blocks import (
     convolve_lax,
     convolve_planes,
@@ -15,8 +16,11 @@ from voco_jax.models.conv_blocks import (
 )
 
 
+@pytest.mark.parametrize("rows", [1, 2 * 2 * 6 * 5, 2**14])
 @pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (1, 1, 1, 2, 4)])
-def test_planes_is_lax(shape: tuple[int, ...]):
+def test_planes_is_lax(shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the kernel's gradient takes at once: a plane, two, all."""
+    monkeypatch.setattr(conv_blocks, "ROWS_AT_ONCE", rows)
     x = by_rule.noise(shape)
     kernel = by_rule.noise((3, 3, 3, shape[-1], 7), seed=1)
     ours, pull_ours = jax.vjp(convolve_planes, x, kernel)

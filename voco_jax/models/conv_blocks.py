@@ -137,7 +137,7 @@ def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
     return convolve_planes(d_out, mirrored), _kernel_gradient(x, d_out).astype(kernel.dtype)
 
 
-_ROWS = 2**14
+ROWS_AT_ONCE = 2**14
 """Voxels that `_kernel_gradient` takes at once: their columns stay in a CPU's cache."""
 
 
@@ -151,7 +151,7 @@ def _kernel_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:
     features = d_out.shape[-1]
     plane = batch * size_y * size_z
     divisors = [n for n in range(1, size_x + 1) if size_x % n == 0]
-    planes = max(n for n in divisors if n == 1 or n * plane <= _ROWS)
+    planes = max(n for n in divisors if n == 1 or n * plane <= ROWS_AT_ONCE)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     d_padded = _pad(d_out, 1, (1, 1))
 
