@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from comparisons import our_step
 from comparisons import step_against_torch as against
 from voco_jax.benchmark.command import BASE, parse_variants, sizes
 from voco_jax.benchmark.end_to_end import end_to_end_table, measure_end_to_end
@@ -80,15 +81,15 @@ def correctness(config: Pretraining) -> dict[str, Any]:
 
     plain = dataclasses.replace(config.model, dtype="float32")
     config = dataclasses.replace(config, model=plain)
-    row = against.Row(
-        "voco_jax", "float32", against.without_augmentation(config, config.batch_size), exact=True
+    row = our_step.Row(
+        "voco_jax", "float32", our_step.without_augmentation(config, config.batch_size), exact=True
     )
     with tempfile.TemporaryDirectory(prefix="voco_benchmark_") as name:
         folder = Path(name)
-        against.save_arrays(folder / f"batch_{config.batch_size}.npz", random_batch(config))
+        our_step.save_arrays(folder / f"batch_{config.batch_size}.npz", random_batch(config))
         with only_cpu():
-            on_cpu = in_own_process(against.run_ours, row, folder, 1, 0, None)
-        here = in_own_process(against.run_ours, row, folder, 1, 0, None)
+            on_cpu = in_own_process(our_step.run_ours, row, folder, 1, 0, None)
+        here = in_own_process(our_step.run_ours, row, folder, 1, 0, None)
     differences = against.compare(here["first"], on_cpu["first"])
     return {
         "device": here["devices"],

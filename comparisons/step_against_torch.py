@@ -4,6 +4,7 @@
     python -m comparisons.step_against_torch --size full                      # CPU: 25 minutes
     python -m comparisons.step_against_torch --size full --batch-sizes 2,4,8  # on a GPU
     python -m comparisons.step_against_torch --variant "lax: model.convolution=lax"
+    python -m comparisons.step_against_torch --rounds 3 --steps 5 --python ENV/bin/python
 
 Sizes: tiny is configs/tiny.py, demo configs/demo.py (feature size 12, crops of 32x32x64), full
 configs/voco_10k.py; on a CPU in float32 and at batch 1, full with crops_per_pass 2. Any setting can
@@ -28,9 +29,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from comparisons import torch_step
+from comparisons.our_step import (
+    Row,
+    run_ours,
+    run_ours_with,
+    save_arrays,
+    without_augmentation,
+)
 from comparisons.step_tables import add_utilisation, text
 from voco_jax import large_pages
 from voco_jax.benchmark.command import parse_variants, sizes
@@ -38,6 +44,7 @@ from voco_jax.benchmark.measure import (
     ChildError,
     in_own_process_within,
     machine,
+    spread,
     spread_text,
     write_json,
 )
@@ -64,68 +71,14 @@ GPU_VARIANTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One side's variant at a batch size; `exact`: products in full float32, for the check."""
-
-    side: str  # "voco_jax" or "PyTorch"
-    variant: str
-    config: Pretraining
-    exact: bool = False
-
-
-def without_augmentation(config: Pretraining, batch_size: int) -> Pretraining:
-    """Of the same cost: what is drawn is applied with a mask, whatever the probability."""
-    still = dataclasses.replace(
-        config.augment, flip_probability=0.0, rotate_probability=0.0, shift_probability=0.0
-    )
-    rate = dataclasses.replace(config.optimizer, warmup_steps=0)
-    return dataclasses.replace(config, augment=still, optimizer=rate, batch_size=batch_size)
-
-
-def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """As .npz, for either side."""
-    np.savez(path, **arrays)
-
-
-def run_ours(
-    row: Row, folder: Path, steps: int, warmup: int, ceiling: float | None
-) -> dict[str, Any]:
-    """One row of our side, in the process that measures it; the first leaves its weights."""
-    import jax
-
-    from voco_jax.benchmark.step import build, run
-    from voco_jax.interop.names import from_torch, to_torch
-
-    jax.config.update("jax_enable_compilation_cache", False)
-    if row.exact:
-        jax.config.update("jax_default_matmul_precision", "highest")
-    built = build(row.config, dict(np.load(folder / f"batch_{row.config.batch_size}.npz")))
-    networks: dict[str, Any] = {"student": built.state.student, "teacher": built.state.teacher}
-    for name, params in networks.items():
-        path = folder / f"{name}.npz"
-        if path.exists():
-            values, report = from_torch(dict(np.load(path)), params)
-            assert report.missing == report.wrong_shape == (), report
-            networks[name] = jax.device_put(values, jax.tree.map(lambda x: x.sharding, params))
-        else:
-            save_arrays(path, to_torch(jax.device_get(params)))
-    built.state = dataclasses.replace(built.state, **networks)
-    before = jax.device_get(built.state.student)
-    measured = run(built, steps, warmup, ceiling)
-    found = {**dataclasses.asdict(measured), "version": f"jax {jax.__version__}"}
-    if steps + warmup == 1:
-        after = jax.device_get(built.state.student)
-        changes = jax.tree.leaves(jax.tree.map(lambda a, b: np.sum((a - b) ** 2.0), after, before))
-        found["first"]["update_norm"] = float(np.sqrt(sum(changes)))
-    return found
-
-
 class Table:
     """Runs rows, each once, and keeps what they gave."""
 
-    def __init__(self, folder: Path, steps: int, warmup: int, limit: float | None) -> None:
+    def __init__(
+        self, folder: Path, steps: int, warmup: int, limit: float | None, python: str | None
+    ) -> None:
         self.folder, self.steps, self.warmup, self.limit = folder, steps, warmup, limit
+        self.python = python
         self.platform: str = in_own_process_within(None, platform)
         self.ceilings: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
@@ -159,12 +112,12 @@ class Table:
     def _measure(self, row: Row, steps: int, warmup: int, limit: float | None) -> dict[str, Any]:
         if row.side == "voco_jax":
             ceiling = None if row.exact else self.ceiling(row.config.model.dtype)
-            with mock.patch.dict(
-                os.environ, {large_pages.VARIABLE: large_pages.VALUE}
-            ):  # as main.py
-                found = in_own_process_within(
-                    limit, run_ours, row, self.folder, steps, warmup, ceiling
-                )
+            how = (row, self.folder, steps, warmup, ceiling)
+            if self.python:
+                found = run_ours_with(self.python, limit, *how)
+            else:
+                with mock.patch.dict(os.environ, {large_pages.VARIABLE: large_pages.VALUE}):
+                    found = in_own_process_within(limit, run_ours, *how)
         else:
             found = in_own_process_within(
                 limit,
@@ -264,6 +217,8 @@ def measure_all(
     steps: int,
     warmup: int,
     limit: float | None,
+    rounds: int = 1,
+    python: str | None = None,
     only_check: bool = False,
     save: Callable[[dict[str, Any]], None] = lambda values: None,
 ) -> dict[str, Any]:
@@ -277,6 +232,8 @@ def measure_all(
         steps: timed.
         warmup: steps before those.
         limit: seconds for a row.
+        rounds: how often all rows of a batch size are measured, one after the other.
+        python: of our side; None: this one.
         only_check: no rows.
         save: called after each row with what there is so far.
 
@@ -285,7 +242,7 @@ def measure_all(
     """
     torch_step.check_settings(config, theirs or ())
     with tempfile.TemporaryDirectory(prefix="voco_benchmark_") as folder:
-        measure = Table(Path(folder), steps, warmup, limit)
+        measure = Table(Path(folder), steps, warmup, limit, python)
         on_cpu = measure.platform == "cpu"
         checked = check(measure, without_augmentation(config, batch_sizes[0]))
         if theirs is None:
@@ -304,7 +261,30 @@ def measure_all(
                 found["rows"].append(_once(measure, row, checked["rows"], on_cpu))
                 found["product_flops"] = measure.ceilings
                 save(found)
+            measured = found["rows"][-len(rows) :]
+            for _ in range(rounds - 1):
+                for row, before in zip(rows, measured, strict=True):
+                    add_round(before, measure.run(row))
+                    save(found)
     return found
+
+
+def add_round(row: dict[str, Any], again: dict[str, Any]) -> None:
+    """Adds another round's measurements to a row; a problem stays, or becomes the row's.
+
+    >>> row = {"problem": None, "samples": [1.0, 3.0], "peak": 5, "batch_size": 2}
+    >>> add_round(row, {**row, "samples": [2.0], "peak": 4})
+    >>> row["samples"], row["seconds"].median, row["volumes_per_second"], row["peak"]
+    ([1.0, 3.0, 2.0], 2.0, 1.0, 5)
+    """
+    if row["problem"] or again["problem"]:
+        row["problem"] = row["problem"] or again["problem"]
+        return
+    row["samples"] = [*row["samples"], *again["samples"]]
+    row["seconds"] = spread(row["samples"])
+    row["volumes_per_second"] = row["batch_size"] / row["seconds"].median
+    row["utilisation"] = None  # see `add_utilisation`
+    row["peak"] = max(row["peak"], again["peak"])
 
 
 def _once(
@@ -337,6 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--warmup", type=int, help="steps before those; default 2, of full on a CPU 0")
     add("--variant", action="append", default=[], help='ours: "NAME: field=value ..."; repeat')
     add("--torch", action="append", metavar="WORDS", help="PyTorch's: bf16+compile; repeat")
+    add("--rounds", type=positive, default=1, help="ours and PyTorch's in turn; default 1")
+    add("--python", metavar="PYTHON", help="of our side: an environment with another JAX")
     add("--limit", type=float, metavar="SECONDS", help="for one row; default: none")
     add("--json", metavar="FILE", help="write it as JSON too, after each row")
     try:
@@ -367,6 +349,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps=options.steps or (1 if once else 10),
             warmup=(0 if once else 2) if options.warmup is None else options.warmup,
             limit=options.limit,
+            rounds=options.rounds,
+            python=options.python,
             save=save,
         )
     except (InputError, ChildError) as error:

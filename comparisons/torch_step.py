@@ -245,7 +245,8 @@ def run(
     if warmup:
         wait(call())
     start = time.perf_counter() - begin
-    seconds = spread(time_calls(call, wait, max(warmup - 1, 0), steps))
+    samples = time_calls(call, wait, max(warmup - 1, 0), steps)
+    seconds = spread(samples)
     values: Mapping[str, float] = dict(
         zip(("pos", "neg", "reg"), (float(term) for term in first), strict=True)
     )
@@ -260,6 +261,7 @@ def run(
         "dtype": "bfloat16" if "bf16" in words else "float32",
         "compile_seconds": start if warmup else None,  # the first step, compiling included
         "first": found,
+        "samples": samples,
         "seconds": seconds,
         "volumes_per_second": config.batch_size / seconds.median,
         "peak": torch.cuda.max_memory_allocated() if on_gpu else peak_resident(),

@@ -45,6 +45,7 @@ class Measured:
     dtype: str
     compile_seconds: float
     first: dict[str, float]  # the first step's metrics
+    samples: list[float]  # seconds of each step
     seconds: Spread
     volumes_per_second: float
     flops_needed: float  # without recomputation
@@ -148,7 +149,8 @@ def run(built: Built, steps: int, warmup: int, ceiling: float | None) -> Measure
             first.update(metrics)
         return metrics["loss"]
 
-    found = spread(time_calls(step, jax.block_until_ready, warmup, steps))
+    samples = time_calls(step, jax.block_until_ready, warmup, steps)
+    found = spread(samples)
     needed = model_flops(built.config, built.program.mesh)
     sizes = built.compiled.memory_analysis()
     devices = built.program.mesh.devices
@@ -159,6 +161,7 @@ def run(built: Built, steps: int, warmup: int, ceiling: float | None) -> Measure
         dtype=built.config.model.dtype,
         compile_seconds=built.compile_seconds,
         first={name: float(value) for name, value in jax.device_get(first).items()},
+        samples=samples,
         seconds=found,
         volumes_per_second=built.config.batch_size / found.median,
         flops_needed=needed,
