@@ -49,6 +49,15 @@ def shared_file(*parts: str) -> Path:
     return path
 
 
+LONGEST = ["comparisons", "end_to_end", "step", "swin_unetr", "loop", "launch", "plan", "benchmark"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: the last ones then keep both workers busy to the end."""
+    order = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
     """How many tests were skipped and why: a run that left much out must not look like a full one.

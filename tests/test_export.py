@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from monai_reference import crops_by_rule, encode, weight_by_rule
+from by_rule import crops_by_rule, weight_by_rule
+from monai_reference import encode
 from monai_reference import from_torch as image_from_torch
 from monai_reference import to_torch as image_to_torch
 from networks import network, settings, shapes, swin_unetr

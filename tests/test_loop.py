@@ -11,15 +11,21 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
+import strided_cnn
+import strided_main
+import toy_task
 from safetensors.numpy import load_file
 
 from configs import tiny
+from voco_jax.config import encoders
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
 from voco_jax.data.sources import read_volumes
 from voco_jax.errors import InputError
+from voco_jax.models.encoders import ENCODERS
 from voco_jax.training import loop
 from voco_jax.training.checkpoint import Checkpoints, read_network, saved_steps, set_damaged_aside
 from voco_jax.training.compile import compiler_options, has_option
@@ -33,7 +39,7 @@ from voco_jax.training.metrics import (
 )
 from voco_jax.training.workdir import claim_workdir
 from voco_jax.voco import task
-from voco_jax.voco.task import METHOD, make_program
+from voco_jax.voco.task import METHOD
 
 
 def run(config, workdir):
@@ -43,6 +49,14 @@ def run(config, workdir):
 def _losses(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A config file's settings with a network that compiles in a second."""
+    monkeypatch.setitem(ENCODERS, "strided_cnn", strided_cnn.ENCODER)
+    monkeypatch.setitem(encoders.ENCODERS, "strided_cnn", strided_cnn.Settings)
+    return ml_collections.ConfigDict(strided_main.get_config())
 
 
 @pytest.fixture(scope="module")
@@ -340,13 +354,12 @@ def test_each_process_keeps_why_it_ended(tmp_path):
     assert f"process 0: ended: {raised.value}" in (tmp_path / "logs/process_0.log").read_text()
 
 
-def test_which_checkpoints_are_kept(finished, tmp_path):
-    abstract = make_program(parse(tiny.get_config()), make_mesh()).state
-    state = Checkpoints(finished, None, abstract).restore(4, abstract)
+def test_which_checkpoints_are_kept(tmp_path):
+    state = toy_task.State(jnp.int32(0), {"w": jnp.zeros(3)})
     keep = dataclasses.replace(
         parse(tiny.get_config()).checkpoint, keep=2, keep_every_steps=4, keep_best=1
     )
-    checkpoints = Checkpoints(tmp_path, keep, abstract)
+    checkpoints = Checkpoints(tmp_path, keep, jax.eval_shape(lambda: state))
     for step in range(1, 11):
         score = {3: 0.9, 6: 0.5}.get(step)
         checkpoints.save(state.replace(step=jnp.asarray(step)), {"step": step}, score)
@@ -356,15 +369,17 @@ def test_which_checkpoints_are_kept(finished, tmp_path):
     checkpoints.close()
 
 
-def test_a_window_of_steps_is_traced_even_when_resumed_inside_it(finished, tmp_path, monkeypatch):
+def test_a_window_of_steps_is_traced_even_when_resumed_inside_it(small, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    config = tiny.get_config()
-    config.profile.start, config.profile.steps = 2, 5
-    shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
-    run(config, tmp_path / "run")  # steps 3 and 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "should_stop", lambda step: step == 2)
+        with pytest.raises(loop.PreemptedError):
+            run(small, tmp_path)
+    assert not calls
+    small.profile.start, small.profile.steps = 2, 5
+    run(small, tmp_path)  # steps 3 and 4
     assert calls == ["start", "stop"]
 
 
@@ -455,20 +470,19 @@ def test_weights_of_the_wrong_size(finished, tmp_path):
         run(config, tmp_path)
 
 
-def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch):
+def test_nan_stops_the_run_and_names_the_checkpoint(small, tmp_path, monkeypatch):
     def poisoned(*args, **options):
         for step, batch in enumerate(original(*args, **options), start=1):
             yield {**batch, "labels": batch["labels"] * (np.nan if step == 3 else 1)}
 
     original = task.batches
     monkeypatch.setattr(task, "batches", poisoned)
-    config = tiny.get_config()
-    config.log_every_steps = 100  # found before the checkpoint of step 4, not at a log line
+    small.log_every_steps = 100  # found before the checkpoint of step 4, not at a log line
     with pytest.raises(
         loop.DivergedError,
         match=r"step 3: .* is not finite.*Last good checkpoint: .*checkpoints/2",
     ):
-        run(config, tmp_path)
+        run(small, tmp_path)
 
 
 def test_long_waits_are_told():

@@ -184,7 +184,7 @@ def test_golden_step(file, patch_merging, embeddings):
 
     @functools.partial(jax.jit, compiler_options=MUCH_TO_COMPUTE)
     def embed(params):
-        pooled = voco_step.encode(wide, params, crops, microbatches=len(crops) // 2)
+        pooled = voco_step.encode(wide, params, crops, microbatches=len(crops))
         return voco_step.project(wide, params, pooled, labels)
 
     with jax.enable_x64(True):
