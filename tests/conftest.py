@@ -49,6 +49,17 @@ def shared_file(*parts: str) -> Path:
     return path
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Without PyTorch, skips what imports it in a test."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if not HAS_TORCH and error.name.partition(".")[0] in ("torch", "monai"):
+            pytest.skip("need PyTorch")
+        raise
+
+
 LONGEST = ["comparisons", "end_to_end", "step", "swin_unetr", "loop", "launch", "plan", "benchmark"]
 
 

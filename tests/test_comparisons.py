@@ -4,7 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from conftest import HAS_TORCH
+
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not HAS_TORCH, reason="need PyTorch")
 
 
 def _run(module, *flags):

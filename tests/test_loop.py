@@ -17,6 +17,7 @@ import pytest
 import strided_cnn
 import strided_main
 import toy_task
+from conftest import HAS_TORCH
 from safetensors.numpy import load_file
 
 from configs import tiny
@@ -396,6 +397,7 @@ def test_options_that_xla_lacks_are_left_out():
     assert not has_option("xla_no_such_option", 1)
 
 
+@pytest.mark.skipif(not HAS_TORCH, reason="need PyTorch")
 def test_a_run_starts_without_torch_and_matplotlib():
     code = (
         "import sys, main, voco_jax.training.loop; main.methods(); "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from configs import tiny
 from voco_jax.config.load import parse
@@ -209,7 +209,7 @@ def test_flops_of_what_each_device_does_by_itself():
     def product(x, y):
         return x @ y
 
-    mesh = AbstractMesh((2, 2), ("data", "fsdp"))
+    mesh = AbstractMesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     rows = PartitionSpec(("data", "fsdp"))
     split = jax.shard_map(product, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows)
     x, y = jax.ShapeDtypeStruct((8, 3), jnp.float32), jax.ShapeDtypeStruct((3, 5), jnp.float32)

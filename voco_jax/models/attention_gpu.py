@@ -276,7 +276,8 @@ def _place(reference: Any, window: Any, i: Any, block: int, *part: int) -> tuple
     wide = max(16, pl.next_power_of_2(d))
     mask = (i * block + jnp.arange(block) < n)[:, None] & (jnp.arange(wide) < d)[None]
     inner = [_number(index) for index in part]
-    return reference.at[_number(window), pl.ds(i * block, block), *inner, pl.ds(0, wide)], mask
+    channels = pl.ds(_number(0), wide)  # JAX 0.12 refuses a plain 0 where `wide` goes beyond d
+    return reference.at[_number(window), pl.ds(i * block, block), *inner, channels], mask
 
 
 def _rows(reference: Any, window: Any, i: Any, block: int) -> tuple[Any, jax.Array]:
