@@ -46,6 +46,13 @@ def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     np.savez(path, **arrays)
 
 
+def platform() -> str:
+    """Of the devices that JAX finds; for a process of its own."""
+    import jax
+
+    return jax.default_backend()
+
+
 def run_ours(
     row: Row, folder: Path, steps: int, warmup: int, ceiling: float | None
 ) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from unittest import mock
 from comparisons import torch_step
 from comparisons.our_step import (
     Row,
+    platform,
     run_ours,
     run_ours_with,
     save_arrays,
@@ -137,13 +138,6 @@ def _spread(value: Any) -> Any:
     from voco_jax.benchmark.measure import Spread
 
     return Spread(**value) if isinstance(value, dict) else value
-
-
-def platform() -> str:
-    """Of the devices that JAX finds; for a process of its own."""
-    import jax
-
-    return jax.default_backend()
 
 
 def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:

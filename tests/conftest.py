@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jaxlib
 
+# The machine is shared by the workers: PyTorch would start a thread a core in each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # For the workers, which start after this: large arrays in large pages, for fewer page faults.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # Tests compile more than they compute: see voco_jax.training.compile.compiler_options.
