@@ -5,7 +5,7 @@ three loss terms; backward; AdamW with AMSGrad.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +245,11 @@ def run(
     if warmup:
         wait(call())
     start = time.perf_counter() - begin
-    samples = time_calls(call, wait, max(warmup - 1, 0), steps)
+    if device.type == "cuda":
+        samples = time_calls(call, wait, max(warmup - 1, 0), steps)
+    else:  # where a call returns when it is done, nothing can be queued
+        times = [_seconds(call) for _ in range(max(warmup - 1, 0) + steps)]
+        samples = times[-steps:]
     seconds = spread(samples)
     values: Mapping[str, float] = dict(
         zip(("pos", "neg", "reg"), (float(term) for term in first), strict=True)
@@ -268,6 +272,12 @@ def run(
         "peak_of": "device" if on_gpu else "process",
         "version": f"torch {torch.__version__}",
     }
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
