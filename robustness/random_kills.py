@@ -26,7 +26,7 @@ RUN: dict[str, object] = {
     "checkpoint.every_steps": 2,
     "data.workers": 1,
     "model.conv_encoders": False,  # compiles in half the time
-    "model.use_v2": False,  # likewise
+    "model.use_v2": False,  # less to compile
     "augment.flip_probability": 0.2,
     "augment.rotate_probability": 0.2,
 }

@@ -1,5 +1,10 @@
 """Initial values: PyTorch's distributions, the same for a seed wherever they are drawn."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +12,6 @@ import networks
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from voco_jax.interop.names import to_torch
 from voco_jax.models.initial_values import Distribution, initialise, torch_uniform
@@ -77,13 +81,31 @@ def test_values_are_the_paths_and_the_keys():
     assert (params["table"] != other["table"]).any()
 
 
+SPLIT = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from test_initial_values import Own, draw
+mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+split = NamedSharding(mesh, PartitionSpec("data"))
+whole = draw(Own())
+place = lambda leaf: split if leaf.shape[0] % 2 == 0 else NamedSharding(mesh, PartitionSpec())
+parts = draw(Own(), shardings=jax.tree.map(place, whole))
+assert [part.data.shape for part in parts["table"].addressable_shards] == [(2000, 64)] * 2
+jax.tree.map(np.testing.assert_array_equal, whole, parts)
+"""
+
+
 def test_any_sharding_has_the_same_values():
-    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    params = draw(Own())
-    sharded = draw(Own(), shardings=jax.tree.map(lambda _: sharding, params))
-    assert sharded["table"].sharding == sharding
-    jax.tree.map(np.testing.assert_array_equal, params, sharded)
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "2",
+        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SPLIT], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_flax_draws_what_has_its_own_initializer():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_same_process_same_arguments(tmp_path, chosen):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    environment["PYTHONPATH"] = os.getcwd()
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     if chosen:
         environment[VARIABLE] = chosen
     command = [sys.executable, "-X", "utf8", str(script), "--flag=a b", "c"]

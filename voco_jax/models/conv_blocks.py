@@ -138,7 +138,7 @@ def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
 
 
 ROWS_AT_ONCE = 2**14
-"""Voxels that `_kernel_gradient` takes at once: their columns stay in a CPU's cache."""
+"""Voxels that `_kernel_gradient` takes at once; half and twice as many were about as fast."""
 
 
 def _kernel_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Initial values: PyTorch's distributions, drawn on the host.
 
-XLA compiles a loop of its own for each array that is drawn by `jax.random`, which for a network
-takes longer than any other part of a start (docs/benchmarks.md). NumPy compiles nothing, and draws
-the same values of a seed for every device, mesh and version of JAX.
+XLA compiles a loop of its own for each array that `jax.random` draws: more than 20 s for the
+demo's network (docs/benchmarks.md). NumPy compiles nothing, and draws the same values of a seed for
+every device, mesh and version of JAX.
 """
 
 import dataclasses
