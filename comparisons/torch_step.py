@@ -89,7 +89,7 @@ class Network(torch.nn.Module):
         )
         for name in [n for n, _ in self.net.named_children() if n.startswith(("decoder", "out"))]:
             delattr(self.net, name)
-        width = model.projector_size
+        width = config.projector_size
 
         def layer(inputs: int) -> torch.nn.Sequential:
             norm = torch.nn.BatchNorm1d(width, affine=False, track_running_stats=False)

@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.augment.rotate_probability = 0.0
     config.model.feature_size = 12
     config.model.window_size = (4, 4, 4)
-    config.model.projector_size = 128
+    config.projector_size = 128
     config.model.remat = False
     config.model.crops_per_pass = 0
     config.model.dtype = "float32"

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.crops.sub_volumes = 1
     config.model.depths = (1, 1, 1, 1)
     config.model.use_v2 = False  # compiles sooner
-    config.model.projector_size = 32
+    config.projector_size = 32
     config.optimizer.warmup_steps = 1
     config.validation.every_steps = 4
     config.validation.volumes = 1

@@ -82,13 +82,13 @@ def get_config() -> ml_collections.ConfigDict:
         "use_v2": True,
         "conv_encoders": True,
         "drop_path_rate": 0.0,
-        "projector_size": 2048,
         "remat": True,
         "crops_per_pass": 9,
         "dtype": "bfloat16",
         "convolution": "auto",
         "attention": "auto",
     }
+    config.projector_size = 2048
     config.teacher = {"scope": "network", "momentum": 0.9}
     config.loss = {"pos": 1.0, "neg": 1.0, "reg": 1.0, "inter": 1.0}
     config.dropout = {"rate": 0.0, "kind": "embedding"}

@@ -40,7 +40,7 @@ def get_config(size: str = "b") -> ml_collections.ConfigDict:
     config.crops.encoder_size = (64, 64, 64)
     config.augment.shift_probability = 0.5
     config.model.feature_size = FEATURE_SIZES[size]
-    config.model.projector_size = 1024
+    config.projector_size = 1024
     config.model.crops_per_pass = 11 if size == "b" else 2  # of 22 for two volumes
     config.teacher.scope = "projector"
     config.dropout.rate = 0.2

@@ -323,7 +323,7 @@ def equality(faults: Faults) -> str:
 def changed(faults: Faults) -> str:
     """Another global batch, seed, model or data."""
     lines = []
-    for name, value in (("batch_size", 8), ("seed", 1), ("model.projector_size", 64)):
+    for name, value in (("batch_size", 8), ("seed", 1), ("projector_size", 64)):
         output = faults.run(faults.whole, settings={name: value})[0]
         lines.append(words(output, "error:", "exit"))
     workdir = faults.copy("data")

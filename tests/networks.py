@@ -18,7 +18,8 @@ from voco_jax.models.network import Network
 from voco_jax.models.swin_unetr import SwinUNETREncoder
 from voco_jax.voco.step import describe_parameters
 
-SETTINGS = parse(voco_10k.get_config()).model
+_EXPERIMENT = parse(voco_10k.get_config())
+SETTINGS = _EXPERIMENT.model
 
 
 def settings(**changes: Any) -> Model:
@@ -34,7 +35,7 @@ def swin_unetr(**changes: Any) -> SwinUNETREncoder:
     return encoder.clone(**changes)
 
 
-def network(*, projector_size: int = SETTINGS.projector_size, **changes: Any) -> Network:
+def network(*, projector_size: int = _EXPERIMENT.projector_size, **changes: Any) -> Network:
     """The encoder with changed attributes, and a projector."""
     encoder = swin_unetr(**changes)
     return Network(encoder, projector_size, encoder.dtype)

@@ -14,7 +14,8 @@ def get_config():
     common = {field.name for field in dataclasses.fields(encoders.Model)}
     values["model"] = {name: x for name, x in values["model"].items() if name in common}
     # A layer of 512 x 512 is just large enough to be split over devices.
-    values["model"] |= {"encoder": "strided_cnn", "features": 4, "projector_size": 512}
+    values["model"] |= {"encoder": "strided_cnn", "features": 4}
+    values["projector_size"] = 512
     return values
 
 

@@ -91,6 +91,7 @@ def _broken(**changes):
             r"model.encoder: found \['swin_unetr'\], expected one",
         ),
         ({"batch_size": 0}, r"batch_size: found 0, expected: .* greater than 0"),
+        ({"projector_size": 0}, r"projector_size: found 0"),
         ({"batch_size": "two"}, r"batch_size: found 'two', expected: .* integer"),
         ({"recipe": "voco"}, r"recipe: found 'voco', expected: .*'voco_10k'"),
         ({"model__dtype": "float8"}, r"model.dtype: found 'float8'"),

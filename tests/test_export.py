@@ -43,7 +43,6 @@ def config(*, window_size=4, use_v2=True, patch_merging="merging", depths=(2, 2,
             "patch_merging": patch_merging,
             "use_v2": use_v2,
             "conv_encoders": True,
-            "projector_size": 16,
         },
     }
 

@@ -275,10 +275,10 @@ def test_settings_of_the_recipes():
     paper, v2 = parse(read(CONFIGS[1])), parse(read(CONFIGS[2]))
     assert not paper.model.use_v2
     assert not paper.model.conv_encoders
-    assert paper.model.projector_size == 2048
+    assert paper.projector_size == 2048
     assert v2.model.use_v2
     assert v2.model.conv_encoders
-    assert (v2.model.projector_size, v2.teacher.scope, v2.teacher.momentum) == (
+    assert (v2.projector_size, v2.teacher.scope, v2.teacher.momentum) == (
         1024,
         "projector",
         0.9,

@@ -28,10 +28,12 @@ COUNTS = {"b": 53_164_146, "l": 211_999_362, "h": 847_276_194}  # encoder, witho
 @functools.cache
 def template(size):
     """Our parameters' shapes and dtypes, with the projector of the 160k release."""
-    model = parse(voco_160k.get_config(size)).model
-    return shapes(
-        network(feature_size=model.feature_size, projector_size=model.projector_size), (64, 64, 64)
-    )
+    experiment = parse(voco_160k.get_config(size))
+    options = {
+        "feature_size": experiment.model.feature_size,
+        "projector_size": experiment.projector_size,
+    }
+    return shapes(network(**options), (64, 64, 64))
 
 
 @functools.cache

@@ -310,7 +310,6 @@ def test_other_crop_sizes_are_errors(size: tuple[int, ...], nearest: str):
         ({"patch_merging": "v2"}, r"model\.patch_merging: found 'v2'.*mergingv2"),
         ({"convolution": "fft"}, r"model\.convolution: found 'fft'"),
         ({"drop_path_rate": 1.0}, r"model\.drop_path_rate"),
-        ({"projector_size": 0}, r"model\.projector_size"),
     ],
 )
 def test_impossible_settings_are_errors(settings: dict[str, Any], message: str):

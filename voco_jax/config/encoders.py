@@ -10,10 +10,9 @@ from voco_jax.config.common import STRICT, NotNegative, Positive, PositiveSize
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Model:
-    """An encoder and a projector; the encoder's own settings are in one of `ENCODERS`."""
+    """An encoder; its own settings are in one of `ENCODERS`."""
 
     encoder: str  # a name of ENCODERS
-    projector_size: Positive
     remat: bool  # recompute activations in the backward pass: less memory, more time
     crops_per_pass: NotNegative  # encoded at a time on each device: less memory; 0: all of them
     dtype: Literal["bfloat16", "float32"]  # of the computation; parameters are float32

@@ -100,6 +100,7 @@ class Pretraining:
     crops: Crops
     augment: Augment
     model: Model
+    projector_size: Positive  # of the hidden layers and of the embeddings
     teacher: Teacher
     loss: Loss
     dropout: Dropout

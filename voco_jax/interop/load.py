@@ -120,7 +120,7 @@ def _projector_causes(file: Shapes, model: Shapes) -> list[str]:
         return [f"the file has a projector, the model has not: allow unexpected '{PROJECTOR}.*'"]
     return [
         f"the file's projector is {theirs} wide, the model's {ours}: set "
-        f"model.projector_size={theirs} or take another file"
+        f"projector_size={theirs} or take another file"
     ]
 
 

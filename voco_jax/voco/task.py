@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from voco_jax.config.encoders import Model
 from voco_jax.config.load import to_dict
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.pipeline import batches, fingerprint
@@ -27,7 +26,7 @@ from voco_jax.interop.export import Card, check_output, export
 from voco_jax.interop.load import load_into
 from voco_jax.models.attention import Attend, attend
 from voco_jax.models.encoder import PROJECTOR
-from voco_jax.models.encoders import find_encoder
+from voco_jax.models.encoders import build_encoder, find_encoder
 from voco_jax.models.network import Network
 from voco_jax.training import mesh as meshes
 from voco_jax.training.attention_backend import choose_attention
@@ -66,7 +65,7 @@ def make_program(experiment: Pretraining, mesh: Mesh) -> Program[State]:
             return params
         return jax.lax.with_sharding_constraint(params, meshes.replicated(mesh))
 
-    sharded = build_network(experiment.model, mesh, choose_attention(experiment.model, mesh))
+    sharded = build_network(experiment, mesh, choose_attention(experiment.model, mesh))
     step = make_train_step(
         sharded,
         optimizer,
@@ -119,7 +118,7 @@ def make_network(experiment: Pretraining, mesh: Mesh) -> Network:
         find_encoder(experiment.model.encoder).check_size(experiment.crops.encoder_size)
     except InputError as error:
         raise InputError(f"crops.encoder_size: {error}") from error
-    network = build_network(experiment.model, mesh, attend)
+    network = build_network(experiment, mesh, attend)
     try:
         describe_parameters(network, experiment.crops.encoder_size)
     except InputError as error:
@@ -127,15 +126,11 @@ def make_network(experiment: Pretraining, mesh: Mesh) -> Network:
     return network
 
 
-def build_network(model: Model, mesh: Mesh, attention: Attend) -> Network:
-    """The network of a config, for the devices of a mesh."""
-    convolution, dtype = model.convolution, jnp.dtype(model.dtype)
-    if convolution == "auto":
-        convolution = "planes" if platform(mesh) == "cpu" else "lax"
-    encoder = find_encoder(model.encoder).build(
-        model, remat=model.remat, dtype=dtype, convolution=convolution, attention=attention
-    )
-    return Network(encoder, model.projector_size, dtype)
+def build_network(experiment: Pretraining, mesh: Mesh, attention: Attend) -> Network:
+    """The network of an experiment, for the devices of a mesh."""
+    model = experiment.model
+    encoder = build_encoder(model, platform(mesh), attention)
+    return Network(encoder, experiment.projector_size, jnp.dtype(model.dtype))
 
 
 def count_microbatches(experiment: Pretraining, mesh: Mesh, sub_volumes: int) -> int:
