@@ -23,7 +23,7 @@ import torch
 from jax.extend import core
 
 from voco_jax.benchmark.measure import seconds_text, spread, table, time_calls
-from voco_jax.config.load import load, parse_arguments, positive
+from voco_jax.config.load import load_pretraining, parse_arguments, positive
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
 from voco_jax.models.conv_blocks import convolve_lax, convolve_planes
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     try:
         options, overrides = parse_arguments(parser, arguments)
-        config = load(options.config, {**overrides, "model.convolution": "lax"})
+        config = load_pretraining(options.config, {**overrides, "model.convolution": "lax"})
         found = shapes(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

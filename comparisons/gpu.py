@@ -40,7 +40,7 @@ from voco_jax.benchmark.measure import (
     write_json,
 )
 from voco_jax.benchmark.volumes import opened
-from voco_jax.config.load import load, parse_arguments, positive
+from voco_jax.config.load import load_pretraining, parse_arguments, positive
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.pipeline import Part, batches
 from voco_jax.data.progress import log
@@ -215,13 +215,13 @@ def run(options: argparse.Namespace, overrides: dict[str, Any]) -> bool:
         about = json.loads(path.read_text("utf-8"))
     about["machine"] = machine()
     changes = dict(word.split("=", 1) for word in options.small.split())
-    small = load(
+    small = load_pretraining(
         against.SIZES["tiny" if tiny else "demo"], changes if tiny else {**SMALL, **changes}
     )
     base: dict[str, Any] = {} if tiny else {"batch_size": 2}
     name = against.SIZES["tiny" if tiny else "full"]
     variants = parse_variants(options.variant or (() if tiny else VARIANTS))
-    configs = {n: load(name, {**base, **overrides, **v}) for n, v in variants.items()}
+    configs = {n: load_pretraining(name, {**base, **overrides, **v}) for n, v in variants.items()}
     agree = True
     for part in options.only or PARTS:
         log(f"---- {part}")

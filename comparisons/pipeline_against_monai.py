@@ -44,7 +44,7 @@ from voco_jax.benchmark.measure import (
     table,
     write_json,
 )
-from voco_jax.config.load import load, positive
+from voco_jax.config.load import load_pretraining, positive
 from voco_jax.data.progress import log
 from voco_jax.errors import InputError
 
@@ -114,7 +114,7 @@ def passes(
 
 
 def _config() -> Any:
-    return load(str(ROOT / "configs" / "voco_10k.py"), {"batch_size": BATCH})
+    return load_pretraining(str(ROOT / "configs" / "voco_10k.py"), {"batch_size": BATCH})
 
 
 def _volumes(ct: Path) -> list[Any]:
@@ -221,14 +221,15 @@ def our_bases(folder: Path) -> list[np.ndarray]:
 
     jax.config.update("jax_platforms", "cpu")
     from voco_jax.data.pipeline import sample
-    from voco_jax.voco import augment
+    from voco_jax.training.images import to_unit
+    from voco_jax.voco.augment import resize
 
     (part,), config = _parts(folder), _config()
     generator, found = np.random.default_rng(0), []
     for entry in (part.entries[0], part.entries[-1]):
         crops = sample(part.cache, entry, config.crops, config.crops.sub_volumes, generator)
-        unit = augment.to_unit(jax.numpy.asarray(crops["bases"]))
-        found.append(np.asarray(augment.resize(unit, config.crops.encoder_size)))
+        unit = to_unit(jax.numpy.asarray(crops["bases"]))
+        found.append(np.asarray(resize(unit, config.crops.encoder_size)))
     return found
 
 

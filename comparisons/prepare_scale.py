@@ -18,7 +18,7 @@ from typing import Any
 from voco_jax.config.load import DEFAULT, load
 from voco_jax.data.array import ARRAY, chunk_name
 from voco_jax.data.cache import Cache, CacheWriter
-from voco_jax.data.datalists import collect, scan
+from voco_jax.data.datalists import Volume, collect, scan
 from voco_jax.data.jobs import missing_from, signature_of
 from voco_jax.data.manifest import MANIFEST, Entry, line_of
 
@@ -65,7 +65,7 @@ def make_files(root: Path, cache: Path, names: list[str]) -> None:
                 slot=slot,
                 section="training",
                 path=str(path),
-                stamp=signature_of(path),
+                stamp=signature_of(Volume(name, path, "training")),
                 axes="LPS",
                 shape=(512, 512, 300 + slot % 100),
                 spacing=(0.7421875, 0.7421875, 1.25),

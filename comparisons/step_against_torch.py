@@ -50,7 +50,7 @@ from voco_jax.benchmark.measure import (
     write_json,
 )
 from voco_jax.benchmark.step import product_ceiling
-from voco_jax.config.load import load, parse_arguments, positive
+from voco_jax.config.load import load_pretraining, parse_arguments, positive
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.progress import log
 from voco_jax.errors import InputError
@@ -327,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             base["model.crops_per_pass"] = 2  # memory is short here, and nothing waits for more
         changes = {**base, **overrides}
         path, variants = SIZES[options.size], parse_variants(options.variant)
-        configs = {name: load(path, {**changes, **one}) for name, one in variants.items()}
+        configs = {
+            name: load_pretraining(path, {**changes, **one}) for name, one in variants.items()
+        }
         once = on_cpu and options.size == "full"
         about = {"machine": machine(), "size": options.size, "overrides": changes}
 

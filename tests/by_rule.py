@@ -52,7 +52,8 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
         for module in modules:
             stem, _, number = module.rpartition("_")
             parts += [stem, number] if stem and number.isdigit() else [module]
-        name = {"kernel": "weight", "scale": "weight"}.get(name, name)
+        if name in ("kernel", "scale", "transposed_kernel"):
+            name = "weight"
         flat[".".join([*parts, name])] = leaf
     return flat
 
@@ -61,15 +62,23 @@ def torch_shape(name: str, leaf: Any) -> tuple[int, ...]:
     """The shape that our leaf has in PyTorch's layout."""
     shape = tuple(leaf.shape)
     if name.endswith(".weight") and len(shape) > 1:
-        return (shape[-1], shape[-2], *shape[:-2])
+        front = shape[-2:] if _is_transposed(name) else shape[:-3:-1]
+        return (*front, *shape[:-2])
     return shape
 
 
 def our_layout(name: str, value: np.ndarray) -> np.ndarray:
-    """A PyTorch tensor's value in our layout: kernels from `out in ...` to `... in out`."""
+    """A PyTorch tensor's value in our layout: kernels from `out in ...` to `... in out`.
+
+    Those of transposed convolutions are `in out ...` there.
+    """
     if name.endswith(".weight") and value.ndim > 1:
-        return np.moveaxis(value, (0, 1), (-1, -2))
+        return np.moveaxis(value, (0, 1), (-2, -1) if _is_transposed(name) else (-1, -2))
     return value
+
+
+def _is_transposed(name: str) -> bool:
+    return ".transp_conv." in name
 
 
 def load(template: Any, values: Mapping[str, np.ndarray]) -> Any:

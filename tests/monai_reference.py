@@ -25,9 +25,8 @@ class LegacyPatchMerging(PatchMergingV2):
 def swin_unetr(*, feature_size: int, patch_merging: str, **options: Any) -> SwinUNETR:
     """MONAI's SwinUNETR with random weights, norms and biases far from their initial 1 and 0."""
     downsample = LegacyPatchMerging if patch_merging == "legacy" else patch_merging
-    model = SwinUNETR(
-        in_channels=1, out_channels=1, feature_size=feature_size, downsample=downsample, **options
-    )
+    options = {"in_channels": 1, "out_channels": 1, **options}
+    model = SwinUNETR(feature_size=feature_size, downsample=downsample, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(weight_by_rule(name, tuple(parameter.shape))))

@@ -30,7 +30,7 @@ def settings(**changes: Any) -> Model:
 def swin_unetr(**changes: Any) -> SwinUNETREncoder:
     """The encoder with changed attributes."""
     encoder = ENCODERS["swin_unetr"].build(
-        SETTINGS, remat=False, dtype=jnp.float32, convolution="lax", attention=attend
+        SETTINGS, in_channels=1, remat=False, dtype=jnp.float32, convolution="lax", attention=attend
     )
     return encoder.clone(**changes)
 

@@ -41,17 +41,33 @@ class StridedCNN(nn.Module):
         return EncoderOutput(tuple(states), (), jnp.mean(x.astype(jnp.float32), (1, 2, 3)))
 
 
+class Decoder(nn.Module):
+    classes: int
+
+    @nn.compact
+    def __call__(self, output: EncoderOutput) -> jax.Array:
+        """Each voxel's logits, of the states around it."""
+        states = []
+        for level, state in enumerate(output.hidden_states, 1):
+            for axis in (1, 2, 3):
+                state = jnp.repeat(state, 2**level, axis)
+            states.append(state)
+        x = nn.relu(nn.Dense(16, name="dense_0")(jnp.concatenate(states, -1)))
+        return nn.Dense(self.classes, name="dense_1")(x).astype(jnp.float32)
+
+
 def _channels(features: int) -> tuple[int, int, int]:
     return features, 2 * features, 4 * features
 
 
-def _usage(file, settings, with_projector):
+def _usage(file, settings, shapes):
     channels = (1, *_channels(settings["features"]))
     pairs = list(itertools.pairwise(channels))
     return Usage(library="PyTorch", snippet=SNIPPET.format(channels=pairs, file=file), card={})
 
 
 ENCODER = Encoder(
+    build_decoder=lambda model, classes, **_: Decoder(classes),
     build=lambda model, dtype, **_: StridedCNN(_channels(model.features), dtype),
     card=lambda model, shapes: {"features": model.features},
     usage=_usage,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from voco_jax.training.images import to_unit
 from voco_jax.voco import augment
 
 
@@ -33,9 +34,9 @@ def test_resize_is_monais(generator, source, target):
 
 
 def test_uint8_is_a_255th_of_the_window():
-    values = augment.to_unit(jnp.array([0, 1, 255], jnp.uint8))
+    values = to_unit(jnp.array([0, 1, 255], jnp.uint8))
     np.testing.assert_allclose(values, [0, 1 / 255, 1], atol=1e-7)
-    np.testing.assert_array_equal(augment.to_unit(jnp.array([0.25], jnp.float16)), [0.25])
+    np.testing.assert_array_equal(to_unit(jnp.array([0.25], jnp.float16)), [0.25])
 
 
 def _draws(count, *, flips=None, turns=None, shifts=None):

@@ -14,7 +14,12 @@ import pytest
 import torch
 
 from voco_jax.interop.names import to_torch
-from voco_jax.models.initial_values import Distribution, initialise, torch_uniform
+from voco_jax.models.initial_values import (
+    Distribution,
+    initialise,
+    shuffle_weights,
+    torch_uniform,
+)
 from voco_jax.voco.step import describe_parameters
 
 
@@ -125,3 +130,17 @@ def test_our_encoder_leaves_nothing_to_compile():
     params = initialise(boxes, lambda key: pytest.fail("computed"), key)
     assert len(compiled) == before
     assert np.isfinite(np.concatenate([leaf.ravel() for leaf in to_torch(params).values()])).all()
+
+
+def test_shuffled_weights_keep_each_arrays_values():
+    params = draw(Own())
+    once, again, other = (shuffle_weights(params, seed) for seed in (3, 3, 4))
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+    for shuffled in (once, other):
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shuffled), strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_array_equal(np.sort(a, axis=None), np.sort(b, axis=None))
+        assert np.mean(shuffled["table"] == params["table"]) < 0.01
+    assert np.mean(once["table"] == other["table"]) < 0.01
+    alone = shuffle_weights({"table": params["table"]}, 3)
+    np.testing.assert_array_equal(alone["table"], once["table"])

@@ -23,6 +23,7 @@ def leaves(dimensions):
 
 KERNEL_OR_SCALE = st.one_of(
     st.fixed_dictionaries({"kernel": leaves((2, 5))}),
+    st.fixed_dictionaries({"transposed_kernel": leaves((2, 5))}),
     st.fixed_dictionaries({"scale": leaves((1, 1))}),
     st.fixed_dictionaries({"relative_position_bias_table": leaves((2, 2))}),
 )
@@ -55,6 +56,7 @@ def same_bits(a, b):
         ),
         ("proj_head/layer1_0/bias", "proj_head.layer1.0.bias"),
         ("swinViT/layers1_0/downsample/norm/scale", "swinViT.layers1.0.downsample.norm.weight"),
+        ("decoder5/transp_conv/conv/transposed_kernel", "decoder5.transp_conv.conv.weight"),
         ("a_10/b_2c/kernel", "a.10.b_2c.weight"),
     ],
 )
@@ -65,10 +67,13 @@ def test_names(path, name):
 def test_axes():
     dense = np.arange(6.0).reshape(2, 3)
     conv = np.arange(2 * 3 * 4 * 5 * 6.0).reshape(2, 3, 4, 5, 6)
-    tensors = to_torch({"dense": {"kernel": dense}, "conv": {"kernel": conv}})
+    tree = {"dense": {"kernel": dense}, "conv": {"kernel": conv}, "up": {"transposed_kernel": conv}}
+    tensors = to_torch(tree)
     assert (tensors["dense.weight"] == dense.T).all()
     assert tensors["conv.weight"].shape == (6, 5, 2, 3, 4)
     assert tensors["conv.weight"][4, 3, 1, 2, 0] == conv[1, 2, 0, 3, 4]
+    assert tensors["up.weight"].shape == (5, 6, 2, 3, 4)
+    assert tensors["up.weight"][3, 4, 1, 2, 0] == conv[1, 2, 0, 3, 4]
     assert all(array.flags.c_contiguous for array in tensors.values())
 
 

@@ -25,7 +25,7 @@ from voco_jax.plan.roofline import bandwidth, roofline
 from voco_jax.plan.table import table
 from voco_jax.plan.traffic import count_traffic
 from voco_jax.training.mesh import make_mesh
-from voco_jax.training.optimizer import AmsgradState
+from voco_jax.training.optimizer import AdamState
 from voco_jax.voco.step import State
 from voco_jax.voco.task import make_program
 
@@ -487,7 +487,7 @@ def test_plan_of_a_small_step_on_four_devices(tmp_path):
 @pytest.fixture(scope="module")
 def _names_for_export():
     """jax.export writes no pytree whose type it has no name for."""
-    for kind in (AmsgradState, optax.EmptyState, optax.ScaleByScheduleState):
+    for kind in (AdamState, optax.EmptyState, optax.ScaleByScheduleState):
         jax.export.register_namedtuple_serialization(kind, serialized_name=kind.__name__)
     jax.export.register_pytree_node_serialization(
         State,

@@ -23,7 +23,7 @@ from configs import voco_10k
 from voco_jax.config.load import parse
 from voco_jax.data.crops import base_origins, cut, overlap_labels
 from voco_jax.data.volumes import prepare_volume, quantise
-from voco_jax.training.optimizer import scale_by_amsgrad
+from voco_jax.training.optimizer import scale_by_adam
 from voco_jax.training.streams import stream
 from voco_jax.voco import losses
 from voco_jax.voco import step as voco_step
@@ -93,7 +93,7 @@ def test_step_on_real_ct(recipe):
     batch, pooled, drop = _batch(), _pooled(), DROP.get(recipe)
     network, student, other = _network()
     teacher = voco_step.teacher_part(other, SCOPES[recipe])
-    optimizer = optax.chain(scale_by_amsgrad(0.9, 0.999, 1e-8), optax.scale(-1e-3))
+    optimizer = optax.chain(scale_by_adam(0.9, 0.999, 1e-8, amsgrad=True), optax.scale(-1e-3))
     with jax.enable_x64(True):
         state = voco_step.State(jnp.zeros((), jnp.int32), student, teacher, optimizer.init(student))
         step = voco_step.make_train_step(

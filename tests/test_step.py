@@ -22,7 +22,7 @@ from conftest import MUCH_TO_COMPUTE, shared_file
 from networks import network, shapes
 from stored import digest, stored
 
-from voco_jax.training.optimizer import scale_by_amsgrad
+from voco_jax.training.optimizer import scale_by_adam
 from voco_jax.voco import losses
 from voco_jax.voco import step as voco_step
 
@@ -52,7 +52,7 @@ def _weights(shapes):
 
 def _optimizer(rate):
     return optax.chain(
-        scale_by_amsgrad(0.9, 0.999, 1e-8),
+        scale_by_adam(0.9, 0.999, 1e-8, amsgrad=True),
         optax.add_decayed_weights(0.01),
         optax.scale(-rate),
     )

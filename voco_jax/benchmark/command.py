@@ -17,7 +17,7 @@ from voco_jax.benchmark.measure import (
     peak_resident,
     write_json,
 )
-from voco_jax.config.load import command_parser, load, parse_arguments, positive
+from voco_jax.config.load import command_parser, load, load_pretraining, parse_arguments, positive
 from voco_jax.data.progress import log
 from voco_jax.errors import InputError
 
@@ -82,7 +82,7 @@ def _step(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[dict[
     from voco_jax.benchmark.step import compare_steps, step_table
 
     variants = {
-        name: load(options.config, {**overrides, **changes})
+        name: load_pretraining(options.config, {**overrides, **changes})
         for name, changes in parse_variants(options.variant).items()
     }
     ceilings, rows = compare_steps(
@@ -96,7 +96,7 @@ def _pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[d
     from voco_jax.benchmark import pipeline
     from voco_jax.benchmark.volumes import first_volumes, opened
 
-    config = load(options.config, overrides)
+    config = load_pretraining(options.config, overrides)
     workers = config.data.workers if options.workers is None else options.workers
     stages, streams = [], []
     with opened(config, options.phantoms) as parts:
@@ -153,7 +153,7 @@ def _end_to_end(
     from voco_jax.benchmark.end_to_end import end_to_end_table, measure_end_to_end
     from voco_jax.benchmark.volumes import opened
 
-    config = load(options.config, overrides)
+    config = load_pretraining(options.config, overrides)
     with opened(config, options.phantoms) as parts:
         found = measure_end_to_end(
             config, parts, steps=options.steps, warmup=options.warmup, rounds=options.rounds

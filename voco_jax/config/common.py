@@ -6,6 +6,8 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from voco_jax.files import local_path
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -43,6 +45,39 @@ class Chain:
             raise ValueError(
                 f"spacing: found {self.spacing}, expected three numbers in mm, or () to keep "
                 "every volume's own"
+            )
+
+
+BACKGROUND = "background"
+MAX_CLASSES = 256  # as many as a uint8 cache can tell apart
+
+
+@dataclass(frozen=True, config=STRICT)
+class LabelledChain(Chain):
+    """A chain for images with segmentations; these go through its geometry alone."""
+
+    classes: tuple[tuple[str, tuple[int, ...]], ...]  # name, and the values of the label files
+    # that are this class; class i of the network is the i-th. The first is the background
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit != "random_crop":
+            raise ValueError(
+                f"fit: found {self.fit!r} with classes, expected 'random_crop': labels are not "
+                "resized, and a volume is cached whole"
+            )
+        names = [name for name, _ in self.classes]
+        if len(names) < 2 or names[0] != BACKGROUND or len(names) > MAX_CLASSES:
+            raise ValueError(
+                f"classes: found {', '.join(names) or 'none'}, expected {BACKGROUND!r} and then 1 "
+                f"to {MAX_CLASSES - 1} others"
+            )
+        values = [value for _, own in self.classes for value in own]
+        twice = sorted({one for one in values if values.count(one) > 1})
+        if len(set(names)) < len(names) or twice or not all(own for _, own in self.classes):
+            raise ValueError(
+                f"classes: found the names {', '.join(names)} with the values {values}, expected "
+                "each name and each value once, and at least one value for each name"
             )
 
 
@@ -154,6 +189,28 @@ class Run:
     validate_every_steps: NotNegative  # 0: never
     checkpoint: Checkpoint
     profile: Profile
+
+
+WEIGHT_SUFFIXES = (".pt", ".safetensors")
+"""Of the files that are exported."""
+
+
+def check_export(path: str) -> None:
+    """Checks an experiment's `export_to`; "" is none."""
+    suffix = local_path("export_to", path).suffix
+    if path and suffix not in WEIGHT_SUFFIXES:
+        raise ValueError(
+            f"export_to: {path}: found suffix {suffix!r}, expected {' or '.join(WEIGHT_SUFFIXES)}"
+        )
+
+
+def check_warmup(optimizer: Optimizer, total_steps: int) -> None:
+    """Checks that the warm-up ends before the run does."""
+    if optimizer.warmup_steps >= total_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps: found {optimizer.warmup_steps}, expected less than "
+            f"total_steps {total_steps}"
+        )
 
 
 class Experiment(Protocol):

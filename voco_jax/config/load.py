@@ -19,12 +19,13 @@ import pydantic
 
 from voco_jax.config.common import WORKDIR, Experiment
 from voco_jax.config.encoders import ENCODERS, Model
+from voco_jax.config.finetuning import Finetuning
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
 from voco_jax.files import local_path
 
-AnyExperiment = Pretraining  # | the class of another task
-EXPERIMENTS: dict[str, type[AnyExperiment]] = {"voco": Pretraining}
+AnyExperiment = Pretraining | Finetuning
+EXPERIMENTS: dict[str, type[AnyExperiment]] = {"voco": Pretraining, "segmentation": Finetuning}
 """What a config file's `task` makes of it."""
 DEFAULT = Path(__file__).parents[2] / "configs" / "voco_10k.py"
 """The file that the others start from; it is beside the package in a checkout."""
@@ -110,6 +111,22 @@ def load(
         InputError: no such file, or impossible settings.
     """
     return parse(override(read(path), overrides or {}), workdir)
+
+
+def load_pretraining(
+    path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> Pretraining:
+    """As `load`, for what pre-training alone has.
+
+    Raises:
+        InputError: also for a config of another task.
+    """
+    experiment = load(path, overrides)
+    if not isinstance(experiment, Pretraining):
+        raise InputError(
+            f"{path}: task: found {experiment.task!r}, expected 'voco': this is for pre-training"
+        )
+    return experiment
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

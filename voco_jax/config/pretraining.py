@@ -21,12 +21,10 @@ from voco_jax.config.common import (
     Profile,
     Run,
     Weight,
+    check_export,
+    check_warmup,
 )
 from voco_jax.config.encoders import Model
-from voco_jax.files import local_path
-
-WEIGHT_SUFFIXES = (".pt", ".safetensors")
-"""Of the files that are exported."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -119,12 +117,7 @@ class Pretraining:
 
     def __post_init__(self) -> None:
         self._check_crops()
-        suffix = local_path("export_to", self.export_to).suffix
-        if self.export_to and suffix not in WEIGHT_SUFFIXES:
-            raise ValueError(
-                f"export_to: {self.export_to}: found suffix {suffix!r}, expected "
-                f"{' or '.join(WEIGHT_SUFFIXES)}"
-            )
+        check_export(self.export_to)
         if (self.recipe == "paper") != (self.teacher.scope == "none"):
             expected = "'none'" if self.recipe == "paper" else "'network' or 'projector'"
             raise ValueError(
@@ -137,11 +130,7 @@ class Pretraining:
                 "batch_size: found 1 with recipe 'voco_v2', expected 2 or more: its inter term "
                 "compares each volume with the next one of the batch; or set loss.inter to 0"
             )
-        if self.optimizer.warmup_steps >= self.total_steps:
-            raise ValueError(
-                f"optimizer.warmup_steps: found {self.optimizer.warmup_steps}, expected less "
-                f"than total_steps {self.total_steps}"
-            )
+        check_warmup(self.optimizer, self.total_steps)
 
     def _check_crops(self) -> None:
         grid, crop = self.crops.grid, self.crops.crop_size

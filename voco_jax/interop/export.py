@@ -1,4 +1,7 @@
-"""Writes a network's weights for PyTorch, as the published ones are, with a card beside them."""
+"""Writes a network's weights for PyTorch, as the published ones are, with a card beside them.
+
+A pre-trained encoder, or all of a network for segmentation (MONAI's SwinUNETR) or classification.
+"""
 
 import dataclasses
 import importlib.util
@@ -14,14 +17,14 @@ from typing import Any
 import numpy as np
 
 import voco_jax
+from voco_jax.config.common import WEIGHT_SUFFIXES
 from voco_jax.config.load import command_parser, load, parse_arguments
-from voco_jax.config.pretraining import WEIGHT_SUFFIXES
 from voco_jax.errors import InputError
 from voco_jax.interop.card import card_path, file_sha256
 from voco_jax.interop.files.weights import SAFETENSORS_SUFFIX, write
 from voco_jax.interop.match import grouped
 from voco_jax.interop.names import to_torch
-from voco_jax.models.encoder import PROJECTOR, Usage
+from voco_jax.models.encoder import PROJECTOR, Usage, classifier_sizes
 from voco_jax.models.encoders import find_encoder
 from voco_jax.types import Params
 
@@ -32,7 +35,7 @@ class Card:
 
     config: Mapping[str, Any]  # the experiment, as `voco_jax.config.load.to_dict` returns it
     step: int  # completed updates
-    network: str  # `teacher` or `student`
+    network: str  # which of the run's, as `teacher` or `student`
     data_fingerprint: str  # of the volumes it was trained on
 
 
@@ -85,7 +88,8 @@ def export(
     Both files appear complete or not at all. The buffers that PyTorch's model has are included.
 
     Args:
-        params: one network's parameters, nested dicts of arrays (NumPy or fetchable).
+        params: one network's parameters, nested dicts of arrays (NumPy or fetchable): of an
+            encoder and a projector, a decoder or a classifier, see `models.network`.
         output: a .pt or .safetensors file; an old one is replaced.
         card: where the weights come from.
         with_projector: also the projector, which is no part of the encoder.
@@ -106,31 +110,35 @@ def export(
     items = card.config["model"].items()
     model = SimpleNamespace(**{k: tuple(v) if isinstance(v, list) else v for k, v in items})
     encoder = find_encoder(model.encoder)
+    shapes = {name: array.shape for name, array in tensors.items()}
     try:
-        settings = encoder.card(model, {name: array.shape for name, array in tensors.items()})
+        settings = encoder.card(model, shapes)
     except ValueError as error:
         raise InputError(
             f"{path}: not written, the parameters are not of the config's model: {error} differ"
         ) from error
     parameters = sum(array.size for array in tensors.values())
     tensors |= encoder.buffers(model, tensors)
-    usage = encoder.usage(path.name, settings, with_projector)
+    usage = encoder.usage(path.name, settings, shapes)
+    classifier = classifier_sizes(shapes)
     content = {
         "file": path.name,
         "tensors": len(tensors),
         "parameters": parameters,
         "voco_jax": voco_jax.__version__,
         "task": card.config["task"],
-        "recipe": card.config["recipe"],
+        **({"recipe": card.config["recipe"]} if "recipe" in card.config else {}),
         "network": card.network,
         "step": card.step,
         "total_steps": card.config["total_steps"],
         "encoder": model.encoder,
         **settings,
-        "projector": with_projector,
+        "projector": PROJECTOR in kept,
+        **({"classifier": classifier} if classifier else {}),
         "data_fingerprint": card.data_fingerprint,
         **usage.card,
         "usage": usage.snippet,
+        **_images(card.config),
         "config": dict(card.config),
     }
     try:
@@ -139,6 +147,19 @@ def export(
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); choose another --output") from error
     return Exported(path, card_path(path), len(tensors), parameters, usage)
+
+
+def _images(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an experiment says how a segmentation network's images are prepared, and its classes.
+
+    The chain is the first source's; sources of one experiment may differ in spacing and window.
+    """
+    sources: Mapping[str, Any] = config.get("data", {}).get("sources", {})
+    chain: Mapping[str, Any] = next((one["chain"] for one in sources.values()), {})
+    if "classes" not in chain:
+        return {}
+    names = [name for name, _ in chain["classes"]]
+    return {"classes": names, "chain": chain, "crop_size": config["crops"]["size"]}
 
 
 def _write_both(path: Path, tensors: dict[str, np.ndarray], content: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from voco_jax.errors import InputError
 from voco_jax.interop.card import card_path, file_sha256, read_card
 from voco_jax.interop.files.weights import describe
 from voco_jax.interop.layout import NETWORKS
-from voco_jax.interop.match import grouped, printable
-from voco_jax.models.encoder import PROJECTOR, Recognised, Shapes
+from voco_jax.interop.match import MAX_LISTED, grouped, printable
+from voco_jax.models.encoder import CLASSIFIER, PROJECTOR, Recognised, Shapes, classifier_sizes
 from voco_jax.models.encoders import ENCODERS
 
 
@@ -64,23 +64,25 @@ def _look(path: str | PathLike[str], network: str) -> tuple[dict[str, Any], Reco
         "encoder": encoder,
         **({} if seen is None else seen.settings),
         "projector_size": next(iter(shapes.get(f"{PROJECTOR}.layer1.0.weight", ())), None),
-        "match": _match(shapes, seen),
+        "classifier": list(classifier_sizes(shapes)) or None,
+        "match": None if seen is None else _match(shapes, seen.shapes, seen),
+        "match_whole": _match(shapes, seen.whole[1], seen) if seen and seen.whole else None,
         "card": card,
     }
     return found, seen
 
 
 def _part(name: str, seen: Recognised | None) -> str:
-    if name.startswith(f"{PROJECTOR}."):
-        return "projector"
+    for root, part in ((PROJECTOR, "projector"), (CLASSIFIER, "classifier")):
+        if name.startswith(f"{root}."):
+            return part
     return "other" if seen is None else seen.part(name)
 
 
-def _match(shapes: Shapes, seen: Recognised | None) -> dict[str, Any] | None:
-    """What would match PyTorch's encoder of the settings seen; None: no encoder, or too little."""
-    if seen is None or seen.shapes is None:
+def _match(shapes: Shapes, expected: Shapes | None, seen: Recognised) -> dict[str, Any] | None:
+    """What would match PyTorch's names and shapes of the settings seen; None: it has none."""
+    if expected is None:
         return None
-    expected = seen.shapes
     both = [name for name in expected if name in shapes]
     others = [name for name in shapes if name not in expected]
     return {
@@ -128,26 +130,33 @@ def render(found: dict[str, Any], seen: Recognised | None) -> str:
         line(title, value)
     width = found["projector_size"]
     line("projector", f"{width} wide" if width else "none")
+    if found["classifier"]:
+        line("classifier", " -> ".join(map(str, found["classifier"])))
     line("parameters", ", ".join(f"{part} {n:,}" for part, n in found["parameters"].items()))
     card = found["card"] or {}
     if "path" in card:
+        origin = "recipe" if "recipe" in card else "task"
         line(
             "card",
-            f"{card['path']}: recipe {card.get('recipe')}, {card.get('network')}, "
+            f"{card['path']}: {origin} {card.get(origin)}, {card.get('network')}, "
             f"step {card.get('step')}, data {card.get('data_fingerprint')}",
         )
+        if isinstance(card.get("classes"), list):
+            line("classes", ", ".join(map(str, card["classes"][:MAX_LISTED])))
     if "problem" in card:
         line("card", f"WARNING: {card['problem']}")
     if seen is None or found["match"] is None:
         line("would match", "nothing: names and shapes are not those of a complete encoder")
     else:
-        lines += _match_lines(found["match"], seen)
+        lines += _match_lines(f"the encoder of {seen.network}", found["match"], seen)
+        if seen.whole:
+            lines += _match_lines(f"{seen.whole[0]}, all of it", found["match_whole"], seen)
     return "\n".join(lines)
 
 
-def _match_lines(match: dict[str, Any], seen: Recognised) -> list[str]:
+def _match_lines(what: str, match: dict[str, Any], seen: Recognised) -> list[str]:
     lines = [
-        f"  would match    the encoder of {seen.network}:",
+        f"  would match    {what}:",
         f"                 {match['matched']} matched, {len(match['missing'])} missing, "
         f"{len(match['unexpected'])} unexpected, {len(match['other_shape'])} of another shape",
     ]

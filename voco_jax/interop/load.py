@@ -13,7 +13,7 @@ from voco_jax.interop.card import check_card
 from voco_jax.interop.files.weights import read_weights
 from voco_jax.interop.match import MatchReport, grouped, printable
 from voco_jax.interop.names import from_torch, torch_shapes
-from voco_jax.models.encoder import PROJECTOR, Settings, Shapes
+from voco_jax.models.encoder import CLASSIFIER, PROJECTOR, Settings, Shapes, classifier_sizes
 from voco_jax.models.encoders import find_encoder
 from voco_jax.types import Params
 
@@ -29,8 +29,12 @@ def load_into(
 ) -> tuple[dict[str, Any], MatchReport]:
     """Copies weights into a parameter tree.
 
+    Filters of the image of a file of one channel are spread over a model's several: repeated, and
+    divided by their number, so that equal channels give what the one gave. A note says so.
+
     Args:
-        params_template: the model's parameters, nested dicts of arrays; not changed.
+        params_template: the model's parameters, nested dicts of arrays; not changed. Of any
+            network in `models.network`, or of an encoder alone.
         path_or_tensors: a weight file, or what `weights.read` returned for one.
         allow_missing: patterns as in shells, of PyTorch names that the file may lack; these
             parameters keep the template's values.
@@ -59,9 +63,10 @@ def load_into(
             notes.append(f"of {' and '.join(selection.networks)}, the {selection.network} was read")
         if selection.set_aside:
             notes.append(f"not weights, left aside: {', '.join(selection.set_aside[:20])}")
-    shapes = {name: array.shape for name, array in tensors.items()}
     expected = torch_shapes(params_template)
     encoder = find_encoder(model.encoder)
+    notes += _spread_stem(tensors, expected, encoder.stem)
+    shapes = {name: array.shape for name, array in tensors.items()}
     other_buffers = [
         name
         for name, buffer in encoder.buffers(model, expected).items()
@@ -90,10 +95,12 @@ def load_into(
         problems.append("nothing matched")
     if problems:
         causes = encoder.causes(shapes, expected, other_buffers)
-        causes += _projector_causes(shapes, expected)
+        causes += _projector_causes(shapes, expected) + _classifier_causes(shapes, expected)
+        allowed = (("missing", allow_missing), ("unexpected", allow_unexpected))
+        patterns = [f"init.allow_{what}={tuple(names)}" for what, names in allowed]
         raise InputError(
-            f"{printable(source)} does not fit the model: {', '.join(problems)} (allowed by "
-            f"pattern: {[*allow_missing, *allow_unexpected] or 'nothing'})\n"
+            f"{printable(source)} does not fit the model: {', '.join(problems)} "
+            f"(with {' and '.join(patterns)})\n"
             + "".join(f"likely cause: {cause}\n" for cause in causes)
             + "".join(f"other values: {line}\n" for line in grouped(other_buffers))
             + report.text()
@@ -105,6 +112,24 @@ def load_into(
             "expected finite weights; take an earlier checkpoint of that training"
         )
     return params, report
+
+
+def _spread_stem(tensors: dict[str, np.ndarray], model: Shapes, stem: Sequence[str]) -> list[str]:
+    """Spreads filters of one channel over the model's, in place; see `Encoder.stem`."""
+    spread, channels = [], 1
+    for name in stem:
+        if name not in tensors or name not in model:
+            continue
+        out, channels, *space = model[name]
+        if channels > 1 and tensors[name].shape == (out, 1, *space):
+            tensors[name] = np.repeat(tensors[name], channels, axis=1) / channels
+            spread.append(name)
+    if not spread:
+        return []
+    return [
+        f"the file is of 1 input channel, the model of {channels}: repeated for each and divided "
+        f"by their number: {', '.join(spread)}"
+    ]
 
 
 def _projector_causes(file: Shapes, model: Shapes) -> list[str]:
@@ -121,6 +146,23 @@ def _projector_causes(file: Shapes, model: Shapes) -> list[str]:
     return [
         f"the file's projector is {theirs} wide, the model's {ours}: set "
         f"projector_size={theirs} or take another file"
+    ]
+
+
+def _classifier_causes(file: Shapes, model: Shapes) -> list[str]:
+    theirs, ours = classifier_sizes(file), classifier_sizes(model)
+    if theirs == ours:
+        return []
+    if not theirs:
+        return [
+            "the file has no classifier (a pre-trained encoder): to start it at random allow "
+            f"missing '{CLASSIFIER}.*'"
+        ]
+    if not ours:
+        return [f"the file has a classifier, the model has not: allow unexpected '{CLASSIFIER}.*'"]
+    return [
+        f"the file's classifier has layers {theirs}, the model's {ours}: to start it at random "
+        f"allow missing and unexpected '{CLASSIFIER}.*'"
     ]
 
 

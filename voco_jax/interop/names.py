@@ -2,8 +2,10 @@
 
 The rule: join the path with dots; a module name that ends in `_<digits>` ends in `.<digits>` there
 (`layers1_0` is `layers1.0`); a leaf `kernel` is `weight` with its last two axes, in and out, moved
-to the front as out, in; a leaf `scale` is `weight`; other leaves keep their name and axes. So
-`swinViT/layers1c_0/layer/conv1/conv/kernel` is `swinViT.layers1c.0.layer.conv1.conv.weight`.
+to the front as out, in; a leaf `transposed_kernel` (of a transposed convolution) is `weight` with
+them moved to the front as in, out; a leaf `scale` is `weight`; other leaves keep their name and
+axes. So `swinViT/layers1c_0/layer/conv1/conv/kernel` is
+`swinViT.layers1c.0.layer.conv1.conv.weight`.
 """
 
 import re
@@ -15,12 +17,15 @@ import numpy as np
 from voco_jax.interop.match import MatchReport, WrongShape
 from voco_jax.types import Params
 
+FRONT_AXES = {"kernel": (-1, -2), "transposed_kernel": (-2, -1)}
+"""Leaf -> which of its axes are the first two in PyTorch."""
+
 
 def torch_name(path: Sequence[str]) -> str:
     """The PyTorch name of the parameter at a path, for example of `("layers1_0", "kernel")`."""
     *modules, leaf = path
     parts = [re.sub(r"_(\d+)\Z", r".\1", module) for module in modules]
-    return ".".join([*parts, "weight" if leaf in ("kernel", "scale") else leaf])
+    return ".".join([*parts, "weight" if leaf == "scale" or leaf in FRONT_AXES else leaf])
 
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:
@@ -28,7 +33,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
 
     Returns:
         Name -> C-contiguous array of the same dtype, in the order of the tree. A kernel
-        `(*space, in, out)` becomes `(out, in, *space)`.
+        `(*space, in, out)` becomes `(out, in, *space)`, a transposed one `(in, out, *space)`.
 
     Raises:
         ValueError: two parameters get the same name.
@@ -39,8 +44,8 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
         if name in tensors:
             raise ValueError(f"two parameters are called {name} in PyTorch, one is {path}")
         array = np.asarray(leaf)
-        if path[-1] == "kernel":
-            array = np.moveaxis(array, (-1, -2), (0, 1))
+        if path[-1] in FRONT_AXES:
+            array = np.moveaxis(array, FRONT_AXES[path[-1]], (0, 1))
         # ascontiguousarray would make a scalar one-dimensional.
         tensors[name] = np.array(array, order="C")
     return tensors
@@ -80,8 +85,8 @@ def from_torch(
             wrong.append(WrongShape(name=name, found=array.shape, expected=shape))
             return leaf
         matched.append(name)
-        if path[-1] == "kernel":
-            array = np.moveaxis(array, (0, 1), (-1, -2))
+        if path[-1] in FRONT_AXES:
+            array = np.moveaxis(array, (0, 1), FRONT_AXES[path[-1]])
         return np.array(array, dtype=leaf.dtype, order="C")
 
     def walk(tree: Params, path: tuple[str, ...]) -> dict[str, Any]:
@@ -113,4 +118,7 @@ def _leaves(tree: Params, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
 
 def _torch_shape(path: Sequence[str], leaf: Any) -> tuple[int, ...]:
     shape = tuple(int(extent) for extent in leaf.shape)
-    return (shape[-1], shape[-2], *shape[:-2]) if path[-1] == "kernel" else shape
+    if path[-1] not in FRONT_AXES:
+        return shape
+    first, second = FRONT_AXES[path[-1]]
+    return (shape[first], shape[second], *shape[:-2])

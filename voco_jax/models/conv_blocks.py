@@ -4,6 +4,7 @@ Every array is channels-last, `b x y z c`; every kernel is `kx ky kz in out`.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from voco_jax.models.initial_values import torch_uniform
 
 SAVED_CONVOLUTION = "convolution"
 """Name under which a residual block's convolution outputs can be kept by a remat policy."""
+Block = TypeVar("Block", bound=nn.Module)
 _SPACE = (1, 2, 3)
 EPSILON = 1e-5  # PyTorch's
 
@@ -25,10 +27,14 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def linear(fan_in: int, features: int, dtype: DTypeLike, *, bias: bool = True) -> nn.Dense:
+def linear(
+    fan_in: int, features: int, dtype: DTypeLike, *, bias: bool = True, name: str | None = None
+) -> nn.Dense:
     """A linear layer with PyTorch's default initialisation."""
     init = torch_uniform(fan_in)
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, bias_init=init)
+    return nn.Dense(
+        features, use_bias=bias, dtype=dtype, kernel_init=init, bias_init=init, name=name
+    )
 
 
 @jax.custom_vjp
@@ -306,8 +312,11 @@ def residual_block(
     Returns:
         The unbound module: `b x y z in_channels` -> `b x y z features`.
     """
-    block = UnetrBasicBlock
-    if remat:
-        policy = jax.checkpoint_policies.save_only_these_names(SAVED_CONVOLUTION)
-        block = nn.remat(UnetrBasicBlock, policy=policy)
+    block = keep_convolutions(UnetrBasicBlock) if remat else UnetrBasicBlock
     return block(in_channels, features, convolution, dtype)
+
+
+def keep_convolutions(block: type[Block]) -> type[Block]:
+    """The block that keeps only its convolutions' outputs for the gradient, computes the rest."""
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED_CONVOLUTION)
+    return nn.remat(block, policy=policy)

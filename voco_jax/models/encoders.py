@@ -20,23 +20,61 @@ def find_encoder(name: str) -> Encoder:
     return ENCODERS[name]
 
 
-def build_encoder(settings: Settings, platform: str, attention: Any) -> Any:
+def build_encoder(settings: Settings, platform: str, attention: Any, in_channels: int = 1) -> Any:
     """The `nn.Module` of a config's `model` section, see `Encoder.build`.
 
     Args:
         settings: the section.
         platform: JAX's name of the devices, as "cpu": chooses what is "auto".
         attention: `attention.attend`, or another way to the same.
+        in_channels: of the image.
     """
+    return find_encoder(settings.encoder).build(
+        settings, in_channels=in_channels, attention=attention, **_computation(settings, platform)
+    )
+
+
+def build_decoder(settings: Settings, platform: str, classes: int) -> Any:
+    """The decoder of a config's encoder, see `Encoder.build_decoder`.
+
+    Args:
+        settings: the config's `model` section.
+        platform: as `build_encoder`'s.
+        classes: the background among them.
+
+    Raises:
+        InputError: the encoder has no decoder, or not with these settings.
+    """
+    build = find_encoder(settings.encoder).build_decoder
+    if build is None:
+        names = [name for name, encoder in ENCODERS.items() if encoder.build_decoder]
+        raise InputError(
+            f"encoder: found {settings.encoder!r}, which has no decoder for segmentation, "
+            f"expected one of: {', '.join(names)}"
+        )
+    return build(settings, classes=classes, **_computation(settings, platform))
+
+
+def build_segmentation_network(
+    settings: Settings, platform: str, classes: int, attention: Any
+) -> Any:
+    """Encoder and decoder of a config's `model` section; see the two functions above."""
+    from voco_jax.models.network import SegmentationNetwork
+
+    return SegmentationNetwork(
+        build_encoder(settings, platform, attention), build_decoder(settings, platform, classes)
+    )
+
+
+def _computation(settings: Settings, platform: str) -> dict[str, Any]:
+    """How it is computed: what encoders and decoders have in common."""
     import jax.numpy as jnp
 
     convolution = settings.convolution
     if convolution == "auto":
         convolution = "planes" if platform == "cpu" else "lax"
-    return find_encoder(settings.encoder).build(
-        settings,
-        remat=settings.remat,
-        dtype=jnp.dtype(settings.dtype),
-        convolution=convolution,
-        attention=attention,
-    )
+    return {
+        "remat": settings.remat,
+        "dtype": jnp.dtype(settings.dtype),
+        "convolution": convolution,
+    }

@@ -6,6 +6,7 @@ every device, mesh and version of JAX.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+from voco_jax.types import Params, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,37 @@ def torch_uniform(fan_in: int) -> Distribution:
     return Distribution("uniform", 1 / math.sqrt(fan_in))
 
 
+@functools.cache
+def describe_parameters(network: nn.Module, size: Size, channels: int = 1) -> Any:
+    """A network's abstract parameters, boxed in `Drawn`. Traces it: checks all sizes.
+
+    Args:
+        network: of images `b x y z channels` and `train`.
+        size: x y z of the images.
+        channels: of the images.
+
+    Raises:
+        InputError: settings that the encoder cannot take.
+    """
+    return jax.eval_shape(_initialiser(network, size, channels), jax.random.key(0))
+
+
+def _initialiser(network: nn.Module, size: Size, channels: int) -> Callable[[jax.Array], Any]:
+    def init(key: jax.Array) -> Any:
+        images = jnp.zeros((2, *size, channels), jnp.float32)
+        return network.init(key, images, False)["params"]
+
+    return init
+
+
+def initial_parameters(
+    network: nn.Module, size: Size, key: jax.Array, shardings: Any = None, channels: int = 1
+) -> Any:
+    """A network's random parameters, see `initialise` and `describe_parameters`."""
+    boxes = describe_parameters(network, size, channels)
+    return initialise(boxes, _initialiser(network, size, channels), key, shardings)
+
+
 def initialise(
     boxes: Any, init: Callable[[jax.Array], Any], key: jax.Array, shardings: Any = None
 ) -> Any:
@@ -117,14 +151,40 @@ def initialise(
         values = dict(zip(others, jax.device_get(jax.jit(compute)(key)), strict=True))
     for i, (path, leaf) in enumerate(flat):
         if i not in values:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            generator = np.random.default_rng([*words, zlib.crc32(name.encode())])
+            generator = _generator(words, path)
             shape, dtype = leaf.value.shape, leaf.value.dtype
             values[i] = leaf.distribution.draw(generator, shape).astype(dtype, copy=False)
     drawn = jax.tree.unflatten(tree, [values[i] for i in range(len(flat))])
     if shardings is None:
         return jax.device_put(drawn)
     return jax.tree.map(_place, drawn, shardings)
+
+
+def shuffle_weights(params: Params, seed: int) -> dict[str, Any]:
+    """Permutes each array's values within it: the same distribution, without what was learned.
+
+    A control for what pre-training is worth. Each array has a stream of its own, of the seed and
+    its path, as in `initialise`.
+
+    Args:
+        params: nested dicts of arrays; not changed.
+        seed: not negative.
+
+    Returns:
+        The same tree of NumPy arrays.
+    """
+
+    def shuffle(path: Any, array: Any) -> np.ndarray:
+        values = np.asarray(array)
+        return _generator([seed], path).permutation(values.reshape(-1)).reshape(values.shape)
+
+    return jax.tree_util.tree_map_with_path(shuffle, dict(params))
+
+
+def _generator(words: list[int], path: Any) -> np.random.Generator:
+    """The stream of the parameter at a path, which no other parameter moves."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return np.random.default_rng([*words, zlib.crc32(name.encode())])
 
 
 def _is_drawn(leaf: Any) -> bool:

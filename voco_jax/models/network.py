@@ -1,10 +1,11 @@
-"""The network that is trained: any encoder and a projector."""
+"""The networks that are trained: any encoder and what follows it."""
 
 import flax.linen as nn
 import flax.struct
 import jax
 from jax.typing import DTypeLike
 
+from voco_jax.models.conv_blocks import at_least_float32, linear
 from voco_jax.models.projector import Projector
 
 
@@ -53,3 +54,72 @@ class Network(nn.Module):
     def project(self, pooled: jax.Array) -> jax.Array:
         """Pooled features `b pooled_size` of all crops of a batch -> embeddings."""
         return self.proj_head(pooled)
+
+
+class SegmentationNetwork(nn.Module):
+    """An encoder and its decoder: images `b x y z in_channels` -> logits `b x y z classes`.
+
+    The parameters of both are at the top level, as PyTorch's are. Logits are float32 or wider.
+
+    Attributes:
+        encoder: see `encoder.Encoder.build`.
+        decoder: see `encoder.Encoder.build_decoder`.
+    """
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.encoder)
+        nn.share_scope(self, self.decoder)
+
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        return self.decoder(self.encoder(images, train))
+
+
+class Classifier(nn.Module):
+    """A linear layer, or two with a GELU between: `b c` -> logits `b classes`, float32 or wider.
+
+    Its layers are named as in PyTorch's `Sequential(Linear, GELU, Linear)`.
+
+    Attributes:
+        classes: how many.
+        hidden: channels between the layers; 0: there is one layer.
+    """
+
+    classes: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = at_least_float32(x)
+        widths = [self.hidden, self.classes] if self.hidden else [self.classes]
+        for number, width in enumerate(widths):
+            if number:
+                x = nn.gelu(x, approximate=False)
+            x = linear(x.shape[-1], width, x.dtype, name=str(2 * number))(x)
+        return x
+
+
+class ClassificationNetwork(nn.Module):
+    """An encoder and a classifier: images `b x y z in_channels` -> logits `b classes`.
+
+    The encoder's parameters are at the top level, beside `classifier`, which takes the pooled
+    features. Logits are float32 or wider.
+
+    Attributes:
+        encoder: see `encoder.Encoder.build`.
+        classes: how many.
+        hidden: see `Classifier`.
+    """
+
+    encoder: nn.Module
+    classes: int
+    hidden: int
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.encoder)
+        self.classifier = Classifier(self.classes, self.hidden)
+
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        return self.classifier(self.encoder(images, train).pooled)

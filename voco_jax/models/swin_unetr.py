@@ -19,8 +19,6 @@ from voco_jax.models.network import EncoderOutput
 from voco_jax.models.swin import SwinTransformer
 from voco_jax.types import Size
 
-IN_CHANNELS = 1
-"""Of the image: CT."""
 REDUCTION = 32
 """Voxels of the input per voxel of the last stage, along each axis."""
 
@@ -60,7 +58,7 @@ def _fitting(size: Sequence[int], *, up: bool) -> tuple[int, ...]:
 
 
 class SwinUNETREncoder(nn.Module):
-    """MONAI's `SwinUNETR` up to its encoders: `b x y z 1` -> `EncoderOutput`.
+    """MONAI's `SwinUNETR` up to its encoders: `b x y z in_channels` -> `EncoderOutput`.
 
     Of the output `hidden_states` are the Swin transformer's five, each through a LayerNorm without
     parameters: sizes 1/2 ... 1/32, channels (1, 2, 4, 8, 16) * feature size; `features` are those
@@ -69,6 +67,7 @@ class SwinUNETREncoder(nn.Module):
     `features`, in that order, or without them of the last hidden state.
 
     Attributes:
+        in_channels: of the image: 1 for CT.
         feature_size: channels of the first stage, a multiple of 12: 48 (B), 96 (L), 192 (H).
         depths: blocks of each of the four stages.
         num_heads: attention heads of each stage; stage i has 2**i * feature_size channels.
@@ -86,6 +85,7 @@ class SwinUNETREncoder(nn.Module):
         dtype: of the computation; parameters, norms and softmax are float32 always.
     """
 
+    in_channels: int
     feature_size: int
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
@@ -127,7 +127,7 @@ class SwinUNETREncoder(nn.Module):
             block = functools.partial(
                 residual_block, convolution=self.convolution, remat=self.remat, dtype=self.dtype
             )
-            self.encoder1 = block(IN_CHANNELS, fs)
+            self.encoder1 = block(self.in_channels, fs)
             self.encoder2 = block(fs, fs)
             self.encoder3 = block(2 * fs, 2 * fs)
             self.encoder4 = block(4 * fs, 4 * fs)
@@ -142,15 +142,15 @@ class SwinUNETREncoder(nn.Module):
         """Runs the encoder.
 
         Args:
-            x: `b x y z 1`, intensities in about 0..1.
+            x: `b x y z in_channels`, intensities in about 0..1.
             train: whether drop path is active; pass it by position.
 
         Raises:
             ValueError: the shape does not fit.
         """
-        if x.ndim != 5 or x.shape[-1] != IN_CHANNELS:
+        if x.ndim != 5 or x.shape[-1] != self.in_channels:
             raise ValueError(
-                f"crops: found shape {x.shape}, expected (batch, x, y, z, {IN_CHANNELS})"
+                f"crops: found shape {x.shape}, expected (batch, x, y, z, {self.in_channels})"
             )
         check_crop_size(x.shape[1:4])
         hidden_states = self.swinViT(x, train)

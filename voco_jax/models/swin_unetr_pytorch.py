@@ -1,4 +1,4 @@
-"""SwinUNETR's encoder in PyTorch: names, shapes and buffers in a file, and MONAI's use of it.
+"""SwinUNETR in PyTorch: names, shapes and buffers in a file, and MONAI's use of it.
 
 Needs no JAX; `ENCODER` imports the Flax module only when it is asked for.
 """
@@ -11,7 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from voco_jax.models.encoder import PROJECTOR, Encoder, Recognised, Settings, Shapes, Usage
+from voco_jax.errors import InputError
+from voco_jax.models.encoder import (
+    CLASSIFIER,
+    PROJECTOR,
+    Encoder,
+    Recognised,
+    Settings,
+    Shapes,
+    Usage,
+    classifier_sizes,
+)
 from voco_jax.types import Size
 
 MODEL_SIZES = {48: "B", 96: "L", 192: "H"}
@@ -38,6 +48,12 @@ LEGACY_MERGING = (
     "        return self.reduction(self.norm(x))",
 )
 """Lines of the usage snippet with which a later MONAI computes what the old ones did."""
+STEM = (
+    "swinViT.patch_embed.proj.weight",
+    "encoder1.layer.conv1.conv.weight",
+    "encoder1.layer.conv3.conv.weight",
+)
+"""See `Encoder.stem`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,10 +132,10 @@ def causes(file_shapes: Shapes, model_shapes: Shapes, other_buffers: Collection[
                 f"the file's {what} is {theirs}, the model's {ours}: set model.{name} to {theirs} "
                 "or take another file"
             )
-    if file.in_channels != model.in_channels:
+    if file.in_channels not in (1, model.in_channels):
         found.append(
             f"the file's number of input channels is {file.in_channels}, the model's "
-            f"{model.in_channels}: take another file"
+            f"{model.in_channels}: take another file (one of 1 channel fits every model)"
         )
     if file.use_v2 != model.use_v2:
         has, lacks = ("file", "model") if file.use_v2 else ("model", "file")
@@ -139,6 +155,16 @@ def causes(file_shapes: Shapes, model_shapes: Shapes, other_buffers: Collection[
         found.append(
             "the file holds a complete SwinUNETR: to leave its decoder aside allow unexpected "
             "'decoder*' and 'out.*'"
+        )
+    if model.decoder and not file.decoder:
+        found.append(
+            "the file has no decoder (a pre-trained encoder): to start it at random allow missing "
+            "'decoder*' and 'out.*'"
+        )
+    if model.decoder and file.decoder and model.out_channels != file.out_channels:
+        found.append(
+            f"the file has {file.out_channels or 'no'} classes, the model {model.out_channels}: to "
+            "start its last layer at random allow missing and unexpected 'out.*'"
         )
     if other_buffers:
         found.append(
@@ -167,12 +193,6 @@ def encoder_shapes(model: Architecture) -> dict[str, tuple[int, ...]] | None:
         if bias:
             shapes[f"{module}.bias"] = weight[:1]
 
-    def residual(module: str, inside: int, outside: int) -> None:
-        add(f"{module}.conv1.conv", (outside, inside, 3, 3, 3), bias=False)
-        add(f"{module}.conv2.conv", (outside, outside, 3, 3, 3), bias=False)
-        if inside != outside:
-            add(f"{module}.conv3.conv", (outside, inside, 1, 1, 1), bias=False)
-
     for stage, (depth, heads) in enumerate(zip(model.depths, model.num_heads, strict=True)):
         dim = fs * 2**stage
         for index in range(depth):
@@ -187,7 +207,7 @@ def encoder_shapes(model: Architecture) -> dict[str, tuple[int, ...]] | None:
         add(f"swinViT.layers{stage + 1}.0.downsample.reduction", (2 * dim, 8 * dim), bias=False)
         add(f"swinViT.layers{stage + 1}.0.downsample.norm", (8 * dim,))
         if model.use_v2:
-            residual(f"swinViT.layers{stage + 1}c.0.layer", dim, dim)
+            shapes |= _residual(f"swinViT.layers{stage + 1}c.0.layer", dim, dim)
     for name, inside, outside in (
         ("encoder1", channels, fs),
         ("encoder2", fs, fs),
@@ -195,7 +215,31 @@ def encoder_shapes(model: Architecture) -> dict[str, tuple[int, ...]] | None:
         ("encoder4", 4 * fs, 4 * fs),
         ("encoder10", 16 * fs, 16 * fs),
     ):
-        residual(f"{name}.layer", inside, outside)
+        shapes |= _residual(f"{name}.layer", inside, outside)
+    return shapes
+
+
+def decoder_shapes(feature_size: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the decoder of MONAI's `SwinUNETR`, its output included."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stage, inside, outside in ((5, 16, 8), (4, 8, 4), (3, 4, 2), (2, 2, 1), (1, 1, 1)):
+        channels = outside * feature_size
+        up = (inside * feature_size, channels, 2, 2, 2)
+        shapes[f"decoder{stage}.transp_conv.conv.weight"] = up
+        shapes |= _residual(f"decoder{stage}.conv_block", 2 * channels, channels)
+    shapes["out.conv.conv.weight"] = (classes, feature_size, 1, 1, 1)
+    shapes["out.conv.conv.bias"] = (classes,)
+    return shapes
+
+
+def _residual(module: str, inside: int, outside: int) -> dict[str, tuple[int, ...]]:
+    """Of a `UnetResBlock`."""
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{module}.conv1.conv.weight": (outside, inside, 3, 3, 3),
+        f"{module}.conv2.conv.weight": (outside, outside, 3, 3, 3),
+    }
+    if inside != outside:
+        shapes[f"{module}.conv3.conv.weight"] = (outside, inside, 1, 1, 1)
     return shapes
 
 
@@ -214,11 +258,19 @@ def recognise(shapes: Shapes, card: Mapping[str, Any]) -> Recognised | None:
         merging = f"{card['patch_merging']} (its card; MONAI {card.get('monai_versions')})"
     decoder = f"yes, {seen.out_channels or 'unknown'} output channels" if seen.decoder else "none"
     defaults = {"window_size": (7, 7, 7), "depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24)}
-    options = [
-        f"{name}={getattr(seen, name)}"
-        for name in ("in_channels", "feature_size", "use_v2", *defaults)
-        if getattr(seen, name) != defaults.get(name)
-    ]
+
+    def network(*channels: str) -> str:
+        options = [
+            f"{name}={getattr(seen, name)}"
+            for name in (*channels, "feature_size", "use_v2", *defaults)
+            if getattr(seen, name) != defaults.get(name)
+        ]
+        return f"SwinUNETR({', '.join(options)})"
+
+    encoder, whole = encoder_shapes(seen), None
+    if encoder is not None and seen.decoder and seen.out_channels:
+        shapes = encoder | decoder_shapes(seen.feature_size, seen.out_channels)
+        whole = network("in_channels", "out_channels"), shapes
     return Recognised(
         settings={"model_size": size, **settings},
         lines=(
@@ -236,8 +288,9 @@ def recognise(shapes: Shapes, card: Mapping[str, Any]) -> Recognised | None:
             ("decoder", decoder),
             ("patch merging", merging),
         ),
-        network=f"SwinUNETR({', '.join(options)})",
-        shapes=encoder_shapes(seen),
+        network=network("in_channels"),
+        shapes=encoder,
+        whole=whole,
         part=_part,
     )
 
@@ -266,6 +319,7 @@ def card(settings: Settings, shapes: Shapes) -> dict[str, Any]:
         **found,
         "window_size": window,
         "in_channels": seen.in_channels,
+        **({"out_channels": seen.out_channels} if seen.decoder else {}),
         "patch_merging": settings.patch_merging,
     }
 
@@ -295,15 +349,16 @@ def buffers(settings: Settings, names: Collection[str]) -> dict[str, np.ndarray]
     }
 
 
-def usage(file_name: str, settings: Mapping[str, Any], with_projector: bool) -> Usage:
+def usage(file_name: str, settings: Mapping[str, Any], shapes: Shapes) -> Usage:
     """See `Encoder.usage`: which MONAI takes the weights, and how."""
     merging, window = settings["patch_merging"], settings["window_size"]
-    legacy = merging == "legacy"
+    legacy, whole = merging == "legacy", "out_channels" in settings
+    names = ("use_v2", "window_size", "feature_size", "depths", "num_heads")
+    channels = ("in_channels", "out_channels") if whole else ("in_channels",)
     note = (
-        "use_v2, window_size, feature_size, in_channels, depths and num_heads must be passed to "
-        "SwinUNETR as in the snippet, which is for MONAI 1.5 and later. MONAI changed its patch "
-        "merging in 1.5: another version than monai_versions gives other features from the same "
-        "file, with no error"
+        f"{', '.join((*channels, *names[:-1]))} and {names[-1]} must be passed to SwinUNETR as in "
+        "the snippet, which is for MONAI 1.5 and later. MONAI changed its patch merging in 1.5: "
+        "another version than monai_versions gives other features from the same file, with no error"
     )
     note += ", unless it is given the merging of the snippet." if legacy else "."
     versions = MONAI_VERSIONS[merging]
@@ -314,18 +369,13 @@ def usage(file_name: str, settings: Mapping[str, Any], with_projector: bool) -> 
         note += " Up to MONAI 1.4 pass img_size=(64, 64, 64) and no window_size."
     if not settings["conv_encoders"]:
         note += " SwinUNETR's convolution encoders were not trained and start at random."
-    names = ("feature_size", "use_v2", "window_size", "depths", "num_heads")
-    options = {
-        "in_channels": settings["in_channels"],
-        "out_channels": 2,
-        **{name: settings[name] for name in names},
-    }
+    options = {"in_channels": settings["in_channels"], "out_channels": 2}
+    options |= {name: settings[name] for name in (*channels, *names)}
     arguments = [f"    {name}={value!r}," for name, value in options.items()]
     if merging != "merging":
         arguments.append(f"    downsample={'LegacyPatchMerging' if legacy else repr(merging)},")
-    absent = (
-        '("decoder", "out.")' if settings["conv_encoders"] else '("encoder", "decoder", "out.")'
-    )
+    absent = ("decoder", "out.") if settings["conv_encoders"] else ("encoder", "decoder", "out.")
+    classifier = classifier_sizes(shapes)
     safetensors = file_name.endswith(".safetensors")
     lines = [
         "import torch",
@@ -340,19 +390,63 @@ def usage(file_name: str, settings: Mapping[str, Any], with_projector: bool) -> 
         if safetensors
         else f"weights = torch.load({file_name!r}, weights_only=True)",
     ]
-    if with_projector:
-        lines.append(
-            f'weights = {{k: v for k, v in weights.items() if not k.startswith("{PROJECTOR}.")}}'
-        )
-    lines += [
-        "missing, unexpected = model.load_state_dict(weights, strict=False)",
-        f"assert not unexpected and all(k.startswith({absent}) for k in missing)",
-    ]
+    if classifier:
+        lines += [
+            f"head = {{k[{len(CLASSIFIER) + 1}:]: v for k, v in weights.items() "
+            f'if k.startswith("{CLASSIFIER}.")}}'
+        ]
+    for part in (PROJECTOR, CLASSIFIER):
+        if any(name.startswith(f"{part}.") for name in shapes):
+            lines.append(
+                f'weights = {{k: v for k, v in weights.items() if not k.startswith("{part}.")}}'
+            )
+    if whole:
+        lines.append("model.load_state_dict(weights)")
+    else:
+        lines += [
+            "missing, unexpected = model.load_state_dict(weights, strict=False)",
+            f"assert not unexpected and all(k.startswith({absent}) for k in missing)",
+        ]
+    if classifier:
+        lines += _classifier_lines(classifier, settings["conv_encoders"])
     return Usage(
         library=f"MONAI ({versions})",
         snippet="\n".join(lines),
         card={"monai_versions": versions, "monai_note": note},
     )
+
+
+def _classifier_lines(sizes: Sequence[int], conv_encoders: bool) -> list[str]:
+    """Of the usage snippet: the classifier, with its weights in `head`, on `model`'s encoder."""
+    layers = [f"torch.nn.Linear{pair}" for pair in itertools.pairwise(sizes)]
+    features = [
+        "    features = [model.encoder1(images), model.encoder2(hidden[0])]",
+        "    features += [model.encoder3(hidden[1]), model.encoder4(hidden[2])]",
+        "    features += [model.encoder10(hidden[4])]",
+    ]
+    return [
+        f"classifier = torch.nn.Sequential({', torch.nn.GELU(), '.join(layers)})",
+        "classifier.load_state_dict(head)",
+        "",
+        "",
+        "def classify(images):  # batch, channel, x, y, z -> logits",
+        "    hidden = model.swinViT(images)",
+        *(features if conv_encoders else ["    features = hidden[-1:]"]),
+        "    return classifier(torch.cat([x.mean((2, 3, 4)) for x in features], 1))",
+    ]
+
+
+_LEVELS = {
+    **{"encoder1": 4, "encoder2": 3, "encoder3": 2, "encoder4": 1, "encoder10": 0},
+    **{"swinViT.patch_embed": 4, "swinViT.layers1": 3, "swinViT.layers2": 2},
+    **{"swinViT.layers3": 1, "swinViT.layers4": 0},
+}
+
+
+def level(name: str) -> int:
+    """See `Encoder.level`; a convolution encoder is beside the stage whose output it takes."""
+    root, *rest = name.split(".")
+    return _LEVELS[f"{root}.{rest[0].removesuffix('c')}" if root == "swinViT" else root]
 
 
 def _build(settings: Settings, **common: Any) -> Any:
@@ -365,6 +459,17 @@ def _build(settings: Settings, **common: Any) -> Any:
     return SwinUNETREncoder(**{name: getattr(settings, name) for name in names}, **common)
 
 
+def _build_decoder(settings: Settings, **common: Any) -> Any:
+    from voco_jax.models.swin_unetr_decoder import SwinUNETRDecoder
+
+    if not settings.conv_encoders:
+        raise InputError(
+            "conv_encoders: found False, expected True: the decoder takes the outputs of the "
+            "convolution encoders; weights trained without them need allow missing 'encoder*'"
+        )
+    return SwinUNETRDecoder(feature_size=settings.feature_size, **common)
+
+
 def _check_size(size: Sequence[int]) -> None:
     from voco_jax.models.swin_unetr import check_crop_size
 
@@ -373,6 +478,7 @@ def _check_size(size: Sequence[int]) -> None:
 
 ENCODER = Encoder(
     build=_build,
+    build_decoder=_build_decoder,
     check_size=_check_size,
     attention_shape=lambda settings: (
         math.prod(settings.window_size),
@@ -382,6 +488,8 @@ ENCODER = Encoder(
     usage=usage,
     buffers=buffers,
     causes=causes,
+    stem=STEM,
+    level=level,
     unseen={"patch_merging": UNKNOWN_MERGING},
     recognise=recognise,
 )

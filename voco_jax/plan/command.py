@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voco_jax.config.load import command_parser, load, parse_arguments, positive
+from voco_jax.config.load import command_parser, load_pretraining, parse_arguments, positive
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
 from voco_jax.plan.devices import find_devices
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, overrides: dict[str, str]) -> "Estimate":
     """The estimate that the flags ask for, printed."""
-    config = load(options.config, overrides)
+    config = load_pretraining(options.config, overrides)
     devices = find_devices(options.topology)
     from voco_jax.plan.estimate import estimate
     from voco_jax.plan.table import table

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from voco_jax.training.images import each, flip, turn
 from voco_jax.training.streams import stream
 from voco_jax.types import Size
 
@@ -21,12 +22,6 @@ class Draws:
     flips: jax.Array  # (n, 3) bool, per axis
     turns: jax.Array  # (n,) int32 in 0..3: rotations by 90 degrees in the x-y plane
     shifts: jax.Array  # (n,) float32, added to every voxel
-
-
-def to_unit(crops: jax.Array) -> jax.Array:
-    """Cached voxels -> float32 0..1; uint8 is a 255th of the window a step."""
-    unit = crops.astype(jnp.float32)
-    return unit / 255 if crops.dtype == jnp.uint8 else unit
 
 
 def interpolation_matrix(source: int, target: int) -> np.ndarray:
@@ -98,20 +93,4 @@ def apply(crops: jax.Array, draws: Draws) -> jax.Array:
     Returns:
         (n, x, y, z).
     """
-    for axis in range(3):
-        crops = _flip_where(crops, draws.flips[:, axis], axis + 1)
-    if crops.shape[1] == crops.shape[2]:
-        # numpy.rot90: an odd turn is a transposition, then one flip; two turns are two flips.
-        turns = draws.turns
-        crops = jnp.where(_each(turns % 2 == 1), jnp.swapaxes(crops, 1, 2), crops)
-        crops = _flip_where(crops, (turns == 1) | (turns == 2), 1)
-        crops = _flip_where(crops, (turns == 2) | (turns == 3), 2)
-    return crops + _each(draws.shifts)
-
-
-def _flip_where(crops: jax.Array, mask: jax.Array, axis: int) -> jax.Array:
-    return jnp.where(_each(mask), jnp.flip(crops, axis), crops)
-
-
-def _each(values: jax.Array) -> jax.Array:
-    return values[:, None, None, None]
+    return turn(flip(crops, draws.flips), draws.turns) + each(draws.shifts)

@@ -6,7 +6,7 @@ the projector on the student's own pooled features (`projector`), or nothing (`n
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from voco_jax.models.encoder import PROJECTOR
-from voco_jax.models.initial_values import initialise
+from voco_jax.models.initial_values import describe_parameters, initial_parameters
+from voco_jax.training.images import to_unit
 from voco_jax.training.streams import stream
 from voco_jax.types import Batch, Params, Size
 from voco_jax.voco import augment, losses
@@ -84,36 +85,14 @@ def init_state(
     """
     places = shardings or State(None, None, None, None)  # type: ignore[arg-type]
     key = jax.random.key(seed)
-    draw = functools.partial(
-        initialise,
-        describe_parameters(network, encoder_size),
-        _initialiser(network, encoder_size),
-        shardings=places.student,
-    )
-    student = draw(stream(key, "student"))
+    draw = functools.partial(initial_parameters, network, encoder_size, shardings=places.student)
+    student = draw(key=stream(key, "student"))
     return State(
         step=jax.device_put(jnp.zeros((), jnp.int32), places.step),
         student=student,
-        teacher={} if scope == "none" else teacher_part(draw(stream(key, "teacher")), scope),
+        teacher={} if scope == "none" else teacher_part(draw(key=stream(key, "teacher")), scope),
         optimizer=jax.jit(optimizer.init, out_shardings=places.optimizer)(student),
     )
-
-
-@functools.cache
-def describe_parameters(network: nn.Module, encoder_size: Size) -> Any:
-    """A network's abstract parameters, boxed, see `initial_values`. Traces it: checks all sizes.
-
-    Raises:
-        InputError: settings that the encoder cannot take.
-    """
-    return jax.eval_shape(_initialiser(network, encoder_size), jax.random.key(0))
-
-
-def _initialiser(network: nn.Module, encoder_size: Size) -> Callable[[jax.Array], Params]:
-    def init(key: jax.Array) -> Params:
-        return network.init(key, jnp.zeros((2, *encoder_size, 1), jnp.float32), False)["params"]
-
-    return init
 
 
 def prepare(batch: Batch, encoder_size: Size) -> jax.Array:
@@ -125,7 +104,7 @@ def prepare(batch: Batch, encoder_size: Size) -> jax.Array:
     """
     crops = jnp.concatenate([batch["subs"], batch["bases"]], axis=1)
     crops = crops.reshape(-1, *crops.shape[2:])
-    return augment.resize(augment.to_unit(crops), encoder_size)
+    return augment.resize(to_unit(crops), encoder_size)
 
 
 def encode(

@@ -27,6 +27,7 @@ from voco_jax.interop.load import load_into
 from voco_jax.models.attention import Attend, attend
 from voco_jax.models.encoder import PROJECTOR
 from voco_jax.models.encoders import build_encoder, find_encoder
+from voco_jax.models.initial_values import describe_parameters
 from voco_jax.models.network import Network
 from voco_jax.training import mesh as meshes
 from voco_jax.training.attention_backend import choose_attention
@@ -39,7 +40,6 @@ from voco_jax.voco import augment, losses
 from voco_jax.voco.step import (
     State,
     abstract_state,
-    describe_parameters,
     dropout,
     init_state,
     make_predict,
