@@ -62,7 +62,7 @@ def sources(folder: Path | None, longest: int = 64) -> list[SimpleITK.Image]:
         if folder is None:
             paths = [Path(scratch, f"{index}.nii") for index in range(3)]
             for index, path in enumerate(paths):
-                nibabel.save(phantom(1, index, (64, 64, 40)), path)
+                nibabel.save(phantom(1, index, (64, 64, 40))[0], path)
         else:
             paths = sorted(folder.glob("*.nii.gz"))[::3]
             if not paths:

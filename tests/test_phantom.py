@@ -6,7 +6,7 @@ import pytest
 from chains import CHAIN_10K
 
 from voco_jax.data.datalists import read_list
-from voco_jax.data.phantom import make_phantoms, phantom
+from voco_jax.data.phantom import ORGANS, make_phantoms, phantom
 from voco_jax.data.volumes import load, orient_ras, prepare_volume
 
 SHAPE = (80, 80, 40)
@@ -39,7 +39,8 @@ def test_same_seed_same_files(tmp_path, listed):
     names = [entry["image"] for entry in json.loads(again.read_text())["training"]]
     for name in names:
         np.testing.assert_array_equal(hounsfield(tmp_path / name), hounsfield(listed.parent / name))
-    assert (phantom(3, 0, SHAPE).get_fdata() != phantom(4, 0, SHAPE).get_fdata()).any()
+    one, other = (phantom(seed, 0, SHAPE)[0].get_fdata() for seed in (3, 4))
+    assert (one != other).any()
 
 
 def test_existing_files_are_left_alone(tmp_path):
@@ -76,3 +77,19 @@ def test_anatomy_tells_left_from_right_and_front_from_back(listed):
         assert ((hu > -920) & (hu < -700)).mean() > 0.01  # lung
     assert all(behind)
     assert np.mean(right) > 0
+
+
+def test_labels_are_where_the_organs_are(tmp_path):
+    """By the HU that each organ has: the label lies on its image, whatever the axes."""
+    path = make_phantoms(tmp_path, 6, 3, SHAPE, labelled=True)
+    for volume in read_list(path, tmp_path, labelled=True):
+        hu = hounsfield(volume.path)
+        label = orient_ras(load(volume.label)).voxels
+        assert set(np.unique(label)) <= set(range(len(ORGANS) + 1))
+        assert label.shape == hu.shape
+        inside = {name: hu[label == number] for number, name in enumerate(ORGANS, 1)}
+        assert np.median(inside["lungs"]) < -700
+        assert 40 < np.median(inside["liver"]) < 130
+        assert 30 < np.median(inside["spleen"]) < 130
+        right, left = np.argwhere(label == 2).mean(0)[0], np.argwhere(label == 3).mean(0)[0]
+        assert right > left  # x to the right: the liver is there

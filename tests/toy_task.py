@@ -38,7 +38,7 @@ def make_program(toy, mesh):
 
 
 def make_task(toy, program, *, workdir, resumes, log):
-    scan = np.asarray(phantom(0, 0, (32, 32, 16)).dataobj, np.float32) / 1000
+    scan = np.asarray(phantom(0, 0, (32, 32, 16))[0].dataobj, np.float32) / 1000
 
     def crops(step):
         corners = np.random.default_rng(step).integers(0, 12, (toy.run.batch_size, 3))

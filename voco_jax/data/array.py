@@ -5,6 +5,8 @@ Volumes of one size are one chunk each. Of a source whose volumes keep their own
 behind an index, so that a part is read without the rest, and empty room takes no space.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numcodecs.blosc
@@ -101,6 +103,29 @@ def write_volume(path: str, slot: int, voxels: np.ndarray) -> None:
     part = tuple(slice(0, size) for size in voxels.shape)
     with as_os_error():
         open_array(Folder(path))[slot][part].write(voxels).result()
+
+
+def count_in_chunks(labels: np.ndarray, classes: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Where each class is: what `manifest.Label.chunks` says.
+
+    Args:
+        labels: x y z, numbers of classes.
+        classes: how many there are, the background included.
+    """
+    found: list[list[tuple[int, int]]] = [[] for _ in range(1, classes)]
+    for number, corner in enumerate(chunk_corners(labels.shape)):
+        part = tuple(slice(first, first + CHUNK) for first in corner)
+        counts = np.bincount(labels[part].ravel(), minlength=classes).tolist()
+        for own, count in zip(found, counts[1:], strict=True):
+            if count:
+                own.append((number, count))
+    return tuple(map(tuple, found))
+
+
+def chunk_corners(shape: Sequence[int]) -> list[Size]:
+    """The first voxel of each chunk of an array of this shape, in C order."""
+    x, y, z = (range(0, size, CHUNK) for size in shape)
+    return list(itertools.product(x, y, z))
 
 
 def _metadata(chain: Chain) -> dict[str, Any]:

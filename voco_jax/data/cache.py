@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from voco_jax.config.common import Chain
+from voco_jax.config.common import Chain, LabelledChain
 from voco_jax.config.load import differences
 from voco_jax.data.array import ARRAY, chunk_name, open_array, read_chunk
 from voco_jax.data.manifest import (
@@ -105,15 +105,46 @@ class Cache:
             read_chunk(self.path, entry.slot, out)
             return out[part]
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"{chunk_file(self.path, entry.slot)}: cannot read {entry.id} ({error}); "
-                "find all damage with: python -m voco_jax.data.prepare --verify --cache "
-                f"{self.path}; then prepare again as before, which does those volumes anew"
-            ) from error
+            raise self._unreadable(entry, entry.slot, error) from error
 
     def read_whole(self, entry: Entry) -> np.ndarray:
         """Reads all that is stored of a volume; see `read`."""
         return self.read(entry, size=entry.stored)
+
+    def read_label(
+        self, entry: Entry, corner: Size = (0, 0, 0), size: Size | None = None
+    ) -> np.ndarray:
+        """Reads a part of a volume's segmentation, on the volume's grid; see `read`.
+
+        Args:
+            entry: one of `entries`, of a cache with labels.
+            corner: first voxel of the part.
+            size: of the part; None: all that is stored.
+
+        Returns:
+            x y z, numbers of classes in the cache's dtype.
+        """
+        assert entry.label is not None
+        return self._read_slot(entry, entry.label.slot, corner, size or entry.stored)
+
+    def read_file_label(self, entry: Entry) -> np.ndarray:
+        """Reads a volume's segmentation on the grid of its file, RAS; see `read_label`."""
+        assert entry.label is not None
+        return self._read_slot(entry, entry.label.file_slot, (0, 0, 0), entry.shape)
+
+    def _read_slot(self, entry: Entry, slot: int, corner: Size, size: Size) -> np.ndarray:
+        part = tuple(slice(a, a + n) for a, n in zip(corner, size, strict=True))
+        try:
+            return self._array[slot][part].read().result()
+        except (OSError, ValueError) as error:
+            raise self._unreadable(entry, slot, error) from error
+
+    def _unreadable(self, entry: Entry, slot: int, error: Exception) -> InputError:
+        return InputError(
+            f"{chunk_file(self.path, slot)}: cannot read {entry.id} ({error}); "
+            "find all damage with: python -m voco_jax.data.prepare --verify --cache "
+            f"{self.path}; then prepare again as before, which does those volumes anew"
+        )
 
     @cached_property
     def _array(self) -> Any:
@@ -181,7 +212,8 @@ class CacheWriter:
         old = self.entries.get(entry.id)
         self.entries[entry.id] = entry
         if safe and old is not None and old.slot != entry.slot:  # else the next run deletes it
-            self.folder.delete(f"{ARRAY}/{chunk_name(old.slot)}")
+            for slot in old.slots:
+                self.folder.delete(f"{ARRAY}/{chunk_name(slot)}")
 
     def forget(self, entries: Sequence[Entry]) -> None:
         """Takes volumes out of the cache; the next run deletes their files."""
@@ -209,14 +241,17 @@ class CacheWriter:
             settings = {"format": FORMAT, "chain": _plain(self.chain)}
             self.folder.write(SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
         self.entries = read_manifest(self.folder)
-        self._unused = max((entry.slot + 1 for entry in self.entries.values()), default=0)
+        used = [slot for entry in self.entries.values() for slot in entry.slots]
+        self._unused = max(used, default=-1) + 1
         self._array = open_array(self.folder, create=self.chain)
         present = {name for name in self.folder.names(ARRAY) if name.startswith("c.")}
-        named = {chunk_name(entry.slot) for entry in self.entries.values()}
+        named = {chunk_name(slot) for slot in used}
         for name in present - named:
             self.folder.delete(f"{ARRAY}/{name}")
         self.lost = tuple(
-            entry for entry in self.entries.values() if chunk_name(entry.slot) not in present
+            entry
+            for entry in self.entries.values()
+            if not present.issuperset(map(chunk_name, entry.slots))
         )
         if self.lost:
             self.forget(self.lost)
@@ -227,7 +262,17 @@ def checksum(voxels: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(voxels).data, digest_size=16).hexdigest()
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_chain(path: str | Path) -> Chain:
+    """The chain settings of a cache.
+
+    Raises:
+        InputError: not a cache, or of another format.
+    """
+    values = _read_settings(path)
+    return LabelledChain(**values) if "classes" in values else Chain(**values)
+
+
+def _read_settings(path: str | Path) -> dict[str, Any]:
     """The chain settings of a cache, as plain values.
 
     Raises:
@@ -261,7 +306,7 @@ def check_settings(folder: Folder, chain: Chain) -> None:
     Raises:
         InputError: not a cache, another format, or other settings, each field named.
     """
-    changed = differences({"chain": read_settings(folder.path)}, {"chain": _plain(chain)})
+    changed = differences({"chain": _read_settings(folder.path)}, {"chain": _plain(chain)})
     if changed:
         raise InputError(
             f"{folder.path}: this cache was made with other settings (cache -> wanted): "

@@ -26,18 +26,20 @@ class Volume:
     id: str  # "<name of the root folder>/<path in the list>": the same on every machine
     path: Path | str  # absolute, or a gs:// or s3:// URL; need not exist
     section: Section
+    label: Path | str | None = None  # segmentation of it, where the list names one
 
 
-def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
+def read_list(list_path: str | Path, root: str | Path, labelled: bool = False) -> list[Volume]:
     """Reads a Decathlon-style JSON list, as VoCo's are published.
 
-    Entries of "training" and "validation" are objects with an "image" path (other keys, as
-    "label", are left aside) or plain path strings; a path may name a folder, a DICOM series. Other
-    sections, as "test", are left aside.
+    Entries of "training" and "validation" are objects with an "image" path (other keys are left
+    aside) or plain path strings; a path may name a folder, a DICOM series. Other sections, as
+    "test", are left aside.
 
     Args:
         list_path: the JSON file.
         root: the folder that the list's paths are relative to; need not exist.
+        labelled: whether every entry has to have a "label" path too, which else is left aside.
 
     Returns:
         The volumes in the list's order, training first; a path listed twice appears twice.
@@ -66,7 +68,7 @@ def read_list(list_path: str | Path, root: str | Path) -> list[Volume]:
             )
         for index, entry in enumerate(entries):
             where = f"{list_path}: {section}[{index}]"
-            volumes.append(_volume(entry, root_path, section, where, folders))
+            volumes.append(_volume(entry, root_path, section, where, folders, labelled))
     if not volumes:
         raise InputError(
             f"{list_path}: found no volumes in training or validation, expected at least one; "
@@ -150,7 +152,10 @@ def combine(volumes: Iterable[Volume]) -> list[Volume]:
 
 
 def collect(
-    lists: Sequence[str | Path], roots: Sequence[str | Path], scans: Sequence[str | Path] = ()
+    lists: Sequence[str | Path],
+    roots: Sequence[str | Path],
+    scans: Sequence[str | Path] = (),
+    labelled: bool = False,
 ) -> list[Volume]:
     """Reads lists and scans folders, and combines what they name.
 
@@ -158,10 +163,17 @@ def collect(
         lists: JSON lists; "": the root is scanned instead. None at all: every root is.
         roots: each list's root folder, in the same order, or one for all.
         scans: folders with volumes.
+        labelled: see `read_list`.
 
     Raises:
-        InputError: see `read_list`, `scan`, `combine`; or another number of roots than of lists.
+        InputError: see `read_list`, `scan`, `combine`; another number of roots than of lists; or
+            labels wanted of a folder, which cannot say whose they are.
     """
+    if labelled and (scans or not all(lists) or not lists):
+        raise InputError(
+            "lists: found a folder to be searched, expected a Decathlon list for each root: only a "
+            "list says which label belongs to which image"
+        )
     if not lists:
         lists = [""] * len(roots)
     if len(roots) == 1:
@@ -173,7 +185,7 @@ def collect(
         )
     volumes: list[Volume] = []
     for list_path, root in zip(lists, roots, strict=True):
-        volumes += read_list(list_path, root) if list_path else scan(root)
+        volumes += read_list(list_path, root, labelled) if list_path else scan(root)
     for folder in scans:
         volumes += scan(folder)
     return combine(volumes)
@@ -195,14 +207,26 @@ def _read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not JSON ({error}), expected a Decathlon list") from error
 
 
-def _volume(entry: Any, root: str, section: Section, where: str, folders: dict[str, str]) -> Volume:
+def _volume(
+    entry: Any, root: str, section: Section, where: str, folders: dict[str, str], labelled: bool
+) -> Volume:
     """A list's entry; `folders` remembers the real paths of folders."""
-    image = entry.get("image") if isinstance(entry, dict) else entry
-    if not isinstance(image, str) or not image.strip() or "\0" in image:
-        raise InputError(
-            f'{where}: found {json.dumps(entry)[:200]}, expected {{"image": "path"}} or "path"'
-        )
-    relative = PurePosixPath(image)
+    expected = '{"image": "path"} or "path"'
+    texts: list[Any] = [entry.get("image") if isinstance(entry, dict) else entry]
+    if labelled:
+        expected = '{"image": "path", "label": "path"}'
+        texts.append(entry.get("label") if isinstance(entry, dict) else None)
+    for text in texts:
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            raise InputError(f"{where}: found {json.dumps(entry)[:200]}, expected {expected}")
+    (name, path), *labels = [_resolve(text, root, where, folders) for text in texts]
+    label = labels[0][1] if labels else None
+    return Volume(f"{os.path.basename(root)}/{name}", path, section, label)
+
+
+def _resolve(text: str, root: str, where: str, folders: dict[str, str]) -> tuple[str, Path | str]:
+    """A path in a list, in its plainest form, and absolute."""
+    relative = PurePosixPath(text)
     if is_remote(root):
         resolved, inside = f"{root}/{relative}", bool(relative.parts)
     else:
@@ -216,11 +240,10 @@ def _volume(entry: Any, root: str, section: Section, where: str, folders: dict[s
         inside = bool(relative.name) and os.path.commonpath([root, resolved]) == root != resolved
     if relative.is_absolute() or ".." in relative.parts or not inside:
         raise InputError(
-            f"{where}: {image!r} leads out of the root folder {root}, expected a relative path of "
+            f"{where}: {text!r} leads out of the root folder {root}, expected a relative path of "
             "a file below it; move the file there or name another root"
         )
-    path = resolved if is_remote(root) else Path(resolved)
-    return Volume(f"{os.path.basename(root)}/{relative.as_posix()}", path, section)
+    return relative.as_posix(), resolved if is_remote(root) else Path(resolved)
 
 
 def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[str]]]:

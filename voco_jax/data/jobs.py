@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voco_jax.config.common import Chain
-from voco_jax.data.array import largest, write_volume
+import numpy as np
+
+from voco_jax.config.common import Chain, LabelledChain
+from voco_jax.data.array import count_in_chunks, largest, write_volume
 from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
 from voco_jax.data.formats.readers import VolumeError, file_signature
 from voco_jax.data.formats.remote import local_copy, remote_signature
-from voco_jax.data.manifest import LOCK, Entry, token_of
+from voco_jax.data.manifest import LOCK, Entry, Label, token_of
 from voco_jax.data.progress import log
 from voco_jax.data.storage import Folder, is_remote
-from voco_jax.data.volumes import prepare_volume, quantise
+from voco_jax.data.volumes import PreparedLabels, prepare_labels, prepare_volume, quantise
 from voco_jax.data.workers import cluster_workers, run_jobs
 
+LABELLED_ARRAYS = 3  # slots of a volume with a label: itself, its label, its label as in the file
 _LOOKS = 32  # at files, at the same time: network file systems and object stores answer slowly
 _PART = 64  # files that one thread looks at before it takes others
 
@@ -32,7 +35,7 @@ class Job:
 
     volume: Volume
     cache: str
-    slot: int
+    slot: int  # of the volume; with a label also the next two are its
     chain: Chain
 
 
@@ -47,14 +50,20 @@ def prepare_one(job: Job) -> Entry | str:
     """
     volume, chain = job.volume, job.chain
     try:
-        found = signature_of(volume.path)  # before reading: a file changed meanwhile is done again
+        found = signature_of(volume)  # before reading: a file changed meanwhile is done again
     except OSError:
         found = ""  # prepare_volume says what is wrong
+    labels = None
     try:
         with local_copy(volume.path) as path:
             prepared = prepare_volume(path, chain)
+        if isinstance(chain, LabelledChain):
+            assert volume.label is not None
+            with local_copy(volume.label) as path:
+                labels = prepare_labels(path, chain, prepared)
     except VolumeError as error:
-        return error.reason
+        about_label = error.path != str(volume.path) and volume.label is not None
+        return f"label {volume.label}: {error.reason}" if about_label else error.reason
     except OSError as error:
         return f"cannot fetch: {error}"
     voxels = quantise(prepared.voxels, chain.dtype)
@@ -66,7 +75,8 @@ def prepare_one(job: Job) -> Entry | str:
             "the chain"
         )
     write_volume(job.cache, job.slot, voxels)
-    facts = {name: value for name, value in vars(prepared).items() if name != "voxels"}
+    label = None if labels is None else _write_labels(job, labels, voxels.dtype)
+    facts = {name: value for name, value in vars(prepared).items() if name in _FACTS}
     return Entry(
         id=volume.id,
         slot=job.slot,
@@ -75,7 +85,26 @@ def prepare_one(job: Job) -> Entry | str:
         stamp=found,
         stored=voxels.shape,
         checksum=checksum(voxels),
+        label=label,
         **facts,
+    )
+
+
+_FACTS = {field.name for field in dataclasses.fields(Entry)}
+
+
+def _write_labels(job: Job, labels: PreparedLabels, dtype: np.dtype) -> Label:
+    """Writes both arrays of a label beside its volume's."""
+    both = [array.astype(dtype) for array in (labels.voxels, labels.file_voxels)]
+    for slot, array in enumerate(both, job.slot + 1):
+        write_volume(job.cache, slot, array)
+    assert isinstance(job.chain, LabelledChain)
+    return Label(
+        path=str(job.volume.label),
+        slot=job.slot + 1,
+        file_slot=job.slot + 2,
+        checksums=(checksum(both[0]), checksum(both[1])),
+        chunks=count_in_chunks(labels.voxels, len(job.chain.classes)),
     )
 
 
@@ -100,12 +129,17 @@ def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
     return missing
 
 
-def signature_of(path: Path | str) -> str:
-    """Another text once a volume's file has changed.
+def signature_of(volume: Volume) -> str:
+    """Another text once a volume's file, or its label's, has changed.
 
     Raises:
         OSError: there is no such file.
     """
+    image = _signature(volume.path)
+    return image if volume.label is None else f"{image}; label {_signature(volume.label)}"
+
+
+def _signature(path: Path | str) -> str:
     if is_remote(path):
         return remote_signature(str(path))
     size, changed = file_signature(path)
@@ -116,7 +150,7 @@ def _signatures(volumes: Sequence[Volume]) -> list[str | None]:
     found: list[str | None] = []
     for volume in volumes:
         try:
-            found.append(signature_of(volume.path))
+            found.append(signature_of(volume))
         except OSError:
             found.append(None)
     return found

@@ -34,6 +34,18 @@ _FORGET = b'{"forget": '
 
 
 @dataclass(frozen=True, slots=True)
+class Label:
+    """The segmentation of a prepared volume; its voxels are numbers of classes."""
+
+    path: str  # of its file when it was prepared
+    slot: int  # on the volume's grid: of the same size
+    file_slot: int  # on the grid of the file, in RAS order, nothing cut off
+    checksums: tuple[str, str]  # of both
+    chunks: tuple[tuple[tuple[int, int], ...], ...]  # for each class but the background: where it
+    # is in the first: number of a chunk (of `array.CHUNK` voxels, C order), voxels in it
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One prepared volume: a line of the manifest. All of x y z is in RAS order."""
 
@@ -41,7 +53,7 @@ class Entry:
     slot: int  # place on the array's first axis
     section: Section
     path: str  # of the CT file when it was prepared
-    stamp: str  # of that file or its parts; another one: it has changed
+    stamp: str  # of that file or its parts and of its label; another one: it has changed
     axes: str  # of that file, as "LPS"
     shape: tuple[int, int, int]  # of that file, voxels
     spacing: tuple[float, float, float]  # of that file, mm
@@ -51,6 +63,13 @@ class Entry:
     stored: tuple[int, int, int]  # voxels of the prepared volume
     mean: float  # of the prepared voxels, 0..1
     checksum: str  # of the stored voxels
+    label: Label | None = None  # of a `LabelledChain`
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """All its places on the array's first axis."""
+        label = self.label
+        return (self.slot,) if label is None else (self.slot, label.slot, label.file_slot)
 
 
 def read_manifest(folder: Folder) -> dict[str, Entry]:

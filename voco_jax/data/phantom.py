@@ -21,7 +21,19 @@ AIR, FAT, MUSCLE = -1000.0, -100.0, 50.0
 Point = tuple[float, float, float]
 
 
-def make_phantoms(folder: str | Path, count: int, seed: int, shape: Size = (160, 160, 80)) -> Path:
+ORGANS = ("lungs", "liver", "spleen", "kidneys", "bladder")
+"""What is 1, 2, ... in a phantom's label."""
+_LUNGS, _LIVER, _SPLEEN, _KIDNEYS, _BLADDER = range(1, 6)
+
+
+def make_phantoms(
+    folder: str | Path,
+    count: int,
+    seed: int,
+    shape: Size = (160, 160, 80),
+    *,
+    labelled: bool = False,
+) -> Path:
     """Writes phantoms and a Decathlon list that names them, paths relative to the folder.
 
     Files that are already there are left alone, so that a prepared cache stays valid.
@@ -31,6 +43,7 @@ def make_phantoms(folder: str | Path, count: int, seed: int, shape: Size = (160,
         count: number of phantoms.
         seed: phantom i depends on (seed, i, shape) only.
         shape: voxels x y z before reorientation; the field of view is about 390x390x360 mm.
+        labelled: whether to write, and name, a label of each one's `ORGANS` too.
 
     Returns:
         The list's path, `folder/phantoms.json`; all are in "training".
@@ -39,19 +52,23 @@ def make_phantoms(folder: str | Path, count: int, seed: int, shape: Size = (160,
     folder.mkdir(parents=True, exist_ok=True)
     size = "x".join(map(str, shape))
     names = [f"phantom_{seed}_{size}_{index:04d}.nii.gz" for index in range(count)]
+    listed = []
     for index, name in enumerate(names):
-        if not (folder / name).exists():
-            part = folder / f".part_{name}"
-            nibabel.save(phantom(seed, index, shape), part)
-            os.replace(part, folder / name)
-    content = {"name": "phantom CT", "training": [{"image": name} for name in names]}
+        files = [name, f"label_{name}"] if labelled else [name]
+        if not all((folder / file).exists() for file in files):
+            for file, image in zip(files, phantom(seed, index, shape), strict=False):
+                part = folder / f".part_{file}"
+                nibabel.save(image, part)
+                os.replace(part, folder / file)
+        listed.append(dict(zip(("image", "label"), files, strict=False)))
+    content = {"name": "phantom CT", "training": listed}
     path = folder / "phantoms.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def phantom(seed: int, index: int, shape: Size) -> nibabel.Nifti1Image:
-    """One synthetic CT.
+def phantom(seed: int, index: int, shape: Size) -> tuple[nibabel.Nifti1Image, nibabel.Nifti1Image]:
+    """One synthetic CT and the label of its `ORGANS`.
 
     Args:
         seed: of the set.
@@ -60,7 +77,8 @@ def phantom(seed: int, index: int, shape: Size) -> nibabel.Nifti1Image:
 
     Returns:
         An int16 image in memory, in one of several orientations. Its voxels are as stored; the
-        header's slope and intercept, which nibabel applies to files only, make HU of them.
+        header's slope and intercept, which nibabel applies to files only, make HU of them. And a
+        uint8 image with the same axes.
     """
     random = np.random.default_rng([seed, index])
     plane = random.uniform(370, 420) / max(shape[:2])
@@ -71,7 +89,7 @@ def phantom(seed: int, index: int, shape: Size) -> nibabel.Nifti1Image:
     _paint_abdomen(body)
     hu = _blur(body.hu)
     hu += random.uniform(8, 20) * random.standard_normal(hu.shape, dtype=np.float32)
-    return _store(hu, spacing, random)
+    return _store(hu, body.organs, spacing, random)
 
 
 class _Body:
@@ -80,6 +98,7 @@ class _Body:
     def __init__(self, random: np.random.Generator, shape: Size, spacing: np.ndarray) -> None:
         self.random = random
         self.hu = np.full(shape, AIR, np.float32)
+        self.organs = np.zeros(shape, np.uint8)
         self.scale = random.uniform(0.9, 1.08)  # of all organs
         self.contrast = random.choice([0.0, 1.0]) * random.uniform(0.5, 1)  # agent in the blood
         shift = np.array([*random.uniform(-12, 12, 2), random.uniform(-70, 60)])
@@ -121,8 +140,9 @@ class _Body:
         hu: float,
         where: np.ndarray | None = None,
         wobble: float = 4.0,
+        organ: int = 0,
     ) -> None:
-        """Paints an ellipsoid, moved and resized a little, only `where` allowed."""
+        """Paints an ellipsoid, moved and resized a little, only `where` allowed; labels it too."""
         cx, cy, cz = (c + self.random.normal(0, wobble) for c in center)
         rx, ry, rz = (self.vary(r) for r in radii)
         part = self.near((cx, cy, cz), (rx, ry, rz))
@@ -131,12 +151,14 @@ class _Body:
         if where is not None:
             inside &= where[part]
         self.hu[part][inside] = hu
+        self.organs[part][inside] = organ
 
     def tube(self, center: tuple[float, float], radius: float, hu: float, span: np.ndarray) -> None:
         """Paints a vertical tube, only where `span` (of the whole volume) is true."""
         part = self.near((*center, 0), (radius, radius, 300))
         inside = (self.x[part] - center[0]) ** 2 + (self.y[part] - center[1]) ** 2 < radius**2
         self.hu[part][inside & span[part]] = hu
+        self.organs[part][inside & span[part]] = 0
 
 
 def _paint_trunk(body: _Body) -> None:
@@ -216,6 +238,7 @@ def _paint_chest(body: _Body) -> None:
     grain += np.maximum(texture[chest], -40)
     lung = (np.abs(x) > inner) & (across < taper)
     body.hu[chest] = np.where(lung, grain, -60)  # the rest is fat
+    body.organs[chest] = np.where(lung, _LUNGS, 0)
     z = body.z
     blood = 45 + 200 * body.contrast
     body.tube((2, body.spine + 46), 9, -970, chest & (z > 105))  # windpipe
@@ -232,7 +255,7 @@ def _paint_chest(body: _Body) -> None:
         for _ in range(16):  # vessels in the lungs
             center = side * random.uniform(35, 95), random.uniform(-45, 35), random.uniform(35, 150)
             radii = random.uniform(2, 5), random.uniform(2, 5), random.uniform(6, 25)
-            body.ellipsoid(center, radii, 20, chest)
+            body.ellipsoid(center, radii, 20, chest, organ=_LUNGS)
 
 
 def _paint_abdomen(body: _Body) -> None:
@@ -253,25 +276,26 @@ def _paint_abdomen(body: _Body) -> None:
             content = -850 if random.random() < 0.4 else 20
             body.ellipsoid((side * 105, center_y, level), (19, 19, 18), content, belly)
     liver = 60 + 50 * agent
-    body.ellipsoid((58, 12, -28), (92, 82, 72), liver, belly)
-    body.ellipsoid((5, 48, -22), (70, 36, 40), liver, belly)
+    body.ellipsoid((58, 12, -28), (92, 82, 72), liver, belly, organ=_LIVER)
+    body.ellipsoid((5, 48, -22), (70, 36, 40), liver, belly, organ=_LIVER)
     for _ in range(6):
         spot = random.uniform(20, 110), random.uniform(-40, 50), random.uniform(-70, 0)
-        body.ellipsoid(spot, (5, 5, 9), liver + 55 * agent - 12, belly & (z < 0))
+        body.ellipsoid(spot, (5, 5, 9), liver + 55 * agent - 12, belly & (z < 0), organ=_LIVER)
     body.ellipsoid((48, 38, -75), (15, 17, 24), 8, belly)  # gall bladder
     body.ellipsoid((-60, 32, -32), (38, 44, 40), random.uniform(10, 60), belly)  # stomach
     body.ellipsoid((-58, 54, -30), (26, 16, 26), -920, belly)
-    body.ellipsoid((-100, -32, -32), (30, 40, 46), 50 + 65 * agent, belly)  # spleen
+    body.ellipsoid((-100, -32, -32), (30, 40, 46), 50 + 65 * agent, belly, organ=_SPLEEN)
     body.ellipsoid((-20, 10, -75), (55, 11, 13), 40 + 40 * agent, belly)  # pancreas
     for side in (-1, 1):
         kidney = (side * 62, body.spine + 28, -105 - 10 * side)
-        body.ellipsoid(kidney, (28, 25, 52), 32 + 150 * agent, belly, wobble=2)
+        body.ellipsoid(kidney, (28, 25, 52), 32 + 150 * agent, belly, wobble=2, organ=_KIDNEYS)
         hilum = (side * 50, body.spine + 32, kidney[2])
         body.ellipsoid(hilum, (13, 10, 22), -60 + 60 * agent, None, wobble=2)
         muscle = (side * 40, body.spine + 8, -170)
         body.ellipsoid(muscle, (20, 19, 95), MUSCLE + 8, body.cavity & (z < -60))  # psoas
     body.tube((20, body.spine + 31), 11, 45 + 120 * agent, (z < 20) & body.cavity)  # hollow vein
-    body.ellipsoid((0, 25, -285), (42, 34, 32), 8, body.cavity & (z < -230))  # bladder
+    low = body.cavity & (z < -230)
+    body.ellipsoid((0, 25, -285), (42, 34, 32), 8, low, organ=_BLADDER)
 
 
 def _blur(volume: np.ndarray) -> np.ndarray:
@@ -287,8 +311,10 @@ def _blur(volume: np.ndarray) -> np.ndarray:
     return volume
 
 
-def _store(hu: np.ndarray, spacing: np.ndarray, random: np.random.Generator) -> nibabel.Nifti1Image:
-    """HU in RAS order -> int16 image in some scanner's habits."""
+def _store(
+    hu: np.ndarray, organs: np.ndarray, spacing: np.ndarray, random: np.random.Generator
+) -> tuple[nibabel.Nifti1Image, nibabel.Nifti1Image]:
+    """HU in RAS order -> int16 image in some scanner's habits; and the label with its axes."""
     hu = np.clip(hu, -1024, 3071)
     if random.random() < 0.3:  # outside the scanner's circle
         x, y = (np.linspace(-1, 1, n, dtype=np.float32) ** 2 for n in hu.shape[:2])
@@ -298,11 +324,13 @@ def _store(hu: np.ndarray, spacing: np.ndarray, random: np.random.Generator) -> 
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = -spacing * (np.array(hu.shape) - 1) / 2 + random.uniform(-50, 50, 3)
     axes = ORIENTATIONS[random.integers(len(ORIENTATIONS))]
-    image = nibabel.Nifti1Image(stored, affine)
     turn = nibabel.orientations.ornt_transform(
         nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(axes)
     )
-    image = image.as_reoriented(turn)
+    image, label = (
+        nibabel.Nifti1Image(voxels, affine).as_reoriented(turn) for voxels in (stored, organs)
+    )
     image.header.set_slope_inter(slope, intercept)
-    image.header.set_xyzt_units("mm")
-    return image
+    for one in (image, label):
+        one.header.set_xyzt_units("mm")
+    return image, label

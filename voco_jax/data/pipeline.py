@@ -11,9 +11,9 @@ import os
 import signal
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict
 
 import grain
 import numpy as np
@@ -57,7 +57,10 @@ class Part:
 def fingerprint(parts: Sequence[Part]) -> str:
     """A hash of sets of volumes, ids and voxels; the same on every machine and in any order."""
     lines = sorted(
-        f"{part.source}\0{entry.id}\0{entry.checksum}\n" for part in parts for entry in part.entries
+        f"{part.source}\0{entry.id}\0{entry.checksum}\n"
+        + (f"{entry.label.checksums}\n" if entry.label else "")
+        for part in parts
+        for entry in part.entries
     )
     return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
@@ -161,17 +164,35 @@ def sample(
     )
 
 
+def batches(parts: Sequence[Part], crops: Crops, **options: Any) -> Iterator[CropBatch]:
+    """Endless training batches of pre-training.
+
+    Args:
+        parts: see `stream_batches`, which takes all further arguments too.
+        crops: grid and crop sizes.
+        options: of `stream_batches`.
+    """
+    drawing = partial(draw, crops=crops, sub_volumes=crops.sub_volumes)
+    return stream_batches(parts, drawing, partial(collate, crops=crops), **options)
+
+
+class Draw(Protocol):
+    """Chooses what of a volume becomes a sample, by random numbers of the sample's own."""
+
+    def __call__(self, cache: Cache, entry: Entry, *, generator: np.random.Generator) -> Any:
+        """Returns what `collate` takes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Draw:
-    """(part, index) -> volume and origins; pickled into the worker processes."""
+    """(part, index) -> a sample to be read; pickled into the worker processes."""
 
     parts: tuple[Part, ...]
-    crops: Crops
+    draw: Draw
 
-    def __call__(self, place: tuple[int, int], generator: np.random.Generator) -> Drawn:
+    def __call__(self, place: tuple[int, int], generator: np.random.Generator) -> Any:
         part = self.parts[place[0]]
-        entry = part.entries[place[1]]
-        return draw(part.cache, entry, self.crops, self.crops.sub_volumes, generator)
+        return self.draw(part.cache, part.entries[place[1]], generator=generator)
 
 
 class _Rows:
@@ -183,14 +204,15 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._dataset) // self._batch_size * len(self._rows)
 
-    def __getitem__(self, index: int) -> Drawn:
+    def __getitem__(self, index: int) -> Any:
         step, place = divmod(index, len(self._rows))
         return self._dataset[step * self._batch_size + self._rows[place]]
 
 
-def batches(
+def stream_batches(
     parts: Sequence[Part],
-    crops: Crops,
+    draw: Draw,
+    collate: Callable[[Sequence[Any]], Any],
     *,
     seed: int,
     batch_size: int,
@@ -204,7 +226,8 @@ def batches(
     Args:
         parts: the training volumes of each source, in an order that does not change between
             runs. Sources take turns so that their shares follow the weights at every moment.
-        crops: grid and crop sizes.
+        draw: what of a volume becomes a sample; reads nothing.
+        collate: reads the samples of a batch.
         seed: of order and crops; every epoch has its own order.
         batch_size: volumes per batch, over all processes.
         rows: which of them this process needs; None: all.
@@ -213,7 +236,7 @@ def batches(
         prefetch: batches kept ready (per worker).
 
     Returns:
-        An iterator of `CropBatch`, of these rows.
+        An iterator of what `collate` makes, of these rows.
     """
     places = [
         grain.MapDataset.source([(number, index) for index in range(len(part.entries))])
@@ -224,11 +247,11 @@ def batches(
     ]
     weights = [part.weight for part in parts]
     mixed = grain.MapDataset.mix(places, weights) if len(parts) > 1 else places[0]
-    samples = mixed.seed(seed).random_map(_Draw(tuple(parts), crops))
+    samples = mixed.seed(seed).random_map(_Draw(tuple(parts), draw))
     rows = range(batch_size) if rows is None else rows
     local = grain.MapDataset.source(_Rows(samples, batch_size, rows))[start_step * len(rows) :]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=prefetch)
-    collated = local.batch(len(rows), drop_remainder=True, batch_fn=partial(collate, crops=crops))
+    collated = local.batch(len(rows), drop_remainder=True, batch_fn=collate)
     stream = collated.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # grain asks absl's flags, which no command here has

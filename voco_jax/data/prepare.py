@@ -19,11 +19,11 @@ from typing import NoReturn
 import pydantic
 from tqdm import tqdm
 
-from voco_jax.config.common import WORKDIR, Chain, Source
+from voco_jax.config.common import WORKDIR, Chain, LabelledChain, Source
 from voco_jax.config.load import DEFAULT, command_parser, load, parse_arguments
 from voco_jax.data.cache import ARRAY, FAILURES, CacheWriter
 from voco_jax.data.datalists import Volume, collect, combine
-from voco_jax.data.jobs import Job, missing_from, prepare_one, run_on_cluster
+from voco_jax.data.jobs import LABELLED_ARRAYS, Job, missing_from, prepare_one, run_on_cluster
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
 from voco_jax.data.storage import Folder
@@ -82,9 +82,11 @@ def prepare(
     try:
         with CacheWriter(cache_path, chain) as cache:
             todo = missing_from(cache, volumes)
+            arrays = LABELLED_ARRAYS if isinstance(chain, LabelledChain) else 1
+            slots = cache.reserve(len(todo) * arrays)
             jobs = [
                 Job(volume, cache.path, slot, chain)
-                for volume, slot in zip(todo, cache.reserve(len(todo)), strict=True)
+                for volume, slot in zip(todo, slots[::arrays], strict=True)
             ]
             outcomes = _outcomes(jobs, cache, count, scheduler)
             shown = bar("prepare", len(jobs), progress)
@@ -284,10 +286,11 @@ def _wanted(
         )
     found = []
     for name, source in sources.items():
+        labelled = isinstance(source.chain, LabelledChain)
         if named:
-            volumes = collect(options.datalist, options.root, options.scan)
+            volumes = collect(options.datalist, options.root, options.scan, labelled)
         elif source.roots:
-            volumes = collect(source.lists, source.roots)
+            volumes = collect(source.lists, source.roots, labelled=labelled)
         else:
             raise InputError(
                 f"{options.config}: data.sources.{name}.roots is empty, expected folders with CT "

@@ -48,12 +48,33 @@ def resample(
     Returns:
         x y z, float32; round((old size - 1) * spacing / new_spacing + 1) voxels along each axis.
     """
-    positions = []
-    counts = resampled_size(volume.shape, spacing, new_spacing)
-    for size, count, old, new in zip(volume.shape, counts, spacing, new_spacing, strict=True):
-        ratio = _ratio(old, new)
-        positions.append(np.minimum(ratio * np.arange(count), size - 1).astype(np.float32))
+    positions = resampled_positions(volume.shape, spacing, new_spacing)
     return _interpolate(volume, positions, convert)
+
+
+def resample_nearest(volume: np.ndarray, positions: Sequence[np.ndarray]) -> np.ndarray:
+    """The voxels nearest to all combinations of positions; for labels, which are never mixed.
+
+    Args:
+        volume: x y z, any dtype.
+        positions: along each axis, in voxels; those outside are the nearest border's.
+    """
+    places = [
+        np.clip(np.rint(along).astype(np.intp), 0, size - 1)
+        for along, size in zip(positions, volume.shape, strict=True)
+    ]
+    return volume[np.ix_(*places)]
+
+
+def resampled_positions(
+    size: tuple[int, ...], spacing: Spacing, new_spacing: Spacing
+) -> list[np.ndarray]:
+    """Where along each axis the voxels of `resample` lie, in voxels of the volume, float32."""
+    counts = resampled_size(size, spacing, new_spacing)
+    return [
+        np.minimum(_ratio(old, new) * np.arange(count), length - 1).astype(np.float32)
+        for length, count, old, new in zip(size, counts, spacing, new_spacing, strict=True)
+    ]
 
 
 def resampled_size(size: tuple[int, ...], old: Spacing, new: Spacing) -> tuple[int, ...]:
@@ -62,6 +83,11 @@ def resampled_size(size: tuple[int, ...], old: Spacing, new: Spacing) -> tuple[i
         max(round((count - 1) / _ratio(before, after) + 1), 1)
         for count, before, after in zip(size, old, new, strict=True)
     )
+
+
+def resampled_ratios(old: Spacing, new: Spacing) -> list[float]:
+    """New voxels per old voxel along each axis."""
+    return [1 / _ratio(before, after) for before, after in zip(old, new, strict=True)]
 
 
 def _ratio(old: float, new: float) -> float:

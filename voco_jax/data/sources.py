@@ -5,9 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from voco_jax.config.common import Data
+from voco_jax.config.common import Data, LabelledChain
+from voco_jax.config.finetuning import LabelledData
 from voco_jax.data.cache import Cache
 from voco_jax.data.datalists import collect
+from voco_jax.data.folds import split_patients
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.pipeline import Part, split
 from voco_jax.data.prepare import prepare
@@ -37,10 +39,12 @@ def fill_caches(data: Data, seed: int, workdir: Path) -> str:
     summaries = []
     for name, source in data.sources.items():
         lists, roots = source.lists, source.roots
+        labelled = isinstance(source.chain, LabelledChain)
         if data.phantoms:
             folder = workdir / "phantoms"
             print(f"making {data.phantoms} phantom CTs in {folder} ...", flush=True)
-            lists = (str(make_phantoms(folder, data.phantoms, seed)),)
+            made = make_phantoms(folder, data.phantoms, seed, labelled=labelled)
+            lists = (str(made),)
             roots = (str(folder),)
         if not roots:
             raise InputError(
@@ -49,7 +53,7 @@ def fill_caches(data: Data, seed: int, workdir: Path) -> str:
             )
         # Starting Dask takes longer than a few small phantoms do.
         workers = 0 if data.phantoms else None
-        volumes = collect(lists, roots)
+        volumes = collect(lists, roots, labelled=labelled)
         summaries.append(str(prepare(volumes, source.cache, source.chain, workers)))
     return "\n".join(summaries)
 
@@ -80,7 +84,10 @@ def write_volumes(caches: Mapping[str, Cache], data: Data, seed: int, workdir: P
     content = {}
     for source, cache in caches.items():
         try:
-            chosen = split(cache.entries, data.held_out, seed)
+            if isinstance(data, LabelledData):
+                chosen = split_patients(cache.entries, data, seed)
+            else:
+                chosen = split(cache.entries, data.held_out, seed)
         except InputError as error:
             raise InputError(f"data.sources.{source}: {error}") from error
         content[source] = {

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from voco_jax.config.common import Chain
-from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file, read_settings
+from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file, read_chain
 from voco_jax.data.jobs import run_on_cluster
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
@@ -63,7 +62,7 @@ def verify(
     Raises:
         InputError: not a cache, in use, or a cluster that cannot be used.
     """
-    chain = Chain(**read_settings(path))
+    chain = read_chain(path)
     try:
         with CacheWriter(path, chain) as writer:
             cache = Cache(writer.path, chain, ())
@@ -99,8 +98,11 @@ class _Check:
 
 def _check(job: _Check) -> str:
     """Returns what is wrong with a volume, or ""."""
+    entry, cache = job.entry, job.cache
     try:
-        found = checksum(job.cache.read_whole(job.entry))
+        found = [checksum(cache.read_whole(entry))]
+        if entry.label is not None:
+            found += [checksum(cache.read_label(entry)), checksum(cache.read_file_label(entry))]
     except InputError as error:
         cause = str(error.__cause__)
         if not cause.startswith(_DAMAGE):  # a disk or network that fails now says nothing of it
@@ -109,9 +111,15 @@ def _check(job: _Check) -> str:
                 "nothing is taken out of the cache for that: verify again when it can"
             ) from error
         return f"cannot be read: {cause}"
-    if found != job.entry.checksum:
-        return f"has the checksum {found}, expected {job.entry.checksum}"
-    return ""
+    expected = [entry.checksum, *(entry.label.checksums if entry.label else ())]
+    return next(
+        (
+            f"has the checksum {a}, expected {b}"
+            for a, b in zip(found, expected, strict=True)
+            if a != b
+        ),
+        "",
+    )
 
 
 Found = Generator[tuple[_Check, str], None, None]

@@ -5,18 +5,29 @@ the volume's size becomes float32 but what is kept.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
-from voco_jax.config.common import Chain
+from voco_jax.config.common import Chain, LabelledChain
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, load
 from voco_jax.data.formats.stored import MAX_BYTES
-from voco_jax.data.resample import center_crop, pad, resample, resampled_size, resize
+from voco_jax.data.resample import (
+    center_crop,
+    pad,
+    resample,
+    resample_nearest,
+    resampled_positions,
+    resampled_ratios,
+    resampled_size,
+    resize,
+)
+from voco_jax.types import Size
 
+Classes = tuple[tuple[str, tuple[int, ...]], ...]  # of a `LabelledChain`
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]  # first and last + 1 voxel, x y z
 
 AIR = -1024.0  # HU; what is below it is padding
@@ -34,6 +45,15 @@ class PreparedVolume:
     foreground: float  # share of the volume in the box of its foreground, cropped to it or not
     window: tuple[float, float]  # what became 0 and 1
     mean: float  # of the prepared voxels
+    affine: np.ndarray  # of the file in RAS order, voxel index to mm
+
+
+@dataclass(frozen=True)
+class PreparedLabels:
+    """A segmentation ready for the cache: numbers of classes, uint8, x y z."""
+
+    voxels: np.ndarray  # of the prepared volume's size
+    file_voxels: np.ndarray  # of the file, in RAS order
 
 
 def orient_ras(source: StoredVolume) -> StoredVolume:
@@ -116,9 +136,20 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
         VolumeError: the file is no usable CT volume; nothing else is raised for any file.
     """
     try:
-        stored = load(path)
+        return prepare_stored(load(path), chain)
+    except Exception as error:
+        raise _volume_error(path, error) from error
+
+
+def prepare_stored(stored: StoredVolume, chain: Chain) -> PreparedVolume:
+    """`prepare_volume` of what its file holds.
+
+    Raises:
+        VolumeError: no usable CT volume.
+    """
+    try:
         source = orient_ras(stored)
-        shape, spacing = source.voxels.shape, source.spacing
+        shape, spacing, affine = source.voxels.shape, source.spacing, source.affine
         if chain.spacing:
             source = _to_spacing(source, chain)
         limits = _limits(source, chain)
@@ -137,13 +168,126 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
         if chain.fit == "center_crop":
             voxels = center_crop(voxels, chain.volume_size)
         mean = float(voxels.mean(dtype=np.float64))
-        return PreparedVolume(voxels, stored.axes, shape, spacing, box, foreground, limits, mean)
-    except VolumeError:
-        raise
-    except MemoryError as error:
-        raise VolumeError(path, "out of memory: use fewer workers") from error
-    except Exception as error:  # one strange file never ends a run over thousands
-        raise VolumeError(path, f"unexpected: {type(error).__name__}: {error}") from error
+        return PreparedVolume(
+            voxels, stored.axes, shape, spacing, box, foreground, limits, mean, affine
+        )
+    except Exception as error:
+        raise _volume_error(stored.path, error) from error
+
+
+def _volume_error(path: str | Path, error: Exception) -> VolumeError:
+    """Whatever went wrong with a file, so that one strange file never ends a run over thousands."""
+    if isinstance(error, VolumeError):
+        return error
+    if isinstance(error, MemoryError):
+        return VolumeError(path, "out of memory: use fewer workers")
+    return VolumeError(path, f"unexpected: {type(error).__name__}: {error}")
+
+
+def prepare_labels(
+    path: str | Path, chain: LabelledChain, volume: PreparedVolume
+) -> PreparedLabels:
+    """Runs the chain's geometry on the segmentation of a volume; nothing is interpolated.
+
+    Args:
+        path: of the segmentation.
+        chain: of the volume.
+        volume: what became of it.
+
+    Returns:
+        Numbers of classes; outside of the image they are 0.
+
+    Raises:
+        VolumeError: another grid than the image's, or values that are no class's; nothing else is
+            raised for any file.
+    """
+    try:
+        source = orient_ras(load(path))
+        check_same_grid(source, volume.shape, volume.affine)
+        whole = kept = class_numbers(source, chain.classes)
+        if chain.spacing:
+            positions = resampled_positions(volume.shape, volume.spacing, chain.spacing)
+            kept = resample_nearest(whole, positions)
+        kept = kept[tuple(slice(a, b) for a, b in zip(*volume.box, strict=True))]
+        return PreparedLabels(pad(kept, chain.volume_size), whole)
+    except Exception as error:
+        raise _volume_error(path, error) from error
+
+
+def check_same_grid(label: StoredVolume, shape: tuple[int, ...], affine: np.ndarray) -> None:
+    """Checks that a segmentation has the voxels of its image.
+
+    Args:
+        label: RAS.
+        shape: of the image, RAS.
+        affine: of the image, RAS.
+
+    Raises:
+        VolumeError: another number of voxels, or some corner a tenth of a voxel away.
+    """
+    if label.voxels.shape != shape:
+        raise VolumeError(
+            label.path,
+            f"another grid: {'x'.join(map(str, label.voxels.shape))} voxels in RAS order, expected "
+            f"the image's {'x'.join(map(str, shape))}; resample it to its image",
+        )
+    corners = np.array([[*corner, 1.0] for corner in np.ndindex(2, 2, 2)])
+    corners[:, :3] *= np.subtract(shape, 1)
+    apart = np.linalg.norm(((label.affine - affine) @ corners.T)[:3], axis=0).max()
+    if apart > 0.1 * np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).min():
+        raise VolumeError(
+            label.path,
+            f"another grid: as many voxels as its image, but up to {apart:.3g} mm away from it; is "
+            "it this image's? If it is, give it the image's header",
+        )
+
+
+def class_numbers(source: StoredVolume, classes: Classes) -> np.ndarray:
+    """The numbers of the classes that a segmentation's values stand for.
+
+    Args:
+        source: as stored.
+        classes: `LabelledChain.classes`.
+
+    Returns:
+        uint8, of the same axes.
+
+    Raises:
+        VolumeError: a value that is no class's.
+    """
+    values = source.voxels
+    if values.dtype.kind == "f" or (source.slope, source.intercept) != (1.0, 0.0):
+        scaled = source.hounsfield(values)
+        values = np.rint(scaled)
+        if not np.array_equal(values, scaled):  # NaN is not equal to itself either
+            odd = scaled[values != scaled][0]
+            raise VolumeError(
+                source.path,
+                f"unknown label: found the value {odd:g}, expected whole numbers; was it "
+                "interpolated? Make it anew with nearest neighbours",
+            )
+    table = {value: number for number, (_, own) in enumerate(classes) for value in own}
+    low, high = min(table), max(table)
+    numbers_of = np.full(high - low + 2, -1, np.int16)  # its last element is for all other values
+    numbers_of[np.array(list(table)) - low] = list(table.values())
+    numbers, unknown = np.empty(values.shape, np.uint8), set()
+    for plane, result in zip(values, numbers, strict=True):
+        found = numbers_of[np.clip(plane.astype(np.int64), low - 1, high + 1) - low]
+        unknown |= set(np.unique(plane[found < 0]).tolist())
+        result[...] = found
+    if unknown:
+        raise VolumeError(
+            source.path,
+            f"unknown label: found the values {_listed(unknown)}, expected those of chain.classes, "
+            f"{_listed(table)}; add them to a class, if they are none to the values of "
+            f"{classes[0][0]!r}",
+        )
+    return numbers
+
+
+def _listed(values: Iterable[float]) -> str:
+    shown = [f"{value:g}" for value in sorted(values)]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
 def _to_spacing(source: StoredVolume, chain: Chain) -> StoredVolume:
@@ -168,6 +312,30 @@ def _to_spacing(source: StoredVolume, chain: Chain) -> StoredVolume:
         intercept=0.0,
         affine=source.affine @ np.diag([*np.divide(chain.spacing, source.spacing), 1.0]),
     )
+
+
+def file_positions(
+    shape: Size, spacing: tuple[float, ...], chain: Chain, box: Box, stored: Size
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the voxels of a file lie in the prepared volume, which was not resized.
+
+    Args:
+        shape: of the file, RAS.
+        spacing: of the file, RAS, mm.
+        chain: with which it was prepared.
+        box: what was kept.
+        stored: voxels of the prepared volume.
+
+    Returns:
+        For each axis, for each voxel of the file along it: voxels of the prepared volume.
+    """
+    x, y, z = (
+        np.arange(count) * ratio - first + (length - (last - first)) // 2
+        for count, ratio, first, last, length in zip(
+            shape, resampled_ratios(spacing, chain.spacing or spacing), *box, stored, strict=True
+        )
+    )
+    return x, y, z
 
 
 def _limits(source: StoredVolume, chain: Chain) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from voco_jax.config.common import Chain
 from voco_jax.config.load import command_parser, load, parse_arguments, positive
-from voco_jax.data.cache import Cache, read_settings
+from voco_jax.data.cache import Cache, read_chain
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
 from voco_jax.data.volumes import dequantise
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sources = load(options.config, overrides).data.sources
             caches = {f"{options.output}/{name}": s.cache for name, s in sources.items()}
         for output, path in caches.items():
-            cache = Cache.open(path, Chain(**read_settings(path)))
+            cache = Cache.open(path, read_chain(path))
             _tell(output, *draw(cache, Path(output), options.pages))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
