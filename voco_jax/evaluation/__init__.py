@@ -1,0 +1,1 @@
+"""Segmentations: made by a network, compared with references, measured and drawn."""
