@@ -37,9 +37,10 @@ _EXAMPLES = """
 def methods() -> dict[str, Any]:
     """What trains each `task` that a config can name: a `voco_jax.training.task.Method`."""
     # Imported here: worker processes import this file too, and need none of it.
+    from voco_jax.finetune import segmentation
     from voco_jax.voco import task as voco
 
-    return {"voco": voco.METHOD}
+    return {"voco": voco.METHOD, "segmentation": segmentation.METHOD}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

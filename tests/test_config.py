@@ -28,6 +28,14 @@ SHIPPED = {
     "voco_10k": "configs/voco_10k.py",
     "voco_paper": "configs/voco_paper.py",
     **{f"voco_160k-{size}": f"configs/voco_160k.py:{size}" for size in "blh"},
+    **{
+        f"finetune_{name}": f"configs/finetune_{name}.py"
+        for name in ("btcv", "demo", "headneck", "hippocampus", "lits", "mmwhs", "spleen")
+    },
+    **{
+        f"finetune_{name}-published": f"configs/finetune_{name}.py:published"
+        for name in ("btcv", "lits", "mmwhs", "spleen")
+    },
 }
 
 

@@ -1,0 +1,433 @@
+"""Fine-tuning for segmentation: its losses and step, a whole run through the loop, prediction."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import nibabel
+import numpy as np
+import pytest
+import segmentation_main
+import strided_cnn
+
+from configs import finetune_btcv, finetune_hippocampus
+from voco_jax.config import encoders
+from voco_jax.config.load import parse
+from voco_jax.data.cache import Cache
+from voco_jax.errors import InputError
+from voco_jax.evaluation.metrics import count_overlap, dice
+from voco_jax.evaluation.predict import load_segmenter, main
+from voco_jax.finetune import augment, losses
+from voco_jax.finetune.segmentation import METHOD, describe_classes, make_program
+from voco_jax.interop.card import read_card
+from voco_jax.models.encoders import ENCODERS
+from voco_jax.training import loop
+from voco_jax.training.mesh import make_mesh
+
+ROOT = Path(__file__).resolve().parents[1]
+PREEMPTED = 75
+
+
+@pytest.fixture(autouse=True)
+def _second_encoder(monkeypatch):
+    monkeypatch.setitem(ENCODERS, "strided_cnn", strided_cnn.ENCODER)
+    monkeypatch.setitem(encoders.ENCODERS, "strided_cnn", strided_cnn.Settings)
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("include_background", [False, True])
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(("nr", "dr"), [(0.0, 1e-6), (1e-5, 1e-5)])
+def test_loss_is_monais(generator, include_background, batch, nr, dr):
+    """DiceCELoss and its gradient, float64; one class is in no crop."""
+    import torch
+    from monai.losses import DiceCELoss
+
+    logits = 2 * generator.normal(size=(2, 4, 5, 6, 4))
+    labels = generator.integers(0, 3, (2, 4, 5, 6))
+    theirs = torch.from_numpy(np.moveaxis(logits, -1, 1).copy()).requires_grad_()
+    loss = DiceCELoss(
+        include_background=include_background,
+        to_onehot_y=True,
+        softmax=True,
+        smooth_nr=nr,
+        smooth_dr=dr,
+        batch=batch,
+        lambda_dice=0.7,
+        lambda_ce=1.3,
+    )(theirs, torch.from_numpy(labels)[:, None])
+    loss.backward()
+
+    def ours(logits):
+        found = losses.dice_loss(
+            logits,
+            jnp.asarray(labels),
+            include_background=include_background,
+            smooth_nr=nr,
+            smooth_dr=dr,
+            batch=batch,
+        )
+        return 0.7 * found + 1.3 * losses.cross_entropy(logits, jnp.asarray(labels))
+
+    with jax.enable_x64(True):
+        value, gradient = jax.value_and_grad(ours)(jnp.asarray(logits))
+    assert abs(float(value) - loss.item()) < 1e-12
+    expected = np.moveaxis(theirs.grad.numpy(), 1, -1)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
+
+
+# ---- augmentation
+
+
+def _draws(count, **changes):
+    options = finetune_btcv.get_config().augment.to_dict()
+    options = {name: (0.0, 0.0, 0.0) if name == "flip_probability" else 0.0 for name in options}
+    return augment.draw(jax.random.key(1), count, **{**options, **changes})
+
+
+def test_labels_go_where_their_images_go():
+    images = jnp.asarray(np.random.default_rng(0).random((32, 6, 6, 4)), jnp.float32)
+    labels = (images * 1000).astype(jnp.int32)
+    draws = _draws(32, flip_probability=(0.5, 0.5, 0.5), rotate_probability=0.7)
+    moved, with_them = augment.apply(images, labels, draws)
+    np.testing.assert_array_equal((moved * 1000).astype(jnp.int32), with_them)
+    assert (moved != images).any(axis=(1, 2, 3)).mean() > 0.7
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"scale_probability": 1.0, "scale": 0.3}, lambda x, d: x * d.scales),
+        ({"shift_probability": 1.0, "shift": 0.3}, lambda x, d: x + d.shifts),
+        ({"gamma_probability": 1.0, "gamma": 0.5}, lambda x, d: x**d.exponents),
+        ({}, lambda x, d: x),
+    ],
+)
+def test_intensities_change_and_labels_do_not(changes, expected):
+    images = jnp.full((64, 2, 2, 2), 0.4)
+    labels = jnp.ones((64, 2, 2, 2), jnp.int32)
+    draws = _draws(64, **changes)
+    found, same = augment.apply(images, labels, draws)
+    np.testing.assert_array_equal(same, labels)
+    np.testing.assert_allclose(found[:, 0, 0, 0], expected(np.float32(0.4), draws), rtol=1e-5)
+    if changes:
+        assert np.unique(np.asarray(found[:, 0, 0, 0])).size > 32
+
+
+def test_noise_has_its_deviation():
+    images = jnp.zeros((200, 8, 8, 8))
+    draws = _draws(200, noise_probability=0.5, noise=0.2)
+    found, _ = augment.apply(images, images.astype(jnp.int32), draws)
+    np.testing.assert_allclose(found.std(axis=(1, 2, 3)), draws.deviations, rtol=0.1, atol=1e-6)
+    assert 0.35 < (np.asarray(draws.deviations) == 0).mean() < 0.65
+
+
+# ---- the step
+
+
+def _program(**changes):
+    values = segmentation_main.get_config()
+    for name, value in changes.items():
+        *sections, last = name.split("__")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return make_program(parse(values, "/nowhere"), make_mesh(1, jax.devices()[:1]))
+
+
+def _batch(program):
+    generator = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(
+            generator.integers(0, 6 if name == "labels" else 256, leaf.shape), leaf.dtype
+        )
+        for name, leaf in program.batch.items()
+    }
+
+
+def _one_step(program):
+    state = program.init()
+    before = jax.device_get(state.params)
+    state, metrics = program.step(state, _batch(program))
+    state, metrics = program.step(state, _batch(program))
+    return before, jax.device_get(state.params), jax.device_get(metrics)
+
+
+def test_microbatches_change_rounding_alone():
+    whole, parts = _one_step(_program()), _one_step(_program(model__crops_per_pass=1))
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=2e-5)
+
+
+def test_a_frozen_encoder_stays_and_the_decoder_learns():
+    before, after, metrics = _one_step(_program(optimizer__freeze_encoder=True))
+    for name in before:
+        same = jax.tree.map(np.array_equal, before[name], after[name])
+        assert all(jax.tree.leaves(same)) == name.startswith("conv")
+    assert metrics["gradient_norm"] > 0
+
+
+# ---- a run
+
+
+def _start(workdir, *flags):
+    script = "tests/segmentation_main.py"
+    command = [sys.executable, script, f"--config={script}", f"--workdir={workdir}", *flags]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def _finish(process, status=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def _rows(workdir):
+    path = workdir / "metrics.jsonl"
+    rows = map(json.loads, path.read_text().splitlines())
+    return {
+        (row["step"], name): value
+        for row in rows
+        for name, value in row.items()
+        if name in ("loss", "gradient_norm") or name.startswith("validation/")
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("segmentation") / "unbroken"
+    return workdir, _finish(_start(workdir))
+
+
+def test_it_trains_validates_and_says_what_it_found(unbroken):
+    workdir, output = unbroken
+    assert "class 1 lungs: in 4 training volumes" in output
+    assert "validation at step 12: Dice" in output
+    assert "on the files' grids (lungs " in output
+    rows = _rows(workdir)
+    assert rows[12, "loss"] < 0.8 * rows[1, "loss"]
+    assert sorted(path.name for path in (workdir / "pictures").iterdir()) == [
+        f"segmentations_{step:07d}.png" for step in (4, 8, 12)
+    ]
+    card = read_card(workdir / "segmentation.safetensors")
+    assert card["classes"] == ["background", "lungs", "liver", "spleen", "kidneys", "bladder"]
+    assert card["chain"]["spacing"] == [12.0, 12.0, 12.0]
+    assert card["crop_size"] == [32, 32, 16]
+
+
+def test_killed_and_preempted_it_goes_on_bit_for_bit(unbroken, tmp_path):
+    workdir = tmp_path / "broken"
+    killed = _start(workdir)
+    for _ in itertools.takewhile(lambda _: killed.poll() is None, itertools.count()):
+        if (workdir / "checkpoints" / "3").exists():
+            break
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    preempted = _start(workdir, "--config.validation.every_steps=4")
+    for line in preempted.stdout:
+        if "compiled in" in line:
+            break
+    preempted.send_signal(signal.SIGTERM)
+    assert "preempted (SIGTERM); saved step" in _finish(preempted, PREEMPTED)
+    assert "resuming at step" in _finish(_start(workdir))
+    assert _rows(workdir) == _rows(unbroken[0])
+    ours, theirs = (folder / "segmentation.safetensors" for folder in (workdir, unbroken[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_twins_start_elsewhere(unbroken, tmp_path, capsys):
+    """From the file every key is told; scratch and shuffled say what they are."""
+    weights = unbroken[0] / "segmentation.safetensors"
+    firsts = {}
+    for twin, said in (
+        ("none", "10 matched, 0 missing, 0 unexpected, 0 of another shape"),
+        ("scratch", "is left aside (init.twin)"),
+        ("shuffled", "in a random order"),
+    ):
+        values = segmentation_main.get_config() | {"init_from": str(weights), "total_steps": 3}
+        values["data"]["sources"]["ct"]["cache"] = str(unbroken[0] / "cache")
+        values["init"]["twin"] = twin
+        values["validation"]["every_steps"] = 0
+        loop.run(parse(values, str(tmp_path / twin)), tmp_path / twin, METHOD)
+        assert said in capsys.readouterr().out
+        firsts[twin] = _rows(tmp_path / twin)[1, "loss"]
+    assert firsts["none"] < firsts["scratch"]
+    assert firsts["scratch"] == _rows(unbroken[0])[1, "loss"]
+    assert len(set(firsts.values())) == 3
+
+
+# ---- prediction
+
+
+@pytest.fixture(scope="module")
+def weights(unbroken):
+    return unbroken[0] / "segmentation.safetensors"
+
+
+def test_masks_are_those_of_the_validation(unbroken, weights, tmp_path, capsys):
+    """On the phantom's own grid, header and axes; Dice as the run found it."""
+    workdir, _ = unbroken
+    cache = Cache.open(
+        workdir / "cache", parse(read_card(weights)["config"]).data.sources["ct"].chain
+    )
+    held_out = json.loads((workdir / "volumes.json").read_text())["ct"]["held_out"]
+    entries = [entry for entry in cache.entries if entry.id in held_out]
+    found = []
+    for entry in entries:
+        flags = ["--weights", str(weights), "--input", entry.path, "--output", str(tmp_path)]
+        assert main([*flags, "--overlap", "0.25", "--preview"]) == 0
+        name = Path(entry.path).name
+        image, mask = nibabel.load(entry.path), nibabel.load(tmp_path / name)
+        np.testing.assert_array_equal(mask.affine, image.affine)
+        assert mask.shape == image.shape
+        assert mask.get_data_dtype() == np.uint8
+        assert mask.header["qform_code"] == image.header["qform_code"]
+        label = np.asarray(nibabel.load(entry.label.path).dataobj)
+        found.append(dice(count_overlap(label, np.asarray(mask.dataobj), 6)))
+        values = json.loads((tmp_path / "statistics.json").read_text())
+        ml = values[name.removesuffix(".nii.gz")]["lungs"]["volume_ml"]
+        voxel = abs(np.linalg.det(image.affine[:3, :3])) / 1000
+        assert ml == pytest.approx((np.asarray(mask.dataobj) == 1).sum() * voxel, rel=1e-4)
+        assert (tmp_path / name.replace(".nii.gz", ".png")).exists()
+    assert "lungs" in capsys.readouterr().out
+    rows = _rows(workdir)
+    means = np.stack(found)[:, :5].mean(axis=0)
+    for number, name in enumerate(("lungs", "liver", "spleen", "kidneys"), 1):
+        assert means[number] == pytest.approx(rows[12, f"validation/dice_{name}"], abs=1e-3)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["weights"][0]["sha256"] == read_card(weights)["sha256"]
+
+
+def test_an_ensemble_of_one_twice_is_one(weights, generator):
+    one, two = load_segmenter([weights]), load_segmenter([weights, weights])
+    windows = generator.integers(0, 256, (1, 32, 32, 16), dtype=np.uint8)
+    np.testing.assert_allclose(one.predict(windows), two.predict(windows), rtol=1e-5, atol=1e-6)
+
+
+def test_mirroring_is_the_mean_of_the_flipped(weights, generator):
+    one, both = load_segmenter([weights]), load_segmenter([weights], mirror="xz")
+    windows = generator.integers(0, 256, (1, 32, 32, 16), dtype=np.uint8)
+    expected = np.mean(
+        [np.flip(one.predict(np.flip(windows, axes)), axes) for axes in ((), (1,), (3,), (1, 3))],
+        axis=0,
+    )
+    np.testing.assert_allclose(both.predict(windows), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_volume_smaller_than_a_window_is_padded(weights, tmp_path):
+    image = np.full((9, 12, 8), -1000, np.int16)
+    image[2:7, 3:9, 2:6] = 60
+    nibabel.save(nibabel.Nifti1Image(image, np.diag([10, 10, 11, 1])), tmp_path / "small.nii.gz")
+    flags = ["--weights", str(weights), "--input", str(tmp_path / "small.nii.gz")]
+    assert main([*flags, "--output", str(tmp_path / "masks")]) == 0
+    assert nibabel.load(tmp_path / "masks" / "small.nii.gz").shape == image.shape
+
+
+def test_one_bad_image_does_not_stop_the_others(weights, unbroken, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    phantom = next((unbroken[0] / "phantoms").glob("phantom_*.nii.gz"))
+    (folder / "a.nii.gz").write_bytes(phantom.read_bytes()[:5000])
+    (folder / "b.nii.gz").write_bytes(phantom.read_bytes())
+    flags = ["--weights", str(weights), "--input", str(folder), "--output", str(tmp_path / "m")]
+    assert main(flags) == 1
+    assert "a.nii.gz: truncated gzip" in capsys.readouterr().err
+    report = json.loads((tmp_path / "m" / "report.json").read_text())
+    assert [bool(one["problem"]) for one in report["files"]] == [True, False]
+    assert (tmp_path / "m" / "b.nii.gz").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weights", "nothing.safetensors"], "nothing.safetensors: no such file"),
+        (["--overlap", "1"], "--overlap: found 1.0, expected 0 to 0.9"),
+        (["--mirror", "xx"], "--mirror: found 'xx', expected some of x, y, z"),
+        (["--input", "nowhere"], "no such file or folder"),
+        (["--config.seed=1"], "--config.seed: found it without --config"),
+        (["--config", "configs/demo.py"], "configs/demo.py: task: found 'voco', expected 'segmen"),
+    ],
+)
+def test_wrong_flags(weights, flags, message, tmp_path, capsys):
+    given = {"--weights": str(weights), "--input": str(weights), "--output": str(tmp_path)}
+    if len(flags) == 2:
+        given[flags[0]] = flags[1]
+    rest = flags if len(flags) == 1 else []
+    assert main([*(text for pair in given.items() for text in pair), *rest]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_of_another_task_are_told(weights, tmp_path, capsys):
+    card = json.loads(Path(f"{weights}.json").read_text())
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(weights.read_bytes())
+    flags = ["--weights", str(other), "--input", str(weights), "--output", str(tmp_path)]
+    assert main(flags) == 2
+    assert "found no card beside it (other.safetensors.json)" in capsys.readouterr().err
+    del card["config"]["crops"]
+    Path(f"{other}.json").write_text(json.dumps(card))
+    assert main(flags) == 2
+    assert "its card is of another version: config: crops: missing" in capsys.readouterr().err
+
+
+# ---- settings and data that cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crops__size": (32, 32, 32)}, "chain.volume_size: found .* expected crops.size"),
+        ({"data__folds": 1}, "fold: found 0 of 1"),
+        ({"init__twin": "shuffled"}, "init.twin: found 'shuffled' without init_from"),
+        ({"model__crops_per_pass": 1, "loss__batch": True}, "model.crops_per_pass: found 1 with"),
+        ({"optimizer__warmup_steps": 12}, "optimizer.warmup_steps: found 12"),
+        ({"model__encoder": "unet"}, "model.encoder: found 'unet'"),
+    ],
+)
+def test_impossible_settings(changes, message):
+    with pytest.raises(InputError, match=message):
+        _program(**changes)
+
+
+def test_a_swin_unetr_needs_crops_of_32():
+    config = finetune_hippocampus.get_config()
+    config.crops.size = (24, 64, 32)
+    config.data.sources.mr.chain.volume_size = (24, 64, 32)
+    with pytest.raises(InputError, match=r"crops.size: crop size: found \(24, 64, 32\)"):
+        make_program(parse(config), make_mesh(1, jax.devices()[:1]))
+
+
+def test_volumes_without_any_class_are_told(unbroken):
+    from voco_jax.data.pipeline import Part
+
+    chain = (
+        parse(read_card(unbroken[0] / "segmentation.safetensors")["config"])
+        .data.sources["ct"]
+        .chain
+    )
+    cache = Cache.open(unbroken[0] / "cache", chain)
+    label = cache.entries[0].label
+    assert label is not None
+    empty = dataclasses.replace(label, chunks=((),) * 5)
+    entry = dataclasses.replace(cache.entries[0], label=empty)
+    names = ("background", "lungs", "liver", "spleen", "kidneys", "bladder")
+    with pytest.raises(InputError, match="all 1 training volumes are background alone"):
+        describe_classes([Part("ct", cache, (entry,), 1.0)], names)
+    some = dataclasses.replace(empty, chunks=(((0, 5),), (), (), (), ()))
+    entry = dataclasses.replace(entry, label=some)
+    lines = describe_classes([Part("ct", cache, (entry,), 1.0)], names)
+    assert "WARNING: no training volume has liver, spleen, kidneys, bladder" in lines[-1]

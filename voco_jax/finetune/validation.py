@@ -1,0 +1,201 @@
+"""Validation of segmentation: whole held-out volumes, by sliding window, on two grids."""
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from voco_jax.config.finetuning import Finetuning
+from voco_jax.data.cache import Cache, Entry
+from voco_jax.data.pipeline import Part, shuffle_key
+from voco_jax.data.volumes import dequantise, file_positions
+from voco_jax.evaluation.metrics import count_overlap, dice
+from voco_jax.evaluation.sliding_window import Grid, Windows, segment
+from voco_jax.finetune.step import State
+from voco_jax.training.distributed import compile_on_all, is_process_0
+from voco_jax.training.mesh import batch_sharding, local_rows, to_devices
+from voco_jax.training.optimizer import schedule
+from voco_jax.training.task import Program, Validation
+
+_PICTURES = 3  # of the worst cases
+_FLAT = 3  # validations without change before a warning
+_MOVED = 0.01  # Dice that counts as a change
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What was found in one volume; Dice is (classes,), NaN where there is nothing to find."""
+
+    id: str
+    file: np.ndarray  # Dice on the grid of the file
+    resampled: np.ndarray  # Dice on the grid of the cache, as published figures are
+    predicted: float  # share of the voxels that are predicted to be of a class
+    reference: float  # share that are
+    intensity: float  # mean of the image, 0..1
+
+
+class Validator:
+    """Dice of the same held-out volumes at every call."""
+
+    def __init__(
+        self, experiment: Finetuning, held_out: Sequence[Part], program: Program[State]
+    ) -> None:
+        self._experiment, self._program = experiment, program
+        self._rows = list(local_rows(experiment.batch_size, program.mesh))
+        self._predict: Callable[..., jax.Array] | None = None
+        settings = experiment.validation
+        self._windows = Windows(
+            experiment.crops.size, settings.overlap, settings.weights, experiment.batch_size
+        )
+        # The first by id would mostly be of one data set.
+        volumes = [(entry, part.cache) for part in held_out for entry in part.entries]
+        volumes.sort(key=lambda volume: shuffle_key(experiment.seed, volume[0]))
+        self._volumes = volumes[: settings.volumes]
+        self._scores: list[float] = []
+
+    def __call__(self, state: State, step: int) -> Validation:
+        """Segments all held-out volumes and compares them with their labels."""
+        cases: list[Case] = []
+        worst: list[tuple[float, int, Any]] = []  # a heap, the best of them first
+        counter = itertools.count()
+        for entry, cache in self._volumes:
+            case, arrays = self._case(state, entry, cache)
+            cases.append(case)
+            if is_process_0():
+                heapq.heappush(worst, (-_mean(case.file), next(counter), (case, entry, arrays)))
+                del worst[: max(len(worst) - _PICTURES, 0)]
+        return self._found(cases, [kept for _, _, kept in sorted(worst)[::-1]], step)
+
+    def _case(self, state: State, entry: Entry, cache: Cache) -> tuple[Case, tuple[Any, ...]]:
+        image, label = cache.read_whole(entry), cache.read_label(entry)
+        positions = file_positions(entry.shape, entry.spacing, cache.chain, entry.box, entry.stored)
+        found, in_file = segment(
+            image, lambda parts: self._logits(state, parts), self._windows, Grid(positions)
+        )
+        assert in_file is not None
+        count = len(self._experiment.data.classes)
+        label, file_label = (one.astype(np.uint8) for one in (label, cache.read_file_label(entry)))
+        case = Case(
+            id=entry.id,
+            file=dice(count_overlap(file_label, in_file, count)),
+            resampled=dice(count_overlap(label, found, count)),
+            predicted=float(np.mean(found > 0)),
+            reference=float(np.mean(label > 0)),
+            intensity=float(dequantise(image).mean()),
+        )
+        return case, (image, label, found)
+
+    def _logits(self, state: State, parts: np.ndarray) -> jax.Array:
+        sharding = batch_sharding(self._program.mesh)
+        rows = {"images": parts[self._rows]}
+        placed = to_devices(rows, sharding, self._experiment.batch_size)
+        if self._predict is None:
+            self._predict = compile_on_all(self._program.predict, state, placed)
+        return self._predict(state, placed)
+
+    def _found(self, cases: Sequence[Case], worst: Sequence[Any], step: int) -> Validation:
+        names = self._experiment.data.classes[1:]
+        by_class = _means(np.stack([case.file for case in cases]))[1:]
+        score = _nan_mean(by_class)
+        resampled = _nan_mean(_means(np.stack([case.resampled for case in cases]))[1:])
+        self._scores.append(score)
+        metrics = {"dice": score, "dice_resampled": resampled}
+        metrics |= {f"dice_{name}": float(v) for name, v in zip(names, by_class, strict=True)}
+        listed = ", ".join(
+            f"{name} {'in none' if np.isnan(value) else f'{value:.3f}'}"
+            for name, value in zip(names, by_class, strict=True)
+        )
+        pictures = {}
+        if worst:
+            pictures["segmentations"] = self._picture(worst, score, step)
+        return Validation(
+            metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
+            score=score,
+            text=(
+                f"Dice {score:.4f} on the files' grids ({listed}), {resampled:.4f} on the "
+                f"resampled grid; {len(cases)} volumes"
+            ),
+            warning=self._flat(cases, step),
+            pictures=pictures,
+        )
+
+    def _picture(self, worst: Sequence[Any], score: float, step: int) -> np.ndarray:
+        from voco_jax.report.segmentations import Segmentation, draw_cases  # Matplotlib is slow
+
+        rows = [
+            Segmentation(
+                title=f"{case.id}: Dice {_mean(case.file):.3f}",
+                image=dequantise(image),
+                reference=label,
+                prediction=found,
+                spacing=self._spacing(entry),
+            )
+            for case, entry, (image, label, found) in worst
+        ]
+        return draw_cases(rows, f"step {step}: Dice {score:.3f}; the worst of them")
+
+    def _spacing(self, entry: Entry) -> tuple[float, float, float]:
+        for source in self._experiment.data.sources.values():
+            if source.chain.spacing:
+                x, y, z = source.chain.spacing
+                return x, y, z
+        return entry.spacing
+
+    def _flat(self, cases: Sequence[Case], step: int) -> str:
+        """A warning where the last validations found the same low Dice, with the likely cause."""
+        last = self._scores[-_FLAT:]
+        if len(last) < _FLAT or max(last) > 0.5 or max(last) - min(last) > _MOVED:
+            return ""
+        experiment = self._experiment
+        rate = float(schedule(experiment.optimizer, experiment.total_steps)(step - 1))
+        predicted, reference, intensity = (
+            float(np.mean([getattr(case, name) for case in cases]))
+            for name in ("predicted", "reference", "intensity")
+        )
+        causes = []
+        if predicted < 0.01 * reference:
+            balance = "" if experiment.crops.balance == "classes" else ", crops.balance='classes'"
+            causes.append(
+                "the network predicts background alone: train longer, or raise crops.foreground "
+                f"(now {experiment.crops.foreground:g}){balance}"
+            )
+        elif predicted > 10 * reference:
+            causes.append("the network predicts classes nearly everywhere: lower crops.foreground")
+        if intensity < 0.01 or intensity > 0.99:
+            causes.append(
+                f"the images are nearly constant ({intensity:.3f} of the window on average): is "
+                "chain.window right?"
+            )
+        if rate > 5e-4:
+            causes.append(f"the learning rate is {rate:.1e}: try a tenth, or a longer warm-up")
+        elif step <= experiment.optimizer.warmup_steps:
+            causes.append("the warm-up is not over")
+        elif rate < 1e-6:
+            causes.append(f"the learning rate is only {rate:.1e}")
+        return (
+            f"WARNING: Dice is flat: {', '.join(f'{one:.4f}' for one in last)} in the last "
+            f"{_FLAT} validations. "
+            + ("; ".join(causes) or "neither rate nor window explain it: do labels fit images?")
+        )
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """(cases, classes) -> (classes,), NaN left out; NaN where all are."""
+    counts = np.isfinite(values).sum(axis=0)
+    return np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(counts, 1), np.nan)
+
+
+def _nan_mean(values: np.ndarray) -> float:
+    """The mean without NaN; 0 where there is nothing else."""
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if kept.size else 0.0
+
+
+def _mean(by_class: np.ndarray) -> float:
+    """Of a case, without the background; 1 where there was nothing to find and nothing found."""
+    kept = by_class[1:][np.isfinite(by_class[1:])]
+    return float(kept.mean()) if kept.size else 1.0
