@@ -96,7 +96,10 @@ def largest(x):
 
 @pytest.mark.parametrize(
     ("channels", "options", "convolution"),
-    [(2, {"use_v2": True, "remat": True}, "planes"), (1, {"use_v2": False}, "lax")],
+    [
+        (2, {"use_v2": True, "remat": True}, "planes"),
+        (1, {"use_v2": False, "patch_merging": "mergingv2", "depths": (1, 2, 1, 1)}, "lax"),
+    ],
 )
 def test_logits_and_gradients_are_monais(channels, options, convolution):
     """In float64 with `planes`, whose gradient compiles faster; logits in float32."""
@@ -104,12 +107,11 @@ def test_logits_and_gradients_are_monais(channels, options, convolution):
     import torch
 
     x = images(channels)
+    names = ("feature_size", "depths", "window_size", "patch_merging", "use_v2")
     theirs = reference.swin_unetr(
-        **{name: SMALL[name] for name in ("feature_size", "depths", "window_size")},
-        patch_merging="merging",
+        **{name: (SMALL | options)[name] for name in names},
         in_channels=channels,
         out_channels=3,
-        use_v2=options["use_v2"],
     ).double()
     expected = theirs(reference.to_torch(x).double())
     weights = by_rule.noise(tuple(expected.shape))
