@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden_configs"
 SHIPPED = {
     "demo": "configs/demo.py",
+    "hippocampus": "configs/hippocampus.py",
     "tiny": "configs/tiny.py",
     "voco_10k": "configs/voco_10k.py",
     "voco_paper": "configs/voco_paper.py",
