@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
+from voco_jax.files import COMPILATION_CACHE
 from voco_jax.large_pages import restart_with_large_pages
 
-_COMPILED = "~/.cache/voco_jax/xla"  # as in launch/
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _CRASHED = (
     "this process has crashed (above). Of a run of several processes the reason may be in another "
@@ -37,10 +37,14 @@ _EXAMPLES = """
 def methods() -> dict[str, Any]:
     """What trains each `task` that a config can name: a `voco_jax.training.task.Method`."""
     # Imported here: worker processes import this file too, and need none of it.
-    from voco_jax.finetune import segmentation
+    from voco_jax.finetune import classification, segmentation
     from voco_jax.voco import task as voco
 
-    return {"voco": voco.METHOD, "segmentation": segmentation.METHOD}
+    return {
+        "voco": voco.METHOD,
+        "segmentation": segmentation.METHOD,
+        "classification": classification.METHOD,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         sys.exit(_fail(error, 2))
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(_COMPILED))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(COMPILATION_CACHE))
     _leave_on_sigterm()
     from voco_jax.training import distributed
     from voco_jax.training.loop import DivergedError, PreemptedError, run

@@ -104,8 +104,8 @@ def draw(rows: Sequence[dict[str, Any]], metric: str) -> Any:
         for share, row in zip(shares, own, strict=True):
             axis.plot([share] * len(row["scores"]), row["scores"], ".", color=colour, alpha=0.4)
     axis.set_xscale("log")
-    shares = sorted({row["share"] for row in rows})
-    axis.set_xticks(shares, [f"{share:.0%}" for share in shares])
+    ticks = sorted({row["share"] for row in rows})
+    axis.set_xticks(ticks, [f"{share:.0%}" for share in ticks])
     axis.minorticks_off()
     axis.set(xlabel="labelled training volumes", ylabel=metric.removeprefix("validation/"))
     axis.grid(alpha=0.3)

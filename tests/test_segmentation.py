@@ -15,16 +15,20 @@ import jax.numpy as jnp
 import nibabel
 import numpy as np
 import pytest
+import scans
 import segmentation_main
 import strided_cnn
+from conftest import shared_file
 
 from configs import finetune_btcv, finetune_hippocampus
 from voco_jax.config import encoders
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
+from voco_jax.data.formats.readers import load as load_volume
 from voco_jax.errors import InputError
 from voco_jax.evaluation.metrics import count_overlap, dice
-from voco_jax.evaluation.predict import load_segmenter, main
+from voco_jax.evaluation.predict import Segmenter, load_segmenter, main, write_mask
+from voco_jax.evaluation.sliding_window import Windows
 from voco_jax.finetune import augment, losses
 from voco_jax.finetune.segmentation import METHOD, describe_classes, make_program
 from voco_jax.interop.card import read_card
@@ -310,6 +314,65 @@ def test_masks_are_those_of_the_validation(unbroken, weights, tmp_path, capsys):
         assert means[number] == pytest.approx(rows[12, f"validation/dice_{name}"], abs=1e-3)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["weights"][0]["sha256"] == read_card(weights)["sha256"]
+
+
+def _threshold(volume, window=(-175.0, 250.0)):
+    """A segmenter that knows no more than whether a voxel is in the upper half of the window."""
+    config = finetune_hippocampus.get_config()
+    chain = config.data.sources.mr.chain
+    chain.window, chain.window_unit, chain.volume_size = window, "HU", (64, 64, 64)
+    config.crops.size = (64, 64, 64)
+
+    def predict(windows):
+        above = jnp.asarray(windows, jnp.float32) - 127.5
+        return jnp.stack([jnp.zeros_like(above), above, jnp.full_like(above, -1e9)], -1)
+
+    windows = Windows((64, 64, 64), 0.0, "constant", 4)
+    return Segmenter(parse(config), (), predict, windows)(volume)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            f"ct/images/{one}"
+            for one in ("abdomen_acrin_001", "abdomen_totalseg", "heart_totalseg")
+        ),
+        *(f"ct/images/{one}" for one in ("chest_lungdx_a0001", "headneck_kbp_247")),
+        *(f"sarcoma/{one}" for one in ("STS_001_CT_image", "STS_002_MR_T1_image")),
+    ],
+)
+def test_masks_lie_on_real_images_voxel_for_voxel(name, tmp_path):
+    """Whatever their axes, shape, dtype and header: the mask is the image above a threshold."""
+    path = shared_file(*f"{name}.nii.gz".split("/"))
+    image = nibabel.load(path)
+    write_mask(_threshold(stored := load_volume(path)), stored, tmp_path / "mask.nii.gz")
+    mask = nibabel.load(tmp_path / "mask.nii.gz")
+    values = (image.get_fdata(dtype=np.float32) + 175) / 425
+    expected = np.rint(np.clip(values, 0, 1) * 255) > 127
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), expected)
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    for field in ("pixdim", "qform_code", "sform_code", "xyzt_units", "srow_x", "quatern_b"):
+        np.testing.assert_array_equal(mask.header[field], image.header[field])
+    assert expected.any()
+
+
+def test_a_mask_of_a_dicom_series_lies_on_it(tmp_path):
+    """Read back by ITK's axes: dcm2niix and ITK put the series' voxels where the mask's are."""
+    sitk = pytest.importorskip("SimpleITK")
+    hu = scans.body((40, 36, 20))
+    image = sitk.GetImageFromArray(hu.astype(np.int16).transpose(2, 1, 0))
+    image.SetSpacing((2.0, 2.5, 3.0))
+    image.SetOrigin((5.0, -7.0, 11.0))
+    scans.save_series(tmp_path / "series", image)
+    stored = load_volume(tmp_path / "series")
+    write_mask(_threshold(stored), stored, tmp_path / "mask.nii.gz")
+    mask = sitk.ReadImage(str(tmp_path / "mask.nii.gz"))
+    np.testing.assert_allclose(mask.GetOrigin(), image.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(mask.GetDirection(), image.GetDirection(), atol=1e-6)
+    np.testing.assert_allclose(mask.GetSpacing(), image.GetSpacing(), atol=1e-5)
+    expected = np.rint(np.clip((hu.astype(np.int16) + 175.0) / 425, 0, 1) * 255) > 127
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(mask).transpose(2, 1, 0), expected)
 
 
 def test_an_ensemble_of_one_twice_is_one(weights, generator):

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from voco_jax.errors import InputError
 
+COMPILATION_CACHE = "~/.cache/voco_jax/xla"  # as in launch/
+"""Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names a folder."""
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that it is there complete or not at all.

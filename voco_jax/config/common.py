@@ -48,6 +48,8 @@ class Chain:
             )
 
 
+Classes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Name, and the values that are this class, of each."""
 BACKGROUND = "background"
 MAX_CLASSES = 256  # as many as a uint8 cache can tell apart
 
@@ -56,8 +58,8 @@ MAX_CLASSES = 256  # as many as a uint8 cache can tell apart
 class LabelledChain(Chain):
     """A chain for images with segmentations; these go through its geometry alone."""
 
-    classes: tuple[tuple[str, tuple[int, ...]], ...]  # name, and the values of the label files
-    # that are this class; class i of the network is the i-th. The first is the background
+    classes: Classes  # name, and the values of the label files that are this class; class i of the
+    # network is the i-th. The first is the background
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,13 +74,52 @@ class LabelledChain(Chain):
                 f"classes: found {', '.join(names) or 'none'}, expected {BACKGROUND!r} and then 1 "
                 f"to {MAX_CLASSES - 1} others"
             )
-        values = [value for _, own in self.classes for value in own]
-        twice = sorted({one for one in values if values.count(one) > 1})
-        if len(set(names)) < len(names) or twice or not all(own for _, own in self.classes):
+        _check_classes(self.classes)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassifiedChain(Chain):
+    """A chain for images that their lists put into classes.
+
+    The cache keeps each image's label as its list has it, so that it serves other classes, too.
+    """
+
+    classes: Classes  # name, and the labels in the lists that are this class, besides its name;
+    # class i of the network is the i-th
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= len(self.classes) <= MAX_CLASSES:
+            names = ", ".join(name for name, _ in self.classes)
+            raise ValueError(f"classes: found {names or 'none'}, expected 2 to {MAX_CLASSES}")
+        _check_classes(self.classes)
+        texts = [text for name, own in self.classes for text in {name, *map(str, own)}]
+        twice = sorted({text for text in texts if texts.count(text) > 1})
+        if twice:
             raise ValueError(
-                f"classes: found the names {', '.join(names)} with the values {values}, expected "
-                "each name and each value once, and at least one value for each name"
+                f"classes: found {', '.join(twice)} as the name of a class and as a value of "
+                "another, expected labels of one class; name the class otherwise"
             )
+
+
+def class_table(classes: Classes) -> dict[str, int]:
+    """Label in a list, as text: a class's name or one of its values -> number of the class."""
+    return {
+        text: number
+        for number, (name, values) in enumerate(classes)
+        for text in (name, *map(str, values))
+    }
+
+
+def _check_classes(classes: Classes) -> None:
+    names = [name for name, _ in classes]
+    values = [value for _, own in classes for value in own]
+    once = len(set(names)) == len(names) and len(set(values)) == len(values)
+    if not once or not all(own for _, own in classes):
+        raise ValueError(
+            f"classes: found the names {', '.join(names)} with the values {values}, expected "
+            "each name and each value once, and at least one value for each name"
+        )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,7 +128,7 @@ class Source:
 
     cache: str  # folder of the prepared cache; "{workdir}" stands for --workdir
     roots: tuple[str, ...]  # folders with CT files
-    lists: tuple[str, ...]  # Decathlon-style JSON list of each root; "": all that is in the root
+    lists: tuple[str, ...]  # list of each root, JSON or CSV; "": all that is in the root
     weight: Annotated[float, Field(gt=0)]  # share of the training volumes, over the sources' sum
     chain: Chain
 

@@ -1,4 +1,4 @@
-"""Fine-tuning for segmentation: one experiment."""
+"""Fine-tuning with labels: an experiment of each task, and what they have in common."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -9,6 +9,7 @@ from voco_jax.config.common import (
     RUNTIME_FIELDS,
     STRICT,
     Checkpoint,
+    ClassifiedChain,
     Data,
     Fraction,
     InitFrom,
@@ -27,12 +28,14 @@ from voco_jax.config.common import (
 )
 from voco_jax.config.encoders import Model
 
+# ---- every task
+
 
 @dataclass(frozen=True, config=STRICT)
 class LabelledSource(Source):
-    """One set of images with segmentations; its lists name both."""
+    """One set of images with labels; its lists name both."""
 
-    chain: LabelledChain
+    chain: LabelledChain | ClassifiedChain
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,7 +61,7 @@ class LabelledData(Data):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, the background first."""
+        """Names; of a segmentation the background first."""
         return tuple(name for name, _ in next(iter(self.sources.values())).chain.classes)
 
 
@@ -71,18 +74,15 @@ class Init(InitFrom):
 
 
 @dataclass(frozen=True, config=STRICT)
-class LabelledCrops:
-    """The part of a volume that is trained on at a time, and predicted at a time."""
+class TrainingCrops:
+    """The part of a volume that the network takes."""
 
     size: PositiveSize  # voxels
-    foreground: Fraction  # of the crops have a voxel of a class in the middle, the others lie
-    # anywhere
-    balance: Literal["voxels", "classes"]  # that voxel: any with equal chance, or its class first
 
 
 @dataclass(frozen=True, config=STRICT)
-class SegmentationAugment:
-    """Random changes of each crop, on the device; flips and turns change its labels too."""
+class FinetuningAugment:
+    """Random changes of each crop, on the device; flips and turns change a segmentation too."""
 
     flip_probability: tuple[Fraction, Fraction, Fraction]  # along x, y, z
     rotate_probability: Fraction  # by 90, 180 or 270 degrees in the x-y plane
@@ -97,18 +97,6 @@ class SegmentationAugment:
 
 
 @dataclass(frozen=True, config=STRICT)
-class SegmentationLoss:
-    """Weights of the terms, and MONAI's DiceCELoss arguments."""
-
-    dice: Weight
-    cross_entropy: Weight
-    include_background: bool  # in the Dice term
-    smooth_nr: Annotated[float, Field(ge=0)]  # added to Dice's numerator
-    smooth_dr: Annotated[float, Field(gt=0)]  # added to its denominator
-    batch: bool  # Dice of all crops of a batch together, instead of each crop's own
-
-
-@dataclass(frozen=True, config=STRICT)
 class FinetuningOptimizer(Optimizer):
     """AdamW; linear warm-up, then cosine decay to 0 at total_steps, counted in updates."""
 
@@ -119,20 +107,18 @@ class FinetuningOptimizer(Optimizer):
 
 
 @dataclass(frozen=True, config=STRICT)
-class SlidingWindow:
-    """Validation of whole volumes, window by window."""
+class FinetuningValidation:
+    """Validation of whole volumes."""
 
     every_steps: NotNegative  # 0: never
     volumes: Positive  # at most so many held-out volumes
-    overlap: Annotated[float, Field(ge=0, lt=1)]  # of neighbouring windows, as a share of one
-    weights: Literal["constant", "gaussian"]  # of a window's voxels, where windows overlap
 
 
 @dataclass(frozen=True, config=STRICT)
 class Finetuning:
-    """One experiment."""
+    """One experiment, as far as every task has it."""
 
-    task: Literal["segmentation"]
+    task: str
     seed: NotNegative
     total_steps: Positive  # optimizer updates
     batch_size: Positive  # crops per update, over all devices, each of another volume
@@ -140,23 +126,17 @@ class Finetuning:
     init_from: str  # a .pt or .safetensors file; "": random weights
     export_to: str  # weights written at the end (.safetensors or .pt); "": none
     data: LabelledData
-    crops: LabelledCrops
-    augment: SegmentationAugment
+    crops: TrainingCrops
+    augment: FinetuningAugment
     model: Model
-    loss: SegmentationLoss
     optimizer: FinetuningOptimizer
-    validation: SlidingWindow
+    validation: FinetuningValidation
     checkpoint: Checkpoint
     mesh: Mesh
     profile: Profile
     init: Init
 
-    runtime_fields: ClassVar[tuple[str, ...]] = (
-        *RUNTIME_FIELDS,
-        "validation.volumes",
-        "validation.overlap",
-        "validation.weights",
-    )
+    runtime_fields: ClassVar[tuple[str, ...]] = (*RUNTIME_FIELDS, "validation.volumes")
     networks: ClassVar[tuple[str, ...]] = ("params",)
 
     def __post_init__(self) -> None:
@@ -176,11 +156,6 @@ class Finetuning:
             )
         if self.init.twin == "shuffled" and not self.init_from:
             raise ValueError("init.twin: found 'shuffled' without init_from, expected a file")
-        if self.loss.batch and self.model.crops_per_pass:
-            raise ValueError(
-                f"model.crops_per_pass: found {self.model.crops_per_pass} with loss.batch, "
-                "expected 0: the loss needs all crops of a batch at once"
-            )
 
     @property
     def run(self) -> Run:
@@ -193,3 +168,126 @@ class Finetuning:
             checkpoint=self.checkpoint,
             profile=self.profile,
         )
+
+
+# ---- segmentation
+
+
+@dataclass(frozen=True, config=STRICT)
+class SegmentationSource(LabelledSource):
+    """Images with a label file each."""
+
+    chain: LabelledChain
+
+
+@dataclass(frozen=True, config=STRICT)
+class SegmentationData(LabelledData):
+    """Images with a label file each."""
+
+    sources: dict[str, SegmentationSource]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, config=STRICT)
+class LabelledCrops(TrainingCrops):
+    """The part of a volume that is trained on at a time, and predicted at a time."""
+
+    foreground: Fraction  # of the crops have a voxel of a class in the middle, the others lie
+    # anywhere
+    balance: Literal["voxels", "classes"]  # that voxel: any with equal chance, or its class first
+
+
+@dataclass(frozen=True, config=STRICT)
+class SegmentationLoss:
+    """Weights of the terms, and MONAI's DiceCELoss arguments."""
+
+    dice: Weight
+    cross_entropy: Weight
+    include_background: bool  # in the Dice term
+    smooth_nr: Annotated[float, Field(ge=0)]  # added to Dice's numerator
+    smooth_dr: Annotated[float, Field(gt=0)]  # added to its denominator
+    batch: bool  # Dice of all crops of a batch together, instead of each crop's own
+
+
+@dataclass(frozen=True, config=STRICT)
+class SlidingWindow(FinetuningValidation):
+    """Validation of whole volumes, window by window."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)]  # of neighbouring windows, as a share of one
+    weights: Literal["constant", "gaussian"]  # of a window's voxels, where windows overlap
+
+
+@dataclass(frozen=True, config=STRICT)
+class SegmentationFinetuning(Finetuning):
+    """A class for every voxel."""
+
+    task: Literal["segmentation"]
+    data: SegmentationData
+    crops: LabelledCrops
+    loss: SegmentationLoss
+    validation: SlidingWindow
+
+    runtime_fields: ClassVar[tuple[str, ...]] = (
+        *Finetuning.runtime_fields,
+        "validation.overlap",
+        "validation.weights",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss.batch and self.model.crops_per_pass:
+            raise ValueError(
+                f"model.crops_per_pass: found {self.model.crops_per_pass} with loss.batch, "
+                "expected 0: the loss needs all crops of a batch at once"
+            )
+
+
+# ---- classification
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationSource(LabelledSource):
+    """Images that their lists put into classes."""
+
+    chain: ClassifiedChain
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationData(LabelledData):
+    """Images that their lists put into classes."""
+
+    sources: dict[str, ClassificationSource]  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, config=STRICT)
+class MiddleCrops(TrainingCrops):
+    """What the network takes of a volume: with the fits `resize` and `center_crop` all of it."""
+
+    shift: tuple[NotNegative, NotNegative, NotNegative]  # with `random_crop` the middle, in
+    # training up to so many voxels beside it
+
+
+@dataclass(frozen=True, config=STRICT)
+class Head:
+    """The layers that take the encoder's pooled features."""
+
+    hidden: NotNegative  # channels between two layers; 0: there is one
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClassificationFinetuning(Finetuning):
+    """A class for every volume; the loss is the cross entropy."""
+
+    task: Literal["classification"]
+    data: ClassificationData
+    crops: MiddleCrops
+    head: Head
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, source in self.data.sources.items():
+            if any(self.crops.shift) and source.chain.fit != "random_crop":
+                raise ValueError(
+                    f"crops.shift: found {self.crops.shift} with data.sources.{name}.chain.fit "
+                    f"{source.chain.fit!r}, expected (0, 0, 0): only 'random_crop' caches more of "
+                    "a volume than the network takes"
+                )

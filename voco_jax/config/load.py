@@ -19,13 +19,17 @@ import pydantic
 
 from voco_jax.config.common import WORKDIR, Experiment
 from voco_jax.config.encoders import ENCODERS, Model
-from voco_jax.config.finetuning import Finetuning
+from voco_jax.config.finetuning import ClassificationFinetuning, SegmentationFinetuning
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
 from voco_jax.files import local_path
 
-AnyExperiment = Pretraining | Finetuning
-EXPERIMENTS: dict[str, type[AnyExperiment]] = {"voco": Pretraining, "segmentation": Finetuning}
+AnyExperiment = Pretraining | SegmentationFinetuning | ClassificationFinetuning
+EXPERIMENTS: dict[str, type[AnyExperiment]] = {
+    "voco": Pretraining,
+    "segmentation": SegmentationFinetuning,
+    "classification": ClassificationFinetuning,
+}
 """What a config file's `task` makes of it."""
 DEFAULT = Path(__file__).parents[2] / "configs" / "voco_10k.py"
 """The file that the others start from; it is beside the package in a checkout."""

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from voco_jax.config.common import Chain, LabelledChain
+from voco_jax.config.common import Chain, ClassifiedChain, LabelledChain
 from voco_jax.config.load import differences
 from voco_jax.data.array import ARRAY, chunk_name, open_array, read_chunk
 from voco_jax.data.manifest import (
@@ -325,4 +325,8 @@ _HOW_TO_FILL = (
 
 
 def _plain(chain: Chain) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(chain)))
+    """What of the settings changes what is stored."""
+    values = json.loads(json.dumps(dataclasses.asdict(chain)))
+    if isinstance(chain, ClassifiedChain):
+        del values["classes"]
+    return values

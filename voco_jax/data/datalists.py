@@ -1,4 +1,4 @@
-"""Which CT volumes there are: Decathlon-style lists and folder scans.
+"""Which CT volumes there are: Decathlon-style and CSV lists, and folder scans.
 
 Lists are untrusted: every path must stay under its root folder, symbolic links followed. Whether
 the files exist is not asked here; a missing file is one failed volume of `prepare`, not a bad list.
@@ -6,11 +6,13 @@ the files exist is not asked here; a missing file is one failed volume of `prepa
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from voco_jax.config.common import Chain, Classes, ClassifiedChain, LabelledChain, class_table
+from voco_jax.data.csv_lists import read_csv
 from voco_jax.data.formats.readers import SUFFIXES, volumes_in
 from voco_jax.data.storage import Folder, is_remote
 from voco_jax.errors import InputError
@@ -26,28 +28,41 @@ class Volume:
     id: str  # "<name of the root folder>/<path in the list>": the same on every machine
     path: Path | str  # absolute, or a gs:// or s3:// URL; need not exist
     section: Section
-    label: Path | str | None = None  # segmentation of it, where the list names one
+    label: Path | str | None = None  # segmentation of it, where one is wanted
+    class_label: str | None = None  # as the list has it, where one is wanted
 
 
-def read_list(list_path: str | Path, root: str | Path, labelled: bool = False) -> list[Volume]:
-    """Reads a Decathlon-style JSON list, as VoCo's are published.
+def read_list(
+    list_path: str | Path,
+    root: str | Path,
+    labelled: bool = False,
+    classes: Classes | None = None,
+) -> list[Volume]:
+    """Reads a Decathlon-style JSON list, as VoCo's are published, or a CSV file (see `read_csv`).
 
     Entries of "training" and "validation" are objects with an "image" path (other keys are left
-    aside) or plain path strings; a path may name a folder, a DICOM series. Other sections, as
+    aside) or plain path strings; a path may name a folder, as a DICOM series. Other sections, as
     "test", are left aside.
 
     Args:
-        list_path: the JSON file.
+        list_path: the JSON file, or a .csv.
         root: the folder that the list's paths are relative to; need not exist.
         labelled: whether every entry has to have a "label" path too, which else is left aside.
+        classes: of which every entry's "label" has to be one, its name or one of its values; None:
+            no classes are wanted.
 
     Returns:
         The volumes in the list's order, training first; a path listed twice appears twice.
 
     Raises:
-        InputError: unreadable, not JSON, not such a list, empty, or a path that leaves `root`.
+        InputError: unreadable, not JSON, not such a list, empty, a label that is of no class, or a
+            path that leaves `root`.
     """
-    content = _read_json(list_path)
+    table = class_table(classes) if classes is not None else None
+    if str(list_path).lower().endswith(".csv"):
+        content: Any = read_csv(_read_text(list_path), str(list_path), table or ())
+    else:
+        content = _read_json(list_path)
     if not isinstance(content, dict) or "training" not in content:
         found = f"a JSON {type(content).__name__}"
         if isinstance(content, dict):
@@ -68,7 +83,10 @@ def read_list(list_path: str | Path, root: str | Path, labelled: bool = False) -
             )
         for index, entry in enumerate(entries):
             where = f"{list_path}: {section}[{index}]"
-            volumes.append(_volume(entry, root_path, section, where, folders, labelled))
+            volume = _volume(entry, root_path, section, where, folders, labelled)
+            if table is not None:
+                volume = replace(volume, class_label=_class_label(entry, where, table))
+            volumes.append(volume)
     if not volumes:
         raise InputError(
             f"{list_path}: found no volumes in training or validation, expected at least one; "
@@ -128,8 +146,8 @@ def combine(volumes: Iterable[Volume]) -> list[Volume]:
     """Merges the volumes of lists and scans in their order; what is listed twice is kept once.
 
     Raises:
-        InputError: two files with one id; or a file both for training and for validation, which
-            would make held-out figures meaningless.
+        InputError: two files with one id; a file of two classes; or a file both for training and
+            for validation, which would make held-out figures meaningless.
     """
     by_id: dict[str, Volume] = {}
     by_path: dict[Path | str, Volume] = {}
@@ -148,6 +166,11 @@ def combine(volumes: Iterable[Volume]) -> list[Volume]:
                 f"{volume.path}: listed for {twin.section} as {twin.id} and for {volume.section} "
                 f"as {volume.id}; a held-out volume must not be trained on: remove it from one"
             )
+        elif twin.class_label != volume.class_label:
+            raise InputError(
+                f"{volume.path}: listed twice, with the labels {twin.class_label!r} and "
+                f"{volume.class_label!r}; remove one of them"
+            )
     return list(by_id.values())
 
 
@@ -156,23 +179,25 @@ def collect(
     roots: Sequence[str | Path],
     scans: Sequence[str | Path] = (),
     labelled: bool = False,
+    classes: Classes | None = None,
 ) -> list[Volume]:
     """Reads lists and scans folders, and combines what they name.
 
     Args:
-        lists: JSON lists; "": the root is scanned instead. None at all: every root is.
+        lists: JSON or CSV; "": the root is scanned instead. None at all: every root is.
         roots: each list's root folder, in the same order, or one for all.
         scans: folders with volumes.
         labelled: see `read_list`.
+        classes: see `read_list`.
 
     Raises:
         InputError: see `read_list`, `scan`, `combine`; another number of roots than of lists; or
             labels wanted of a folder, which cannot say whose they are.
     """
-    if labelled and (scans or not all(lists) or not lists):
+    if (labelled or classes is not None) and (scans or not all(lists) or not lists):
         raise InputError(
-            "lists: found a folder to be searched, expected a Decathlon list for each root: only a "
-            "list says which label belongs to which image"
+            "lists: found a folder to be searched, expected a Decathlon list for each root, or a "
+            "CSV file: only a list says which label belongs to which image"
         )
     if not lists:
         lists = [""] * len(roots)
@@ -185,13 +210,19 @@ def collect(
         )
     volumes: list[Volume] = []
     for list_path, root in zip(lists, roots, strict=True):
-        volumes += read_list(list_path, root, labelled) if list_path else scan(root)
+        volumes += read_list(list_path, root, labelled, classes) if list_path else scan(root)
     for folder in scans:
         volumes += scan(folder)
     return combine(volumes)
 
 
-def _read_json(path: str | Path) -> Any:
+def labels_wanted(chain: Chain) -> dict[str, Any]:
+    """The arguments of `read_list` and `collect` that a chain's labels ask for."""
+    classes = chain.classes if isinstance(chain, ClassifiedChain) else None
+    return {"labelled": isinstance(chain, LabelledChain), "classes": classes}
+
+
+def _read_text(path: str | Path) -> str:
     try:
         if is_remote(path):
             folder, name = Folder.of(str(path))
@@ -200,11 +231,30 @@ def _read_json(path: str | Path) -> Any:
                 raise FileNotFoundError("there is no such object")
         else:
             content = Path(path).read_bytes()
-        return json.loads(content.decode("utf-8-sig"))
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot read this list: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no text ({error}), expected a list, JSON or CSV") from error
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}), expected a Decathlon list") from error
+
+
+def _class_label(entry: Any, where: str, table: Mapping[str, int]) -> str:
+    """The label of a list's entry as text, if it is one of the table."""
+    found = entry.get("label") if isinstance(entry, dict) else None
+    label = str(found) if type(found) in (int, str) else ""
+    if label not in table:
+        raise InputError(
+            f"{where}: label: found {json.dumps(found)[:200]}, expected one of "
+            f"{', '.join(table)}: the names and values of chain.classes"
+        )
+    return label
 
 
 def _volume(

@@ -86,6 +86,7 @@ def prepare_one(job: Job) -> Entry | str:
         stored=voxels.shape,
         checksum=checksum(voxels),
         label=label,
+        class_label=volume.class_label,
         **facts,
     )
 
@@ -111,7 +112,7 @@ def _write_labels(job: Job, labels: PreparedLabels, dtype: np.dtype) -> Label:
 def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
     """Those volumes that a cache lacks, or whose file has changed since.
 
-    A volume that only changed its section is moved at once.
+    A volume that only changed its section or its class is changed at once.
     """
     known = [volume for volume in volumes if volume.id in cache.entries]
     parts = [known[start : start + _PART] for start in range(0, len(known), _PART)]
@@ -124,8 +125,10 @@ def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
         # None: the file is gone, as on a machine that has only the cache: what we have counts.
         if entry is None or signatures[volume.id] not in (None, entry.stamp):
             missing.append(volume)
-        elif entry.section != volume.section:
-            cache.add(dataclasses.replace(entry, section=volume.section))
+            continue
+        label = volume.class_label or entry.class_label  # a list for pre-training says nothing
+        if (entry.section, entry.class_label) != (volume.section, label):
+            cache.add(dataclasses.replace(entry, section=volume.section, class_label=label))
     return missing
 
 

@@ -64,6 +64,7 @@ class Entry:
     mean: float  # of the prepared voxels, 0..1
     checksum: str  # of the stored voxels
     label: Label | None = None  # of a `LabelledChain`
+    class_label: str | None = None  # of a `ClassifiedChain`, as its list has it
 
     @property
     def slots(self) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ def make_phantoms(
     shape: Size = (160, 160, 80),
     *,
     labelled: bool = False,
+    lesions: bool = False,
 ) -> Path:
     """Writes phantoms and a Decathlon list that names them, paths relative to the folder.
 
@@ -44,6 +45,8 @@ def make_phantoms(
         seed: phantom i depends on (seed, i, shape) only.
         shape: voxels x y z before reorientation; the field of view is about 390x390x360 mm.
         labelled: whether to write, and name, a label of each one's `ORGANS` too.
+        lesions: whether every second phantom has lesions in its liver; the list says 1 of these as
+            its label, 0 of the others.
 
     Returns:
         The list's path, `folder/phantoms.json`; all are in "training".
@@ -51,29 +54,35 @@ def make_phantoms(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     size = "x".join(map(str, shape))
-    names = [f"phantom_{seed}_{size}_{index:04d}.nii.gz" for index in range(count)]
-    listed = []
-    for index, name in enumerate(names):
+    listed: list[dict[str, str | int]] = []
+    for index in range(count):
+        ill = lesions and index % 2 == 1
+        name = f"phantom_{seed}_{size}_{index:04d}{'_lesions' * ill}.nii.gz"
         files = [name, f"label_{name}"] if labelled else [name]
         if not all((folder / file).exists() for file in files):
-            for file, image in zip(files, phantom(seed, index, shape), strict=False):
+            for file, image in zip(files, phantom(seed, index, shape, ill), strict=False):
                 part = folder / f".part_{file}"
                 nibabel.save(image, part)
                 os.replace(part, folder / file)
         listed.append(dict(zip(("image", "label"), files, strict=False)))
+        if lesions:
+            listed[-1]["label"] = int(ill)
     content = {"name": "phantom CT", "training": listed}
     path = folder / "phantoms.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def phantom(seed: int, index: int, shape: Size) -> tuple[nibabel.Nifti1Image, nibabel.Nifti1Image]:
+def phantom(
+    seed: int, index: int, shape: Size, lesions: bool = False
+) -> tuple[nibabel.Nifti1Image, nibabel.Nifti1Image]:
     """One synthetic CT and the label of its `ORGANS`.
 
     Args:
         seed: of the set.
         index: in the set.
         shape: voxels x y z before reorientation.
+        lesions: whether there are some in the liver; nothing else differs.
 
     Returns:
         An int16 image in memory, in one of several orientations. Its voxels are as stored; the
@@ -87,6 +96,8 @@ def phantom(seed: int, index: int, shape: Size) -> tuple[nibabel.Nifti1Image, ni
     _paint_trunk(body)
     _paint_chest(body)
     _paint_abdomen(body)
+    if lesions:
+        _paint_lesions(body, np.random.default_rng([seed, index, 1]))
     hu = _blur(body.hu)
     hu += random.uniform(8, 20) * random.standard_normal(hu.shape, dtype=np.float32)
     return _store(hu, body.organs, spacing, random)
@@ -296,6 +307,25 @@ def _paint_abdomen(body: _Body) -> None:
     body.tube((20, body.spine + 31), 11, 45 + 120 * agent, (z < 20) & body.cavity)  # hollow vein
     low = body.cavity & (z < -230)
     body.ellipsoid((0, 25, -285), (42, 34, 32), 8, low, organ=_BLADDER)
+
+
+def _paint_lesions(body: _Body, random: np.random.Generator) -> None:
+    """Four to eight bright balls in the liver, 8 to 20 mm in radius, as filled with iodised oil.
+
+    Args:
+        body: with its liver.
+        random: another generator than the body's, whose draws must not move.
+    """
+    liver = np.argwhere(body.organs == _LIVER)
+    change = random.uniform(400, 700)
+    for x, y, z in liver[random.integers(len(liver), size=random.integers(4, 9))]:
+        center = body.x[x, y, z], body.y[x, y, z], body.z[x, y, z]
+        radius = random.uniform(8, 20)
+        part = body.near(center, (radius, radius, radius))
+        distances = (body.x[part], body.y[part], body.z[part])
+        squares = sum((axis - c) ** 2 for axis, c in zip(distances, center, strict=True))
+        inside = (squares < radius**2) & (body.organs[part] == _LIVER)
+        body.hu[part][inside] += change
 
 
 def _blur(volume: np.ndarray) -> np.ndarray:

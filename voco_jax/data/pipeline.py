@@ -19,6 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from voco_jax.config.common import ClassifiedChain
 from voco_jax.config.pretraining import Crops
 from voco_jax.data.cache import Cache, Entry
 from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, overlap_labels
@@ -55,10 +56,11 @@ class Part:
 
 
 def fingerprint(parts: Sequence[Part]) -> str:
-    """A hash of sets of volumes, ids and voxels; the same on every machine and in any order."""
+    """A hash of sets of volumes: ids, voxels, labels; the same on every machine, in any order."""
     lines = sorted(
         f"{part.source}\0{entry.id}\0{entry.checksum}\n"
         + (f"{entry.label.checksums}\n" if entry.label else "")
+        + (f"{entry.class_label}\n" if isinstance(part.cache.chain, ClassifiedChain) else "")
         for part in parts
         for entry in part.entries
     )

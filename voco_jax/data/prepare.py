@@ -22,7 +22,7 @@ from tqdm import tqdm
 from voco_jax.config.common import WORKDIR, Chain, LabelledChain, Source
 from voco_jax.config.load import DEFAULT, command_parser, load, parse_arguments
 from voco_jax.data.cache import ARRAY, FAILURES, CacheWriter
-from voco_jax.data.datalists import Volume, collect, combine
+from voco_jax.data.datalists import Volume, collect, combine, labels_wanted
 from voco_jax.data.jobs import LABELLED_ARRAYS, Job, missing_from, prepare_one, run_on_cluster
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
 """,
     )
     add = parser.add_argument
-    add("--datalist", action="append", default=[], metavar="JSON", help="Decathlon list; repeat")
+    add("--datalist", action="append", default=[], metavar="JSON", help="list, JSON or CSV; repeat")
     add("--root", action="append", default=[], metavar="DIR", help="of all lists, or of each")
     add("--scan", action="append", default=[], metavar="DIR", help="folder of CT volumes; repeat")
     add(
@@ -286,11 +286,11 @@ def _wanted(
         )
     found = []
     for name, source in sources.items():
-        labelled = isinstance(source.chain, LabelledChain)
+        labels = labels_wanted(source.chain)
         if named:
-            volumes = collect(options.datalist, options.root, options.scan, labelled)
+            volumes = collect(options.datalist, options.root, options.scan, **labels)
         elif source.roots:
-            volumes = collect(source.lists, source.roots, labelled=labelled)
+            volumes = collect(source.lists, source.roots, **labels)
         else:
             raise InputError(
                 f"{options.config}: data.sources.{name}.roots is empty, expected folders with CT "

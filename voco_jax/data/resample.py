@@ -104,8 +104,14 @@ def pad(volume: np.ndarray, size: Size) -> np.ndarray:
 
 def center_crop(volume: np.ndarray, size: Size) -> np.ndarray:
     """The middle of a volume, as MONAI's CenterSpatialCrop; a view."""
-    first = [old // 2 - new // 2 for old, new in zip(volume.shape, size, strict=True)]
+    first = middle_corner(volume.shape, size)
     return volume[tuple(slice(a, a + new) for a, new in zip(first, size, strict=True))]
+
+
+def middle_corner(shape: Sequence[int], size: Size) -> Size:
+    """The first voxel of the middle of a volume of this shape; see `center_crop`."""
+    x, y, z = (old // 2 - new // 2 for old, new in zip(shape, size, strict=True))
+    return x, y, z
 
 
 def _interpolate(

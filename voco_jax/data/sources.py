@@ -5,10 +5,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from voco_jax.config.common import Data, LabelledChain
+from voco_jax.config.common import ClassifiedChain, Data, LabelledChain
 from voco_jax.config.finetuning import LabelledData
 from voco_jax.data.cache import Cache
-from voco_jax.data.datalists import collect
+from voco_jax.data.datalists import collect, labels_wanted
 from voco_jax.data.folds import split_patients
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.pipeline import Part, split
@@ -39,11 +39,16 @@ def fill_caches(data: Data, seed: int, workdir: Path) -> str:
     summaries = []
     for name, source in data.sources.items():
         lists, roots = source.lists, source.roots
-        labelled = isinstance(source.chain, LabelledChain)
         if data.phantoms:
             folder = workdir / "phantoms"
             print(f"making {data.phantoms} phantom CTs in {folder} ...", flush=True)
-            made = make_phantoms(folder, data.phantoms, seed, labelled=labelled)
+            made = make_phantoms(
+                folder,
+                data.phantoms,
+                seed,
+                labelled=isinstance(source.chain, LabelledChain),
+                lesions=isinstance(source.chain, ClassifiedChain),
+            )
             lists = (str(made),)
             roots = (str(folder),)
         if not roots:
@@ -53,7 +58,7 @@ def fill_caches(data: Data, seed: int, workdir: Path) -> str:
             )
         # Starting Dask takes longer than a few small phantoms do.
         workers = 0 if data.phantoms else None
-        volumes = collect(lists, roots, labelled=labelled)
+        volumes = collect(lists, roots, **labels_wanted(source.chain))
         summaries.append(str(prepare(volumes, source.cache, source.chain, workers)))
     return "\n".join(summaries)
 

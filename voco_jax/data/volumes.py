@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from voco_jax.config.common import Chain, LabelledChain
+from voco_jax.config.common import Chain, Classes, LabelledChain
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, load
 from voco_jax.data.formats.stored import MAX_BYTES
 from voco_jax.data.resample import (
@@ -27,7 +27,6 @@ from voco_jax.data.resample import (
 )
 from voco_jax.types import Size
 
-Classes = tuple[tuple[str, tuple[int, ...]], ...]  # of a `LabelledChain`
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]  # first and last + 1 voxel, x y z
 
 AIR = -1024.0  # HU; what is below it is padding

@@ -75,10 +75,12 @@ def apply(images: jax.Array, labels: jax.Array, draws: Draws) -> tuple[jax.Array
 
     Args:
         images: (n, x, y, z) float32, x = y wherever a crop may be turned an odd number of times.
-        labels: (n, x, y, z) integers.
+        labels: (n, x, y, z) integers; or (n,), which stay as they are.
         draws: for n crops.
     """
-    images, labels = (turn(flip(one, draws.flips), draws.turns) for one in (images, labels))
+    images = turn(flip(images, draws.flips), draws.turns)
+    if labels.ndim == images.ndim:
+        labels = turn(flip(labels, draws.flips), draws.turns)
     inside = jnp.clip(images, 1e-6, 1)  # the slope of x^e is infinite at 0
     exponents = each(draws.exponents)
     images = jnp.where(exponents == 1, images, inside**exponents)

@@ -84,7 +84,7 @@ def make_train_step(
 
     Returns:
         The step: (state, batch) -> (state, metrics). Batch: images (b, x, y, z) as cached, labels
-        (b, x, y, z) uint8. Metrics are float32 scalars.
+        (b, x, y, z) or (b,) uint8. Metrics are float32 scalars.
     """
     base_key = jax.random.key(seed)
 

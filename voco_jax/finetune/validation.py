@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from voco_jax.config.finetuning import Finetuning
+from voco_jax.config.finetuning import Finetuning, SegmentationFinetuning
 from voco_jax.data.cache import Cache, Entry
 from voco_jax.data.pipeline import Part, shuffle_key
 from voco_jax.data.volumes import dequantise, file_positions
@@ -38,23 +38,61 @@ class Case:
     intensity: float  # mean of the image, 0..1
 
 
+class Predictor:
+    """`program.predict` for the batches of a validation, compiled at the first call.
+
+    Attributes:
+        rows: of a batch, those that this process has to have.
+    """
+
+    def __init__(self, program: Program[State], batch_size: int) -> None:
+        self._program, self._batch_size = program, batch_size
+        self.rows = list(local_rows(batch_size, program.mesh))
+        self._predict: Callable[..., jax.Array] | None = None
+
+    def __call__(self, state: State, images: np.ndarray) -> jax.Array:
+        """Logits of a whole batch, of the images of this process's rows."""
+        sharding = batch_sharding(self._program.mesh)
+        placed = to_devices({"images": images}, sharding, self._batch_size)
+        if self._predict is None:
+            self._predict = compile_on_all(self._program.predict, state, placed)
+        return self._predict(state, placed)
+
+
+def choose_volumes(held_out: Sequence[Part], experiment: Finetuning) -> list[tuple[Entry, Cache]]:
+    """At most `validation.volumes` of the held-out volumes, the same at every call."""
+    # The first by id would mostly be of one data set.
+    volumes = [(entry, part.cache) for part in held_out for entry in part.entries]
+    volumes.sort(key=lambda volume: shuffle_key(experiment.seed, volume[0]))
+    return volumes[: experiment.validation.volumes]
+
+
+def describe_rate(experiment: Finetuning, step: int) -> list[str]:
+    """What about the learning rate may be why nothing is learned."""
+    rate = float(schedule(experiment.optimizer, experiment.total_steps)(step - 1))
+    if rate > 5e-4:
+        return [f"the learning rate is {rate:.1e}: try a tenth, or a longer warm-up"]
+    if step <= experiment.optimizer.warmup_steps:
+        return ["the warm-up is not over"]
+    return [f"the learning rate is only {rate:.1e}"] if rate < 1e-6 else []
+
+
 class Validator:
     """Dice of the same held-out volumes at every call."""
 
     def __init__(
-        self, experiment: Finetuning, held_out: Sequence[Part], program: Program[State]
+        self,
+        experiment: SegmentationFinetuning,
+        held_out: Sequence[Part],
+        program: Program[State],
     ) -> None:
-        self._experiment, self._program = experiment, program
-        self._rows = list(local_rows(experiment.batch_size, program.mesh))
-        self._predict: Callable[..., jax.Array] | None = None
+        self._experiment = experiment
+        self._predictor = Predictor(program, experiment.batch_size)
         settings = experiment.validation
         self._windows = Windows(
             experiment.crops.size, settings.overlap, settings.weights, experiment.batch_size
         )
-        # The first by id would mostly be of one data set.
-        volumes = [(entry, part.cache) for part in held_out for entry in part.entries]
-        volumes.sort(key=lambda volume: shuffle_key(experiment.seed, volume[0]))
-        self._volumes = volumes[: settings.volumes]
+        self._volumes = choose_volumes(held_out, experiment)
         self._scores: list[float] = []
 
     def __call__(self, state: State, step: int) -> Validation:
@@ -73,8 +111,12 @@ class Validator:
     def _case(self, state: State, entry: Entry, cache: Cache) -> tuple[Case, tuple[Any, ...]]:
         image, label = cache.read_whole(entry), cache.read_label(entry)
         positions = file_positions(entry.shape, entry.spacing, cache.chain, entry.box, entry.stored)
+        rows = self._predictor.rows
         found, in_file = segment(
-            image, lambda parts: self._logits(state, parts), self._windows, Grid(positions)
+            image,
+            lambda parts: self._predictor(state, parts[rows]),
+            self._windows,
+            Grid(positions),
         )
         assert in_file is not None
         count = len(self._experiment.data.classes)
@@ -88,14 +130,6 @@ class Validator:
             intensity=float(dequantise(image).mean()),
         )
         return case, (image, label, found)
-
-    def _logits(self, state: State, parts: np.ndarray) -> jax.Array:
-        sharding = batch_sharding(self._program.mesh)
-        rows = {"images": parts[self._rows]}
-        placed = to_devices(rows, sharding, self._experiment.batch_size)
-        if self._predict is None:
-            self._predict = compile_on_all(self._program.predict, state, placed)
-        return self._predict(state, placed)
 
     def _found(self, cases: Sequence[Case], worst: Sequence[Any], step: int) -> Validation:
         names = self._experiment.data.classes[1:]
@@ -151,7 +185,6 @@ class Validator:
         if len(last) < _FLAT or max(last) > 0.5 or max(last) - min(last) > _MOVED:
             return ""
         experiment = self._experiment
-        rate = float(schedule(experiment.optimizer, experiment.total_steps)(step - 1))
         predicted, reference, intensity = (
             float(np.mean([getattr(case, name) for case in cases]))
             for name in ("predicted", "reference", "intensity")
@@ -170,12 +203,7 @@ class Validator:
                 f"the images are nearly constant ({intensity:.3f} of the window on average): is "
                 "chain.window right?"
             )
-        if rate > 5e-4:
-            causes.append(f"the learning rate is {rate:.1e}: try a tenth, or a longer warm-up")
-        elif step <= experiment.optimizer.warmup_steps:
-            causes.append("the warm-up is not over")
-        elif rate < 1e-6:
-            causes.append(f"the learning rate is only {rate:.1e}")
+        causes += describe_rate(experiment, step)
         return (
             f"WARNING: Dice is flat: {', '.join(f'{one:.4f}' for one in last)} in the last "
             f"{_FLAT} validations. "

@@ -150,7 +150,7 @@ def export(
 
 
 def _images(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an experiment says how a segmentation network's images are prepared, and its classes.
+    """What of an experiment with classes says how images are prepared, and what the classes are.
 
     The chain is the first source's; sources of one experiment may differ in spacing and window.
     """

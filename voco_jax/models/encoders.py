@@ -66,6 +66,15 @@ def build_segmentation_network(
     )
 
 
+def build_classification_network(
+    settings: Settings, platform: str, classes: int, hidden: int, attention: Any
+) -> Any:
+    """Encoder and classifier of a config's `model` section; see `build_encoder`, `Classifier`."""
+    from voco_jax.models.network import ClassificationNetwork
+
+    return ClassificationNetwork(build_encoder(settings, platform, attention), classes, hidden)
+
+
 def _computation(settings: Settings, platform: str) -> dict[str, Any]:
     """How it is computed: what encoders and decoders have in common."""
     import jax.numpy as jnp

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from isal import igzip_lib
 
-from voco_jax.data.formats import dicom
+from voco_jax.data.formats import dicom, image_slices
 from voco_jax.data.formats.dicom import load_series, series_files, series_in
 from voco_jax.data.formats.meta_image import load_meta, meta_files
 from voco_jax.data.formats.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair_files, pairs_in
@@ -59,6 +59,13 @@ FORMATS = (
         volumes=series_in,
         is_folder=True,
     ),
+    Format(
+        suffixes=image_slices.SUFFIXES,
+        load=image_slices.load_slices,
+        files=image_slices.slice_files,
+        volumes=image_slices.slices_in,
+        is_folder=True,
+    ),
 )
 SUFFIXES = tuple(suffix for one in FORMATS for suffix in one.suffixes)
 DETACHED = tuple(suffix for one in FORMATS for suffix in one.detached)
@@ -69,7 +76,7 @@ def load(path: str | Path) -> StoredVolume:
 
     Args:
         path: a file or folder of one of FORMATS; of a pair, either file. A file of any other name
-            is taken for NIfTI.
+            is taken for NIfTI, a folder that shows no other format for a DICOM series.
 
     Raises:
         VolumeError: missing, unreadable, truncated, another format, not 3-D, absurd spacing or
@@ -133,8 +140,21 @@ def volumes_in(names: Sequence[str], folder: str | None = None) -> list[str]:
 
 
 def _format_of(path: Path) -> Format:
-    name, is_folder = path.name.lower(), path.is_dir()
-    for one in FORMATS:
-        if one.is_folder == is_folder and (is_folder or name.endswith(one.suffixes)):
+    if path.is_dir():
+        return _format_of_folder(path)
+    name = path.name.lower()
+    files = [one for one in FORMATS if not one.is_folder]
+    return next((one for one in files if name.endswith(one.suffixes)), FORMATS[0])
+
+
+def _format_of_folder(path: Path) -> Format:
+    """The first that finds a volume in it, else the first whose suffixes a file in it has."""
+    folders = [one for one in FORMATS if one.is_folder]
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    for one in folders:
+        if one.volumes and one.volumes(names, str(path)):
             return one
-    return FORMATS[0]
+    for one in folders:
+        if any(name.lower().endswith(one.suffixes) for name in names):
+            return one
+    return folders[0]

@@ -1,0 +1,105 @@
+"""Classifies images with fine-tuned weights; the command is in predict.py."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from voco_jax.config.finetuning import ClassificationFinetuning
+from voco_jax.data.formats import readers
+from voco_jax.data.formats.stored import StoredVolume
+from voco_jax.data.resample import center_crop
+from voco_jax.data.volumes import prepare_stored, quantise
+from voco_jax.evaluation.ensemble import Done, compile_mean, first_chain, for_each
+from voco_jax.files import write_atomically
+from voco_jax.models.attention import attend
+from voco_jax.models.encoders import build_classification_network
+
+PREDICTIONS = "predictions.csv"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Fine-tuned networks, ready to classify volumes.
+
+    Attributes:
+        experiment: that made them: chain, classes, size.
+        predict: (b, *size) volumes in the cache's dtype -> probabilities (b, classes) float32.
+    """
+
+    experiment: ClassificationFinetuning
+    predict: Callable[[np.ndarray], jax.Array]
+
+    def __call__(self, stored: StoredVolume) -> np.ndarray:
+        """The probabilities of a volume's classes, (classes,) float32.
+
+        Args:
+            stored: as its file has it.
+
+        Raises:
+            VolumeError: it is no usable volume.
+        """
+        chain = first_chain(self.experiment)
+        voxels = quantise(prepare_stored(stored, chain).voxels, chain.dtype)
+        middle = center_crop(voxels, self.experiment.crops.size)  # as validation does
+        return np.asarray(self.predict(middle[None]))[0]
+
+
+def load_classifier(
+    weights: Sequence[str | Path], experiment: ClassificationFinetuning, *, mirror: str = ""
+) -> Classifier:
+    """Loads fine-tuned weights; several are an ensemble, whose probabilities are averaged.
+
+    Args:
+        weights: files, all of one experiment but for seed and fold.
+        experiment: that made them.
+        mirror: axes, as "xy": also predicts the volumes flipped along every set of these.
+
+    Raises:
+        InputError: files that cannot be read or do not fit.
+    """
+    network = build_classification_network(
+        experiment.model,
+        jax.devices()[0].platform,
+        len(experiment.data.classes),
+        experiment.head.hidden,
+        attend,
+    )
+    predict = compile_mean(
+        experiment, weights, network, mirror, lambda logits, _: jax.nn.softmax(logits)
+    )
+    return Classifier(experiment, predict)
+
+
+def classify_all(classifier: Classifier, images: Mapping[str, Path], output: Path) -> list[Done]:
+    """Classifies images; writes predictions.csv: image, class, a probability for each class.
+
+    Args:
+        classifier: of `load_classifier`.
+        images: by name.
+        output: folder of the table.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    names = classifier.experiment.data.classes
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(["image", "predicted", *(f"probability_{name}" for name in names)])
+    file = output / PREDICTIONS
+
+    def classify(name: str, path: Path) -> tuple[Path, str]:
+        probabilities = classifier(readers.load(path)).tolist()
+        best = names[int(np.argmax(probabilities))]
+        table.writerow([name, best, *(f"{one:.6f}" for one in probabilities)])
+        shown = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, probabilities, strict=True))
+        return file, f"{name}: {best} ({shown})"
+
+    done = for_each(images, classify)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lines.getvalue())
+    return done

@@ -1,0 +1,216 @@
+"""Fine-tuned weights, one file or several, and what is done with them, image by image."""
+
+import functools
+import itertools
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import voco_jax
+from voco_jax.config.finetuning import ClassificationFinetuning, Finetuning, SegmentationFinetuning
+from voco_jax.config.load import load, parse
+from voco_jax.data.formats.stored import VolumeError
+from voco_jax.errors import InputError
+from voco_jax.files import write_atomically
+from voco_jax.interop.card import file_sha256, read_card
+from voco_jax.interop.load import load_into
+from voco_jax.models.initial_values import describe_parameters
+from voco_jax.training.compile import compiler_options
+from voco_jax.training.images import to_unit
+from voco_jax.training.mesh import make_mesh
+
+FineTuned = SegmentationFinetuning | ClassificationFinetuning
+_TASKS = "'segmentation' or 'classification'"
+
+
+def read_experiments(
+    weights: Sequence[str | Path], config: str | None = None, overrides: Mapping[str, str] = {}
+) -> FineTuned:
+    """The experiment that made some weight files.
+
+    Args:
+        weights: the files, all of one experiment but for seed and fold.
+        config: file that made them; None: as their cards say.
+        overrides: of the config's settings.
+
+    Raises:
+        InputError: there is no card, it is of something else, or the files do not belong together.
+    """
+    if config is None:
+        if overrides:
+            raise InputError(f"--config.{next(iter(overrides))}: found it without --config FILE")
+        return same_experiment(weights)
+    experiment = load(config, overrides)
+    if not isinstance(experiment, FineTuned):
+        raise InputError(f"{config}: task: found {experiment.task!r}, expected {_TASKS}")
+    return same_experiment(weights, experiment)
+
+
+def same_experiment(
+    weights: Sequence[str | Path], experiment: FineTuned | None = None
+) -> FineTuned:
+    """The experiment of weight files that belong together; see `read_experiments`."""
+    found = [experiment or _of_card(Path(path)) for path in weights]
+    for path, other in zip(weights, found, strict=True):
+        for what in ("task", "model", "crops", "chain", "classes"):
+            if _part(other, what) != _part(found[0], what):
+                raise InputError(
+                    f"{path}: it has another {what} than {weights[0]}, expected weights of one "
+                    "experiment; predict with each alone"
+                )
+    return found[0]
+
+
+def _of_card(weights: Path) -> FineTuned:
+    if not weights.is_file():
+        raise InputError(f"{weights}: no such file, expected fine-tuned weights")
+    card = read_card(weights)
+    if card is None or "config" not in card:
+        raise InputError(
+            f"{weights}: found no card beside it ({weights.name}.json), which says how images are "
+            "prepared; name the config file that made it with --config"
+        )
+    try:
+        experiment = parse(card["config"])
+    except InputError as error:
+        raise InputError(f"{weights}: its card is of another version: {error}") from error
+    if not isinstance(experiment, FineTuned):
+        raise InputError(
+            f"{weights}: found weights of task {experiment.task!r}, expected {_TASKS}: fine-tune "
+            "them first, as with configs/finetune_btcv.py"
+        )
+    return experiment
+
+
+def _part(experiment: FineTuned, what: str) -> Any:
+    if what in ("task", "model", "crops"):
+        return getattr(experiment, what)
+    chain = first_chain(experiment)
+    return chain.classes if what == "classes" else chain
+
+
+def first_chain(experiment: Finetuning) -> Any:
+    """The chain with which images are prepared."""
+    return next(iter(experiment.data.sources.values())).chain
+
+
+def compile_mean(
+    experiment: Finetuning,
+    weights: Sequence[str | Path],
+    network: nn.Module,
+    mirror: str,
+    finish: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+) -> Callable[[np.ndarray], jax.Array]:
+    """Loads weights; the mean of what their networks say, also of flipped images.
+
+    Args:
+        experiment: that made the weights.
+        weights: files; several are an ensemble.
+        network: of images `b x y z 1` and `train`.
+        mirror: axes, as "xy": the images are also flipped along every set of these.
+        finish: (logits, flipped axes) -> what is averaged.
+
+    Returns:
+        Images (b, x, y, z) as cached -> the mean.
+
+    Raises:
+        InputError: files that cannot be read or do not fit.
+    """
+    device = jax.devices()[0]
+    template = nn.unbox(describe_parameters(network, experiment.crops.size))
+    params = [
+        jax.device_put(load_into(template, path, model=experiment.model)[0], device)
+        for path in weights
+    ]
+    flips = [
+        tuple("xyz".index(axis) + 1 for axis in axes)
+        for count in range(len(mirror) + 1)
+        for axes in itertools.combinations(mirror, count)
+    ]
+    options = compiler_options(make_mesh(1, [device]))
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def predict(params: Any, images: jax.Array) -> jax.Array:
+        unit = to_unit(images)[..., None]
+        total = jnp.zeros(())
+        for one in params:
+            for axes in flips:
+                logits = network.apply({"params": one}, jnp.flip(unit, axes), False)
+                total = total + finish(jnp.asarray(logits), axes)
+        return total / (len(params) * len(flips))
+
+    return functools.partial(predict, params)
+
+
+@dataclass(frozen=True)
+class Done:
+    """An image and what became of it."""
+
+    input: str
+    output: str  # "": it failed
+    seconds: float
+    problem: str  # "": none
+
+
+def for_each(
+    images: Mapping[str, Path], function: Callable[[str, Path], tuple[Path, str]]
+) -> list[Done]:
+    """Works on images one after the other; one that fails does not stop the others.
+
+    Args:
+        images: by name.
+        function: (name, path) -> the file with what was found, and a line for people.
+    """
+    done = []
+    for name, path in images.items():
+        start = time.monotonic()
+        try:
+            output, line = function(name, path)
+            done.append(Done(str(path), str(output), time.monotonic() - start, ""))
+            print(f"{line} ({done[-1].seconds:.1f} s)", flush=True)
+        except VolumeError as error:
+            done.append(Done(str(path), "", time.monotonic() - start, error.reason))
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+    return done
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file, complete or not at all.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def make_report(
+    experiment: Finetuning,
+    weights: Sequence[str | Path],
+    done: Sequence[Done],
+    settings: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """What report.json says."""
+    return {
+        "voco_jax": voco_jax.__version__,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "task": experiment.task,
+        "weights": [{"file": str(path), "sha256": file_sha256(path)} for path in weights],
+        "classes": list(experiment.data.classes),
+        "settings": dict(settings),
+        "seconds": round(seconds, 3),
+        "files": [vars(one) for one in done],
+    }
