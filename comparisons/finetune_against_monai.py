@@ -18,7 +18,9 @@ be set as --config.section.field=value.
 Prediction: one volume of 512x512x300 voxels of 0.75x0.75x1.25 mm (an enlarged phantom) with random
 weights of configs/finetune_btcv.py, windows of 96x96x96 that overlap by 0.25, one at a time, with
 gaussian weights. Ours: voco_jax.evaluation.predict. MONAI: LoadImage, Orientation, Spacing,
-ScaleIntensityRange, CropForeground, sliding_window_inference, Invertd of the scores, argmax.
+ScaleIntensityRange, CropForeground, sliding_window_inference, Invertd of the scores, argmax. Two
+things differ: ours rounds the image to chain.dtype, as training does, and labels nothing more than
+half a voxel outside the foreground's box, MONAI up to a voxel.
 
     python -m comparisons.finetune_against_monai predict
     python -m comparisons.finetune_against_monai predict --tiny

@@ -104,9 +104,12 @@ class Validator:
             case, arrays = self._case(state, entry, cache)
             cases.append(case)
             if is_process_0():
-                heapq.heappush(worst, (-_mean(case.file), next(counter), (case, entry, arrays)))
-                del worst[: max(len(worst) - _PICTURES, 0)]
-        return self._found(cases, [kept for _, _, kept in sorted(worst)[::-1]], step)
+                spacing = cache.chain.spacing or entry.spacing
+                kept = (case, spacing, arrays)
+                heapq.heappush(worst, (-_mean(case.file), next(counter), kept))
+                if len(worst) > _PICTURES:
+                    heapq.heappop(worst)
+        return self._found(cases, [one for *_, one in sorted(worst)[::-1]], step)
 
     def _case(self, state: State, entry: Entry, cache: Cache) -> tuple[Case, tuple[Any, ...]]:
         image, label = cache.read_whole(entry), cache.read_label(entry)
@@ -166,18 +169,11 @@ class Validator:
                 image=dequantise(image),
                 reference=label,
                 prediction=found,
-                spacing=self._spacing(entry),
+                spacing=spacing,
             )
-            for case, entry, (image, label, found) in worst
+            for case, spacing, (image, label, found) in worst
         ]
         return draw_cases(rows, f"step {step}: Dice {score:.3f}; the worst of them")
-
-    def _spacing(self, entry: Entry) -> tuple[float, float, float]:
-        for source in self._experiment.data.sources.values():
-            if source.chain.spacing:
-                x, y, z = source.chain.spacing
-                return x, y, z
-        return entry.spacing
 
     def _flat(self, cases: Sequence[Case], step: int) -> str:
         """A warning where the last validations found the same low Dice, with the likely cause."""
