@@ -31,7 +31,7 @@ SHIPPED = {
     **{f"voco_160k-{size}": f"configs/voco_160k.py:{size}" for size in "blh"},
     **{
         f"finetune_{name}": f"configs/finetune_{name}.py"
-        for name in "btcv ccii demo headneck hippocampus lits mmwhs spleen".split()
+        for name in ["btcv", "ccii", "demo", "headneck", "hippocampus", "lits", "mmwhs", "spleen"]
     },
     **{
         f"finetune_{name}-published": f"configs/finetune_{name}.py:published"
