@@ -5,14 +5,8 @@ python tests/segmentation_main.py --config tests/segmentation_main.py --workdir 
 
 import dataclasses
 
-import strided_cnn
-
 from configs import finetune_demo
 from voco_jax.config import encoders
-from voco_jax.models.encoders import ENCODERS
-
-ENCODERS["strided_cnn"] = strided_cnn.ENCODER
-encoders.ENCODERS["strided_cnn"] = strided_cnn.Settings
 
 
 def get_config():
@@ -32,6 +26,11 @@ def get_config():
 
 
 if __name__ == "__main__":
-    import main
+    import strided_cnn
 
+    import main
+    from voco_jax.models.encoders import ENCODERS
+
+    ENCODERS["strided_cnn"] = strided_cnn.ENCODER
+    encoders.ENCODERS["strided_cnn"] = strided_cnn.Settings
     main.main()
