@@ -90,7 +90,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 """Of the step: config file and changes."""
 VOLUMES: dict[bool, tuple[dict[str, Any], tuple[int, ...], tuple[float, ...]]] = {
     False: ({}, (512, 512, 300), (0.75, 0.75, 1.25)),
-    True: (_TINY, (96, 96, 64), (0.75, 0.75, 2.25)),
+    True: (_TINY, (96, 96, 64), (0.75, 1.5, 2.25)),
 }
 """Of the prediction, whether --tiny: changes, voxels, mm."""
 

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # MONAI's and PyTorch's
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The command's output."""
+    pytest.importorskip("torch", reason="need PyTorch")
     from comparisons import finetune_against_monai, our_finetuning
 
     for module in (finetune_against_monai, our_finetuning):
