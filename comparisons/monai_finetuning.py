@@ -69,7 +69,7 @@ def build_network(config: SegmentationFinetuning, folder: str) -> SwinUNETR:
     """SwinUNETR with the weights in a folder, which have to be all of its, and no others."""
     model = check_settings(config)
     network = SwinUNETR(
-        in_channels=1,
+        in_channels=config.data.channels,
         out_channels=len(config.data.classes),
         feature_size=model.feature_size,
         depths=model.depths,
@@ -114,7 +114,7 @@ def run_steps(
     losses, seconds = [], []
     for images, labels in zip(data["images"], data["labels"], strict=True):
         begin = time.perf_counter()
-        crops = torch.from_numpy(images)[:, None].float()
+        crops = torch.from_numpy(images).movedim(-1, 1).float()
         crops = crops / 255 if images.dtype == np.uint8 else crops
         value = loss(network(crops.to(dtype)), torch.from_numpy(labels)[:, None])
         optimizer.zero_grad()

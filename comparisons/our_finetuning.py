@@ -207,7 +207,7 @@ def predict(folder: str, overlap: float) -> dict[str, Any]:
     begin = time.perf_counter()
     segmenter = load_segmenter([Path(folder, WEIGHTS)], overlap=overlap, window="gaussian")
     size, dtype = segmenter.experiment.crops.size, segmenter.experiment.data.dtype
-    jax.block_until_ready(segmenter.predict(np.zeros((1, *size), dtype)))
+    jax.block_until_ready(segmenter.predict(np.zeros((1, *size, 1), dtype)))
     compile_seconds = time.perf_counter() - begin
     starts: list[float] = []
     ends: list[float] = []
@@ -222,7 +222,7 @@ def predict(folder: str, overlap: float) -> dict[str, Any]:
     begin = time.perf_counter()
     stored = readers.load(Path(folder, IMAGE))
     read = time.perf_counter()
-    labels = dataclasses.replace(segmenter, predict=timed)(stored, progress)
+    labels = dataclasses.replace(segmenter, predict=timed)([stored], progress)
     done = time.perf_counter()
     windows = sum(ends) - sum(starts)
     peak = peak_resident()

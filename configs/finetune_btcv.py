@@ -56,6 +56,7 @@ def get_config(variant: str = "corrected") -> ml_collections.ConfigDict:
                     "volume_size": (96, 96, 96),
                     "dtype": "uint8",
                     "classes": one_value_each(ORGANS),
+                    "channels": (),
                 },
             },
         },

@@ -124,7 +124,7 @@ def test_patients_are_drawn_whole():
 
 
 def test_labels_of_volumes_are_not_turned():
-    images = jnp.asarray(np.random.default_rng(0).random((4, 6, 6, 4)), jnp.float32)
+    images = jnp.asarray(np.random.default_rng(0).random((4, 6, 6, 4, 1)), jnp.float32)
     labels = jnp.arange(4)
     off = dict.fromkeys(("scale", "shift", "noise", "gamma"), 0.0)
     off |= {f"{name}_probability": 0.0 for name in off}
@@ -405,7 +405,7 @@ def test_crops_are_near_the_middle(ccii, tmp_path, generator):
     for entry in cache.entries:
         middle = middle_of(cache, entry, crops)
         images = collate_volumes([middle], crops=crops)["images"]
-        np.testing.assert_array_equal(images[0], center_crop(cache.read_whole(entry), SIZE))
+        np.testing.assert_array_equal(images[0, ..., 0], center_crop(cache.read_whole(entry), SIZE))
         drawn = [draw_volume(cache, entry, crops=crops, generator=generator) for _ in range(99)]
         places = [{one.corner[axis] for one in drawn} for axis in range(3)]
         assert entry.stored[:2] == (20, 20)

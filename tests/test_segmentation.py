@@ -100,12 +100,12 @@ def _draws(count, **changes):
 
 
 def test_labels_go_where_their_images_go():
-    images = jnp.asarray(np.random.default_rng(0).random((32, 6, 6, 4)), jnp.float32)
-    labels = (images * 1000).astype(jnp.int32)
+    images = jnp.asarray(np.random.default_rng(0).random((32, 6, 6, 4, 2)), jnp.float32)
+    labels = (images[..., 1] * 1000).astype(jnp.int32)
     draws = _draws(32, flip_probability=(0.5, 0.5, 0.5), rotate_probability=0.7)
     moved, with_them = augment.apply(images, labels, draws)
-    np.testing.assert_array_equal((moved * 1000).astype(jnp.int32), with_them)
-    assert (moved != images).any(axis=(1, 2, 3)).mean() > 0.7
+    np.testing.assert_array_equal((moved[..., 1] * 1000).astype(jnp.int32), with_them)
+    assert (moved != images).any(axis=(1, 2, 3, 4)).mean() > 0.7
 
 
 @pytest.mark.parametrize(
@@ -118,21 +118,21 @@ def test_labels_go_where_their_images_go():
     ],
 )
 def test_intensities_change_and_labels_do_not(changes, expected):
-    images = jnp.full((64, 2, 2, 2), 0.4)
+    images = jnp.full((64, 2, 2, 2, 1), 0.4)
     labels = jnp.ones((64, 2, 2, 2), jnp.int32)
     draws = _draws(64, **changes)
     found, same = augment.apply(images, labels, draws)
     np.testing.assert_array_equal(same, labels)
-    np.testing.assert_allclose(found[:, 0, 0, 0], expected(np.float32(0.4), draws), rtol=1e-5)
+    np.testing.assert_allclose(found[:, 0, 0, 0, 0], expected(np.float32(0.4), draws), rtol=1e-5)
     if changes:
-        assert np.unique(np.asarray(found[:, 0, 0, 0])).size > 32
+        assert np.unique(np.asarray(found[:, 0, 0, 0, 0])).size > 32
 
 
 def test_noise_has_its_deviation():
-    images = jnp.zeros((200, 8, 8, 8))
+    images = jnp.zeros((200, 8, 8, 8, 1))
     draws = _draws(200, noise_probability=0.5, noise=0.2)
-    found, _ = augment.apply(images, images.astype(jnp.int32), draws)
-    np.testing.assert_allclose(found.std(axis=(1, 2, 3)), draws.deviations, rtol=0.1, atol=1e-6)
+    found, _ = augment.apply(images, images[..., 0].astype(jnp.int32), draws)
+    np.testing.assert_allclose(found.std(axis=(1, 2, 3, 4)), draws.deviations, rtol=0.1, atol=1e-6)
     assert 0.35 < (np.asarray(draws.deviations) == 0).mean() < 0.65
 
 
@@ -324,7 +324,7 @@ def _threshold(volume, window=(-175.0, 250.0)):
     config.crops.size = (64, 64, 64)
 
     def predict(windows):
-        above = jnp.asarray(windows, jnp.float32) - 127.5
+        above = jnp.asarray(windows[..., 0], jnp.float32) - 127.5
         return jnp.stack([jnp.zeros_like(above), above, jnp.full_like(above, -1e9)], -1)
 
     windows = Windows((64, 64, 64), 0.0, "constant", 4)
@@ -377,13 +377,13 @@ def test_a_mask_of_a_dicom_series_lies_on_it(tmp_path):
 
 def test_an_ensemble_of_one_twice_is_one(weights, generator):
     one, two = load_segmenter([weights]), load_segmenter([weights, weights])
-    windows = generator.integers(0, 256, (1, 32, 32, 16), dtype=np.uint8)
+    windows = generator.integers(0, 256, (1, 32, 32, 16, 1), dtype=np.uint8)
     np.testing.assert_allclose(one.predict(windows), two.predict(windows), rtol=1e-5, atol=1e-6)
 
 
 def test_mirroring_is_the_mean_of_the_flipped(weights, generator):
     one, both = load_segmenter([weights]), load_segmenter([weights], mirror="xz")
-    windows = generator.integers(0, 256, (1, 32, 32, 16), dtype=np.uint8)
+    windows = generator.integers(0, 256, (1, 32, 32, 16, 1), dtype=np.uint8)
     expected = np.mean(
         [np.flip(one.predict(np.flip(windows, axes)), axes) for axes in ((), (1,), (3,), (1, 3))],
         axis=0,

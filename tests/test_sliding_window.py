@@ -26,7 +26,7 @@ def _logits(numpy, windows):
 
 
 def _ours(windows):
-    return jnp.asarray(_logits(np, windows))
+    return jnp.asarray(_logits(np, windows[..., 0]))
 
 
 def _monais(volume, size, overlap, weights):
@@ -45,7 +45,7 @@ def _monais(volume, size, overlap, weights):
 @pytest.mark.parametrize(("shape", "size", "overlap", "weights"), CASES)
 def test_as_monai(generator, shape, size, overlap, weights):
     volume = generator.normal(size=shape).astype(np.float32)
-    labels, none = segment(volume, _ours, Windows(size, overlap, weights, 3))
+    labels, none = segment(volume[..., None], _ours, Windows(size, overlap, weights, 3))
     assert none is None
     mean = _monais(volume, size, overlap, weights)
     best = np.sort(mean, 0)
@@ -63,8 +63,8 @@ def test_the_other_grid_is_interpolated_linearly(generator, shape, size, overlap
         np.linspace(-2, n + 1.5, count) for n, count in zip(shape, counts, strict=True)
     )
     windows = Windows(size, overlap, weights, 2)
-    labels, found = segment(volume, _ours, windows, Grid(positions))
-    np.testing.assert_array_equal(labels, segment(volume, _ours, windows)[0])
+    labels, found = segment(volume[..., None], _ours, windows, Grid(positions))
+    np.testing.assert_array_equal(labels, segment(volume[..., None], _ours, windows)[0])
     mean = _monais(volume, size, overlap, weights).astype(np.float64)
     ends = [np.clip(p, 0, n - 1) for p, n in zip(positions, shape, strict=True)]
     places = np.stack(np.meshgrid(*ends, indexing="ij"))
@@ -81,14 +81,16 @@ def test_the_other_grid_is_interpolated_linearly(generator, shape, size, overlap
 def test_the_same_grid_gives_the_same_labels(generator):
     volume = generator.normal(size=(20, 33, 18)).astype(np.float32)
     grid = Grid(tuple(np.arange(n, dtype=float) for n in volume.shape))
-    labels, found = segment(volume, _ours, Windows((16, 16, 16), 0.5, "gaussian", 1), grid)
+    labels, found = segment(
+        volume[..., None], _ours, Windows((16, 16, 16), 0.5, "gaussian", 1), grid
+    )
     np.testing.assert_array_equal(labels, found)
 
 
 def test_every_window_is_told_once():
     seen = []
     segment(
-        np.zeros((20, 20, 40), np.float32),
+        np.zeros((20, 20, 40, 1), np.float32),
         _ours,
         Windows((16, 16, 16), 0.5, "constant", 3),
         progress=lambda done, total: seen.append((done, total)),

@@ -25,7 +25,9 @@ class Chain:
     axes: Literal["RAS"]
     spacing: tuple[Annotated[float, Field(gt=0)], ...]  # mm to resample to, x y z; (): as stored
     window: tuple[float, float]  # values that become 0 and 1; values outside are clipped
-    window_unit: Literal["HU", "percentile"]  # percentile: of the volume's own voxels, as for MRI
+    window_unit: Literal["HU", "percentile", "deviation"]  # percentile: of the volume's own voxels,
+    # as for MRI; deviation: standard deviations from the mean of its voxels that are not 0, as for
+    # a brain whose skull was taken away
     crop_foreground: bool  # keep the box of voxels above the threshold, drop what is around it
     foreground_threshold: Fraction  # of the window
     fit: Literal["resize", "center_crop", "random_crop"]  # to volume_size; the crops pad first.
@@ -60,6 +62,7 @@ class LabelledChain(Chain):
 
     classes: Classes  # name, and the values of the label files that are this class; class i of the
     # network is the i-th. The first is the background
+    channels: tuple[str, ...] = ()  # names of an image's channels, each a file; (): it is one file
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +78,10 @@ class LabelledChain(Chain):
                 f"to {MAX_CLASSES - 1} others"
             )
         _check_classes(self.classes)
+        if len(set(self.channels)) < len(self.channels) or not all(self.channels):
+            raise ValueError(
+                f"channels: found {self.channels}, expected names that differ, as ('t1', 't2')"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

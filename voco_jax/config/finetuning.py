@@ -55,14 +55,20 @@ class LabelledData(Data):
                 f"fold: found {self.fold} of {self.folds}, expected 2 or more folds (0: none) and "
                 "a fold below that"
             )
-        classes = {source.chain.classes for source in self.sources.values()}
-        if len(classes) > 1:
-            raise ValueError("sources: found different chain.classes, expected the same in all")
+        for name in ("classes", "channels"):
+            found = {getattr(source.chain, name, ()) for source in self.sources.values()}
+            if len(found) > 1:
+                raise ValueError(f"sources: found different chain.{name}, expected the same in all")
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names; of a segmentation the background first."""
         return tuple(name for name, _ in next(iter(self.sources.values())).chain.classes)
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return 1
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -185,6 +191,11 @@ class SegmentationData(LabelledData):
     """Images with a label file each."""
 
     sources: dict[str, SegmentationSource]  # type: ignore[assignment]
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return len(next(iter(self.sources.values())).chain.channels) or 1
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -111,6 +111,15 @@ class Cache:
         """Reads all that is stored of a volume; see `read`."""
         return self.read(entry, size=entry.stored)
 
+    def read_channels(
+        self, entry: Entry, corner: Size = (0, 0, 0), size: Size | None = None
+    ) -> np.ndarray:
+        """Reads a part of a volume, or all that is stored, x y z channels; see `read`."""
+        size = size or entry.stored
+        first = self.read(entry, corner, size)
+        further = [self._read_slot(entry, one.slot, corner, size) for one in entry.channels]
+        return np.stack([first, *further], axis=-1)
+
     def read_label(
         self, entry: Entry, corner: Size = (0, 0, 0), size: Size | None = None
     ) -> np.ndarray:
@@ -329,4 +338,6 @@ def _plain(chain: Chain) -> dict[str, Any]:
     values = json.loads(json.dumps(dataclasses.asdict(chain)))
     if isinstance(chain, ClassifiedChain):
         del values["classes"]
+    if not values.get("channels"):
+        values.pop("channels", None)  # as caches say that are older than this setting
     return values

@@ -30,6 +30,8 @@ class Volume:
     section: Section
     label: Path | str | None = None  # segmentation of it, where one is wanted
     class_label: str | None = None  # as the list has it, where one is wanted
+    channels: tuple[Path | str, ...] = ()  # files of an image's further channels; `path`: the first
+    fold: int | None = None  # that it belongs to, where the list says so
 
 
 def read_list(
@@ -37,12 +39,13 @@ def read_list(
     root: str | Path,
     labelled: bool = False,
     classes: Classes | None = None,
+    channels: Sequence[str] = (),
 ) -> list[Volume]:
     """Reads a Decathlon-style JSON list, as VoCo's are published, or a CSV file (see `read_csv`).
 
-    Entries of "training" and "validation" are objects with an "image" path (other keys are left
-    aside) or plain path strings; a path may name a folder, as a DICOM series. Other sections, as
-    "test", are left aside.
+    Entries of "training" and "validation" are objects with an "image" path, maybe a "label" and a
+    "fold" (other keys are left aside), or plain path strings; a path may name a folder, as a DICOM
+    series. Other sections, as "test", are left aside.
 
     Args:
         list_path: the JSON file, or a .csv.
@@ -50,6 +53,8 @@ def read_list(
         labelled: whether every entry has to have a "label" path too, which else is left aside.
         classes: of which every entry's "label" has to be one, its name or one of its values; None:
             no classes are wanted.
+        channels: names of an image's channels: its "image" has to be a list of as many paths, in
+            this order. Empty: it is one path.
 
     Returns:
         The volumes in the list's order, training first; a path listed twice appears twice.
@@ -83,7 +88,7 @@ def read_list(
             )
         for index, entry in enumerate(entries):
             where = f"{list_path}: {section}[{index}]"
-            volume = _volume(entry, root_path, section, where, folders, labelled)
+            volume = _volume(entry, root_path, section, where, folders, labelled, channels)
             if table is not None:
                 volume = replace(volume, class_label=_class_label(entry, where, table))
             volumes.append(volume)
@@ -180,6 +185,7 @@ def collect(
     scans: Sequence[str | Path] = (),
     labelled: bool = False,
     classes: Classes | None = None,
+    channels: Sequence[str] = (),
 ) -> list[Volume]:
     """Reads lists and scans folders, and combines what they name.
 
@@ -189,6 +195,7 @@ def collect(
         scans: folders with volumes.
         labelled: see `read_list`.
         classes: see `read_list`.
+        channels: see `read_list`.
 
     Raises:
         InputError: see `read_list`, `scan`, `combine`; another number of roots than of lists; or
@@ -210,7 +217,10 @@ def collect(
         )
     volumes: list[Volume] = []
     for list_path, root in zip(lists, roots, strict=True):
-        volumes += read_list(list_path, root, labelled, classes) if list_path else scan(root)
+        if list_path:
+            volumes += read_list(list_path, root, labelled, classes, channels)
+        else:
+            volumes += scan(root)
     for folder in scans:
         volumes += scan(folder)
     return combine(volumes)
@@ -218,8 +228,9 @@ def collect(
 
 def labels_wanted(chain: Chain) -> dict[str, Any]:
     """The arguments of `read_list` and `collect` that a chain's labels ask for."""
-    classes = chain.classes if isinstance(chain, ClassifiedChain) else None
-    return {"labelled": isinstance(chain, LabelledChain), "classes": classes}
+    if isinstance(chain, LabelledChain):
+        return {"labelled": True, "channels": chain.channels}
+    return {"classes": chain.classes if isinstance(chain, ClassifiedChain) else None}
 
 
 def _read_text(path: str | Path) -> str:
@@ -258,20 +269,36 @@ def _class_label(entry: Any, where: str, table: Mapping[str, int]) -> str:
 
 
 def _volume(
-    entry: Any, root: str, section: Section, where: str, folders: dict[str, str], labelled: bool
+    entry: Any,
+    root: str,
+    section: Section,
+    where: str,
+    folders: dict[str, str],
+    labelled: bool,
+    channels: Sequence[str],
 ) -> Volume:
     """A list's entry; `folders` remembers the real paths of folders."""
-    expected = '{"image": "path"} or "path"'
-    texts: list[Any] = [entry.get("image") if isinstance(entry, dict) else entry]
-    if labelled:
-        expected = '{"image": "path", "label": "path"}'
-        texts.append(entry.get("label") if isinstance(entry, dict) else None)
-    for text in texts:
-        if not isinstance(text, str) or not text.strip() or "\0" in text:
-            raise InputError(f"{where}: found {json.dumps(entry)[:200]}, expected {expected}")
-    (name, path), *labels = [_resolve(text, root, where, folders) for text in texts]
-    label = labels[0][1] if labels else None
-    return Volume(f"{os.path.basename(root)}/{name}", path, section, label)
+    images: Any = entry.get("image") if isinstance(entry, dict) else entry
+    images = images if isinstance(images, list) else [images]
+    texts = images + ([entry.get("label") if isinstance(entry, dict) else None] if labelled else [])
+    usable = (isinstance(text, str) and text.strip() and "\0" not in text for text in texts)
+    if not all(usable) or len(images) != (len(channels) or 1):
+        image = json.dumps([f"{name} path" for name in channels] if channels else "path")
+        expected = f'{{"image": {image}}} or {image}'
+        if labelled:
+            expected = f'{{"image": {image}, "label": "path"}}'
+        raise InputError(f"{where}: found {json.dumps(entry)[:200]}, expected {expected}")
+    (name, path), *others = [_resolve(text, root, where, folders) for text in texts]
+    label = others.pop()[1] if labelled else None
+    fold = entry.get("fold") if isinstance(entry, dict) else None
+    return Volume(
+        id=f"{os.path.basename(root)}/{name}",
+        path=path,
+        section=section,
+        label=label,
+        channels=tuple(path for _, path in others),
+        fold=fold if type(fold) is int else None,
+    )
 
 
 def _resolve(text: str, root: str, where: str, folders: dict[str, str]) -> tuple[str, Path | str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from voco_jax.config.finetuning import LabelledData
 from voco_jax.data.manifest import Entry
@@ -15,8 +15,9 @@ def split_patients(
     """Training and held-out volumes; all of a patient are on one side.
 
     With folds all volumes are dealt out to them, those of the lists' "validation" too, and one fold
-    is held out. Else "validation" is held out, and of the others the share `data.held_out`. Of the
-    rest the share `data.labelled_fraction` is trained on; a smaller share is part of a larger one.
+    is held out; where the lists give every volume a "fold", it belongs to that. Else "validation"
+    is held out, and of the others the share `data.held_out`. Of the rest the share
+    `data.labelled_fraction` is trained on; a smaller share is part of a larger one.
 
     Args:
         entries: of the cache.
@@ -27,13 +28,16 @@ def split_patients(
         (training, held-out), each in order of id.
 
     Raises:
-        InputError: nothing is left to train on or to hold out, or ids without a patient.
+        InputError: nothing is left to train on or to hold out, ids without a patient, or lists with
+            other folds, or a patient in two of them.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(patient_of(entry.id, data.patient), []).append(entry)
     order = sorted(groups, key=lambda patient: _hash(f"{seed}/{patient}"))
-    if data.folds:
+    if data.folds and all(entry.fold is not None for entry in entries):
+        held_out = _listed_fold(groups, data)
+    elif data.folds:
         if data.folds > len(order):
             raise InputError(
                 f"data.folds: found {data.folds} for {len(order)} patients, expected at most one "
@@ -57,6 +61,24 @@ def split_patients(
         tuple(e for e in by_id if patient_of(e.id, data.patient) in kept),
         tuple(e for e in by_id if patient_of(e.id, data.patient) in held_out),
     )
+
+
+def _listed_fold(groups: Mapping[str, Sequence[Entry]], data: LabelledData) -> set[str]:
+    """The patients of the lists' fold number `data.fold`."""
+    folds = {patient: {entry.fold for entry in own} for patient, own in groups.items()}
+    found = sorted({fold for own in folds.values() for fold in own if fold is not None})
+    if found != list(range(data.folds)):
+        raise InputError(
+            f"data.folds: found {data.folds}, but the lists have the folds "
+            f"{', '.join(map(str, found))}, expected as many, from 0"
+        )
+    for patient, own in folds.items():
+        if len(own) > 1:
+            raise InputError(
+                f"data.patient: the lists have {patient} in the folds {', '.join(map(str, own))}, "
+                "expected all volumes of a patient in one"
+            )
+    return {patient for patient, own in folds.items() if own == {data.fold}}
 
 
 def patient_of(volume_id: str, pattern: str) -> str:

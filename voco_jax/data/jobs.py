@@ -1,5 +1,6 @@
 """What is done for one volume, in whatever process: tasks of `prepare`."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -18,13 +19,18 @@ from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
 from voco_jax.data.formats.readers import VolumeError, file_signature
 from voco_jax.data.formats.remote import local_copy, remote_signature
-from voco_jax.data.manifest import LOCK, Entry, Label, token_of
+from voco_jax.data.manifest import LOCK, Channel, Entry, Label, token_of
 from voco_jax.data.progress import log
 from voco_jax.data.storage import Folder, is_remote
-from voco_jax.data.volumes import PreparedLabels, prepare_labels, prepare_volume, quantise
+from voco_jax.data.volumes import (
+    PreparedLabels,
+    PreparedVolume,
+    prepare_files,
+    prepare_labels,
+    quantise,
+)
 from voco_jax.data.workers import cluster_workers, run_jobs
 
-LABELLED_ARRAYS = 3  # slots of a volume with a label: itself, its label, its label as in the file
 _LOOKS = 32  # at files, at the same time: network file systems and object stores answer slowly
 _PART = 64  # files that one thread looks at before it takes others
 
@@ -35,8 +41,16 @@ class Job:
 
     volume: Volume
     cache: str
-    slot: int  # of the volume; with a label also the next two are its
+    slot: int  # of the volume, the first of `slots_of` the chain
     chain: Chain
+
+
+def slots_of(chain: Chain) -> int:
+    """How many slots a volume takes.
+
+    Its own; with a label that and the label as in the file; then one for each further channel.
+    """
+    return 2 + max(len(chain.channels), 1) if isinstance(chain, LabelledChain) else 1
 
 
 def prepare_one(job: Job) -> Entry | str:
@@ -55,15 +69,19 @@ def prepare_one(job: Job) -> Entry | str:
         found = ""  # prepare_volume says what is wrong
     labels = None
     try:
-        with local_copy(volume.path) as path:
-            prepared = prepare_volume(path, chain)
+        with contextlib.ExitStack() as stack:
+            paths = [
+                stack.enter_context(local_copy(path)) for path in (volume.path, *volume.channels)
+            ]
+            prepared, *further = prepare_files(paths, chain)
         if isinstance(chain, LabelledChain):
             assert volume.label is not None
             with local_copy(volume.label) as path:
                 labels = prepare_labels(path, chain, prepared)
     except VolumeError as error:
-        about_label = error.path != str(volume.path) and volume.label is not None
-        return f"label {volume.label}: {error.reason}" if about_label else error.reason
+        what = {str(volume.label): "label", **{str(path): "channel" for path in volume.channels}}
+        about = what.get(error.path)
+        return f"{about} {error.path}: {error.reason}" if about else error.reason
     except OSError as error:
         return f"cannot fetch: {error}"
     voxels = quantise(prepared.voxels, chain.dtype)
@@ -87,11 +105,25 @@ def prepare_one(job: Job) -> Entry | str:
         checksum=checksum(voxels),
         label=label,
         class_label=volume.class_label,
+        channels=_write_channels(job, further),
+        fold=volume.fold,
         **facts,
     )
 
 
 _FACTS = {field.name for field in dataclasses.fields(Entry)}
+
+
+def _write_channels(job: Job, prepared: Sequence[PreparedVolume]) -> tuple[Channel, ...]:
+    """Writes the further channels of a volume behind its labels."""
+    found = []
+    for path, slot, one in zip(
+        job.volume.channels, itertools.count(job.slot + 3), prepared, strict=False
+    ):
+        voxels = quantise(one.voxels, job.chain.dtype)
+        write_volume(job.cache, slot, voxels)
+        found.append(Channel(str(path), slot, one.window, one.mean, checksum(voxels)))
+    return tuple(found)
 
 
 def _write_labels(job: Job, labels: PreparedLabels, dtype: np.dtype) -> Label:
@@ -112,7 +144,7 @@ def _write_labels(job: Job, labels: PreparedLabels, dtype: np.dtype) -> Label:
 def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
     """Those volumes that a cache lacks, or whose file has changed since.
 
-    A volume that only changed its section or its class is changed at once.
+    A volume that only changed its section, its class or its fold is changed at once.
     """
     known = [volume for volume in volumes if volume.id in cache.entries]
     parts = [known[start : start + _PART] for start in range(0, len(known), _PART)]
@@ -127,19 +159,24 @@ def missing_from(cache: CacheWriter, volumes: Sequence[Volume]) -> list[Volume]:
             missing.append(volume)
             continue
         label = volume.class_label or entry.class_label  # a list for pre-training says nothing
-        if (entry.section, entry.class_label) != (volume.section, label):
-            cache.add(dataclasses.replace(entry, section=volume.section, class_label=label))
+        changed = dataclasses.replace(
+            entry, section=volume.section, class_label=label, fold=volume.fold
+        )
+        if changed != entry:
+            cache.add(changed)
     return missing
 
 
 def signature_of(volume: Volume) -> str:
-    """Another text once a volume's file, or its label's, has changed.
+    """Another text once a volume's file, or that of its label or a channel, has changed.
 
     Raises:
         OSError: there is no such file.
     """
-    image = _signature(volume.path)
-    return image if volume.label is None else f"{image}; label {_signature(volume.label)}"
+    found = [_signature(volume.path)]
+    if volume.label is not None:
+        found.append(f"label {_signature(volume.label)}")
+    return "; ".join(found + [f"channel {_signature(path)}" for path in volume.channels])
 
 
 def _signature(path: Path | str) -> str:

@@ -17,8 +17,8 @@ from voco_jax.types import Size
 class LabelledBatch(TypedDict):
     """What goes to the device.
 
-    images: (batch, x, y, z) in the cache's dtype; labels: (batch, x, y, z) uint8, numbers of
-    classes.
+    images: (batch, x, y, z, channels) in the cache's dtype; labels: (batch, x, y, z) uint8, numbers
+    of classes.
     """
 
     images: np.ndarray
@@ -73,12 +73,12 @@ def collate_crops(drawn: Sequence[DrawnCrop], *, crops: LabelledCrops) -> Labell
     """Reads the crops of a batch and their labels."""
     dtype = np.dtype(drawn[0].cache.chain.dtype)
     batch = LabelledBatch(
-        images=np.empty((len(drawn), *crops.size), dtype),
+        images=np.empty((len(drawn), *crops.size, len(drawn[0].entry.channels) + 1), dtype),
         labels=np.empty((len(drawn), *crops.size), np.uint8),
     )
     for row, one in enumerate(drawn):
         corner = _corner(one, crops.size)
-        batch["images"][row] = one.cache.read(one.entry, corner, crops.size)
+        batch["images"][row] = one.cache.read_channels(one.entry, corner, crops.size)
         batch["labels"][row] = one.cache.read_label(one.entry, corner, crops.size)
     return batch
 

@@ -46,6 +46,17 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
+class Channel:
+    """A further channel of a prepared volume, on the grid of the first."""
+
+    path: str  # of its file when it was prepared
+    slot: int
+    window: tuple[float, float]  # values that became 0 and 1
+    mean: float  # of the prepared voxels, 0..1
+    checksum: str  # of the stored voxels
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One prepared volume: a line of the manifest. All of x y z is in RAS order."""
 
@@ -65,12 +76,21 @@ class Entry:
     checksum: str  # of the stored voxels
     label: Label | None = None  # of a `LabelledChain`
     class_label: str | None = None  # of a `ClassifiedChain`, as its list has it
+    channels: tuple[Channel, ...] = ()  # after the first, which is the volume itself
+    fold: int | None = None  # as its list has it
 
     @property
     def slots(self) -> tuple[int, ...]:
         """All its places on the array's first axis."""
         label = self.label
-        return (self.slot,) if label is None else (self.slot, label.slot, label.file_slot)
+        labels = () if label is None else (label.slot, label.file_slot)
+        return (self.slot, *labels, *(channel.slot for channel in self.channels))
+
+    @property
+    def digest(self) -> str:
+        """Another text once anything stored of it is another."""
+        label = self.label.checksums if self.label else ()
+        return " ".join([self.checksum, *label, *(channel.checksum for channel in self.channels)])
 
 
 def read_manifest(folder: Folder) -> dict[str, Entry]:

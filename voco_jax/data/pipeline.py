@@ -58,8 +58,7 @@ class Part:
 def fingerprint(parts: Sequence[Part]) -> str:
     """A hash of sets of volumes: ids, voxels, labels; the same on every machine, in any order."""
     lines = sorted(
-        f"{part.source}\0{entry.id}\0{entry.checksum}\n"
-        + (f"{entry.label.checksums}\n" if entry.label else "")
+        f"{part.source}\0{entry.id}\0{entry.digest}\n"
         + (f"{entry.class_label}\n" if isinstance(part.cache.chain, ClassifiedChain) else "")
         for part in parts
         for entry in part.entries

@@ -19,11 +19,11 @@ from typing import NoReturn
 import pydantic
 from tqdm import tqdm
 
-from voco_jax.config.common import WORKDIR, Chain, LabelledChain, Source
+from voco_jax.config.common import WORKDIR, Chain, Source
 from voco_jax.config.load import DEFAULT, command_parser, load, parse_arguments
 from voco_jax.data.cache import ARRAY, FAILURES, CacheWriter
 from voco_jax.data.datalists import Volume, collect, combine, labels_wanted
-from voco_jax.data.jobs import LABELLED_ARRAYS, Job, missing_from, prepare_one, run_on_cluster
+from voco_jax.data.jobs import Job, missing_from, prepare_one, run_on_cluster, slots_of
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
 from voco_jax.data.storage import Folder
@@ -82,7 +82,7 @@ def prepare(
     try:
         with CacheWriter(cache_path, chain) as cache:
             todo = missing_from(cache, volumes)
-            arrays = LABELLED_ARRAYS if isinstance(chain, LabelledChain) else 1
+            arrays = slots_of(chain)
             slots = cache.reserve(len(todo) * arrays)
             jobs = [
                 Job(volume, cache.path, slot, chain)

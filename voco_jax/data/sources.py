@@ -96,7 +96,7 @@ def write_volumes(caches: Mapping[str, Cache], data: Data, seed: int, workdir: P
         except InputError as error:
             raise InputError(f"data.sources.{source}: {error}") from error
         content[source] = {
-            name: {entry.id: entry.checksum for entry in entries}
+            name: {entry.id: entry.digest for entry in entries}
             for name, entries in zip(_PARTS, chosen, strict=True)
         }
     for one, other in itertools.permutations(content, 2):
@@ -144,9 +144,9 @@ def read_volumes(
     for source, both in wanted.items():
         cache, weight = caches[source], data.sources[source].weight
         entries = {entry.id: entry for entry in cache.entries}
-        now = {entry.id: entry.checksum for entry in cache.entries}
-        for parts, checksums in zip(found, both, strict=True):
-            changed = [name for name, before in checksums.items() if now.get(name) != before]
+        now = {entry.id: entry.digest for entry in cache.entries}
+        for parts, digests in zip(found, both, strict=True):
+            changed = [name for name, before in digests.items() if now.get(name) != before]
             if changed:
                 raise InputError(
                     f"{cache.path}: {len(changed)} volumes that this run began with are gone or "
@@ -154,8 +154,8 @@ def read_volumes(
                     "; bring them back to resume, or choose another --workdir and "
                     "--config.init_from with this run's exported weights"
                 )
-            if checksums:
-                chosen = tuple(entries[name] for name in sorted(checksums))
+            if digests:
+                chosen = tuple(entries[name] for name in sorted(digests))
                 parts.append(Part(source, cache, chosen, weight))
     return tuple(found[0]), tuple(found[1])
 

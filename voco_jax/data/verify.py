@@ -103,6 +103,9 @@ def _check(job: _Check) -> str:
         found = [checksum(cache.read_whole(entry))]
         if entry.label is not None:
             found += [checksum(cache.read_label(entry)), checksum(cache.read_file_label(entry))]
+        if entry.channels:
+            voxels = cache.read_channels(entry)
+            found += [checksum(voxels[..., n]) for n in range(1, voxels.shape[-1])]
     except InputError as error:
         cause = str(error.__cause__)
         if not cause.startswith(_DAMAGE):  # a disk or network that fails now says nothing of it
@@ -111,11 +114,10 @@ def _check(job: _Check) -> str:
                 "nothing is taken out of the cache for that: verify again when it can"
             ) from error
         return f"cannot be read: {cause}"
-    expected = [entry.checksum, *(entry.label.checksums if entry.label else ())]
     return next(
         (
             f"has the checksum {a}, expected {b}"
-            for a, b in zip(found, expected, strict=True)
+            for a, b in zip(found, entry.digest.split(), strict=True)
             if a != b
         ),
         "",

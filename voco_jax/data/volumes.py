@@ -5,7 +5,7 @@ the volume's size becomes float32 but what is kept.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,7 +116,12 @@ def foreground_box(source: StoredVolume, limits: tuple[float, float], threshold:
 
 
 def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
-    """Runs the chain on one file.
+    """Runs the chain on a file that is all of an image; see `prepare_files`."""
+    return prepare_files([path], chain)[0]
+
+
+def prepare_files(paths: Sequence[str | Path], chain: Chain) -> tuple[PreparedVolume, ...]:
+    """Runs the chain on an image.
 
     Orientation, spacing, window, foreground, then the fit to `chain.volume_size`: MONAI's
     Orientation("RAS"), Spacing(mode="bilinear", padding_mode="border"), ScaleIntensityRange or
@@ -124,54 +129,77 @@ def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
     align_corners=True) or SpatialPad and CenterSpatialCrop.
 
     Args:
-        path: a file of a CT.
+        paths: of a CT; of an image with several channels a file each.
         chain: what to do, see `voco_jax.config.Chain`.
 
     Returns:
-        The volume before quantisation and facts for the manifest: of `chain.volume_size`, or with
+        Each channel before quantisation and facts for the manifest: of `chain.volume_size`, or with
         fit="random_crop" of its own size, at least that.
 
     Raises:
-        VolumeError: the file is no usable CT volume; nothing else is raised for any file.
+        VolumeError: a file is no usable volume; nothing else is raised for any file.
     """
-    try:
-        return prepare_stored(load(path), chain)
-    except Exception as error:
-        raise _volume_error(path, error) from error
+    stored = []
+    for path in paths:
+        try:
+            stored.append(load(path))
+        except Exception as error:
+            raise _volume_error(path, error) from error
+    return prepare_stored(stored, chain)
 
 
-def prepare_stored(stored: StoredVolume, chain: Chain) -> PreparedVolume:
-    """`prepare_volume` of what its file holds.
+def prepare_stored(channels: Sequence[StoredVolume], chain: Chain) -> tuple[PreparedVolume, ...]:
+    """`prepare_files` of what the files hold.
+
+    The box that is kept holds the foreground of every channel, as MONAI's CropForeground.
 
     Raises:
-        VolumeError: no usable CT volume.
+        VolumeError: no usable volume, or a channel on another grid than the first.
     """
     try:
-        source = orient_ras(stored)
-        shape, spacing, affine = source.voxels.shape, source.spacing, source.affine
+        sources = [orient_ras(stored) for stored in channels]
+        shape, spacing, affine = sources[0].voxels.shape, sources[0].spacing, sources[0].affine
+        for other in sources[1:]:
+            check_same_grid(other, shape, affine, "its image's first channel")
         if chain.spacing:
-            source = _to_spacing(source, chain)
-        limits = _limits(source, chain)
-        box = foreground_box(source, limits, chain.foreground_threshold)
-        foreground = float(np.prod(np.subtract(box[1], box[0]) / source.voxels.shape))
+            sources = [_to_spacing(source, chain) for source in sources]
+        limits = [_limits(source, chain) for source in sources]
+        boxes = [
+            foreground_box(source, own, chain.foreground_threshold)
+            for source, own in zip(sources, _foreground_limits(limits, chain), strict=True)
+        ]
+        first = np.min([box[0] for box in boxes], axis=0)
+        last = np.max([box[1] for box in boxes], axis=0)
+        size = sources[0].voxels.shape
+        foreground = float(np.prod((last - first) / size))
         if not chain.crop_foreground:
-            x, y, z = source.voxels.shape
-            box = ((0, 0, 0), (x, y, z))
-        kept = source.voxels[tuple(slice(a, b) for a, b in zip(*box, strict=True))]
-        if chain.fit == "resize":
-            voxels = resize(
-                kept, chain.volume_size, lambda part: window(source.hounsfield(part), *limits)
+            first, last = np.zeros(3, int), np.array(size)
+        box: Box = (tuple(first.tolist()), tuple(last.tolist()))
+        return tuple(
+            PreparedVolume(
+                voxels := _fit(source, own, box, chain),
+                stored.axes,
+                shape,
+                spacing,
+                box,
+                foreground,
+                own,
+                float(voxels.mean(dtype=np.float64)),
+                affine,
             )
-        else:
-            voxels = pad(window(source.hounsfield(kept), *limits), chain.volume_size)
-        if chain.fit == "center_crop":
-            voxels = center_crop(voxels, chain.volume_size)
-        mean = float(voxels.mean(dtype=np.float64))
-        return PreparedVolume(
-            voxels, stored.axes, shape, spacing, box, foreground, limits, mean, affine
+            for stored, source, own in zip(channels, sources, limits, strict=True)
         )
     except Exception as error:
-        raise _volume_error(stored.path, error) from error
+        raise _volume_error(channels[0].path, error) from error
+
+
+def _fit(source: StoredVolume, limits: tuple[float, float], box: Box, chain: Chain) -> np.ndarray:
+    """The windowed voxels of a box, fitted to `chain.volume_size`: float32, 0..1."""
+    kept = source.voxels[tuple(slice(a, b) for a, b in zip(*box, strict=True))]
+    if chain.fit == "resize":
+        return resize(kept, chain.volume_size, lambda p: window(source.hounsfield(p), *limits))
+    voxels = pad(window(source.hounsfield(kept), *limits), chain.volume_size)
+    return center_crop(voxels, chain.volume_size) if chain.fit == "center_crop" else voxels
 
 
 def _volume_error(path: str | Path, error: Exception) -> VolumeError:
@@ -213,31 +241,34 @@ def prepare_labels(
         raise _volume_error(path, error) from error
 
 
-def check_same_grid(label: StoredVolume, shape: tuple[int, ...], affine: np.ndarray) -> None:
-    """Checks that a segmentation has the voxels of its image.
+def check_same_grid(
+    other: StoredVolume, shape: tuple[int, ...], affine: np.ndarray, what: str = "its image"
+) -> None:
+    """Checks that a segmentation, or another channel, has the voxels of its image.
 
     Args:
-        label: RAS.
+        other: RAS.
         shape: of the image, RAS.
         affine: of the image, RAS.
+        what: the image is called.
 
     Raises:
         VolumeError: another number of voxels, or some corner a tenth of a voxel away.
     """
-    if label.voxels.shape != shape:
+    if other.voxels.shape != shape:
         raise VolumeError(
-            label.path,
-            f"another grid: {'x'.join(map(str, label.voxels.shape))} voxels in RAS order, expected "
-            f"the image's {'x'.join(map(str, shape))}; resample it to its image",
+            other.path,
+            f"another grid: {'x'.join(map(str, other.voxels.shape))} voxels in RAS order, expected "
+            f"{'x'.join(map(str, shape))} as {what} has; resample it to {what}",
         )
     corners = np.array([[*corner, 1.0] for corner in np.ndindex(2, 2, 2)])
     corners[:, :3] *= np.subtract(shape, 1)
-    apart = np.linalg.norm(((label.affine - affine) @ corners.T)[:3], axis=0).max()
+    apart = np.linalg.norm(((other.affine - affine) @ corners.T)[:3], axis=0).max()
     if apart > 0.1 * np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).min():
         raise VolumeError(
-            label.path,
-            f"another grid: as many voxels as its image, but up to {apart:.3g} mm away from it; is "
-            "it this image's? If it is, give it the image's header",
+            other.path,
+            f"another grid: as many voxels as {what}, but up to {apart:.3g} mm away; do they "
+            "belong together? If they do, give it the header of the image",
         )
 
 
@@ -342,6 +373,13 @@ def _limits(source: StoredVolume, chain: Chain) -> tuple[float, float]:
     if chain.window_unit == "HU":
         return chain.window
     values = source.hounsfield(source.voxels)
+    if chain.window_unit == "deviation":
+        inside = values[values != 0]
+        if inside.size == 0 or inside.min() == inside.max():
+            raise VolumeError(source.path, "constant: found no voxels that differ, 0 left aside")
+        mean, deviation = inside.mean(dtype=np.float64), inside.std(dtype=np.float64)
+        low, high = (mean + deviation * np.array(chain.window)).tolist()
+        return low, high
     low, high = np.percentile(values, chain.window).tolist()  # NaN if any voxel is
     if low == high:
         raise VolumeError(
@@ -349,6 +387,13 @@ def _limits(source: StoredVolume, chain: Chain) -> tuple[float, float]:
             f"constant: percentiles {chain.window[0]:g} and {chain.window[1]:g} are both {low:g}",
         )
     return low, high
+
+
+def _foreground_limits(
+    limits: Sequence[tuple[float, float]], chain: Chain
+) -> list[tuple[float, float]]:
+    """The window in which each channel's foreground is looked for: of deviations from 0 on."""
+    return [(0.0 if chain.window_unit == "deviation" else low, high) for low, high in limits]
 
 
 def quantise(volume: np.ndarray, dtype: str) -> np.ndarray:

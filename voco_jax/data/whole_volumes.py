@@ -18,7 +18,7 @@ from voco_jax.types import Size
 class ClassBatch(TypedDict):
     """What goes to the device.
 
-    images: (batch, x, y, z) in the cache's dtype; labels: (batch,) uint8, numbers of classes.
+    images: (batch, x, y, z, 1) in the cache's dtype; labels: (batch,) uint8, numbers of classes.
     """
 
     images: np.ndarray
@@ -60,11 +60,11 @@ def collate_volumes(drawn: Sequence[DrawnVolume], *, crops: MiddleCrops) -> Clas
     """Reads the volumes of a batch."""
     dtype = np.dtype(drawn[0].cache.chain.dtype)
     batch = ClassBatch(
-        images=np.empty((len(drawn), *crops.size), dtype),
+        images=np.empty((len(drawn), *crops.size, 1), dtype),
         labels=np.array([class_of(one.cache, one.entry) for one in drawn], np.uint8),
     )
     for row, one in enumerate(drawn):
-        batch["images"][row] = one.cache.read(one.entry, one.corner, crops.size)
+        batch["images"][row] = one.cache.read_channels(one.entry, one.corner, crops.size)
     return batch
 
 

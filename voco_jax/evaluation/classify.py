@@ -28,7 +28,7 @@ class Classifier:
 
     Attributes:
         experiment: that made them: chain, classes, size.
-        predict: (b, *size) volumes in the cache's dtype -> probabilities (b, classes) float32.
+        predict: (b, *size, 1) volumes in the cache's dtype -> probabilities (b, classes) float32.
     """
 
     experiment: ClassificationFinetuning
@@ -44,9 +44,9 @@ class Classifier:
             VolumeError: it is no usable volume.
         """
         chain = first_chain(self.experiment)
-        voxels = quantise(prepare_stored(stored, chain).voxels, chain.dtype)
+        voxels = quantise(prepare_stored([stored], chain)[0].voxels, chain.dtype)
         middle = center_crop(voxels, self.experiment.crops.size)  # as validation does
-        return np.asarray(self.predict(middle[None]))[0]
+        return np.asarray(self.predict(middle[None, ..., None]))[0]
 
 
 def load_classifier(

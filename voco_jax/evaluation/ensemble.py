@@ -116,18 +116,19 @@ def compile_mean(
     Args:
         experiment: that made the weights.
         weights: files; several are an ensemble.
-        network: of images `b x y z 1` and `train`.
+        network: of images `b x y z channels` and `train`.
         mirror: axes, as "xy": the images are also flipped along every set of these.
         finish: (logits, flipped axes) -> what is averaged.
 
     Returns:
-        Images (b, x, y, z) as cached -> the mean.
+        Images (b, x, y, z, c) as cached -> the mean.
 
     Raises:
         InputError: files that cannot be read or do not fit.
     """
     device = jax.devices()[0]
-    template = nn.unbox(describe_parameters(network, experiment.crops.size))
+    shapes = describe_parameters(network, experiment.crops.size, experiment.data.channels)
+    template = nn.unbox(shapes)
     params = [
         jax.device_put(load_into(template, path, model=experiment.model)[0], device)
         for path in weights
@@ -141,7 +142,7 @@ def compile_mean(
 
     @functools.partial(jax.jit, compiler_options=options)
     def predict(params: Any, images: jax.Array) -> jax.Array:
-        unit = to_unit(images)[..., None]
+        unit = to_unit(images)
         total = jnp.zeros(())
         for one in params:
             for axes in flips:

@@ -77,12 +77,14 @@ class Segmenter:
         return self.experiment.data.classes
 
     def __call__(
-        self, stored: StoredVolume, progress: Callable[[int, int], None] = lambda *_: None
+        self,
+        channels: Sequence[StoredVolume],
+        progress: Callable[[int, int], None] = lambda *_: None,
     ) -> np.ndarray:
         """Segments a volume.
 
         Args:
-            stored: as its file has it.
+            channels: of the image, each as its file has it; of a CT there is one.
             progress: told how many windows of all are done.
 
         Returns:
@@ -92,11 +94,11 @@ class Segmenter:
             VolumeError: it is no usable volume.
         """
         chain = first_chain(self.experiment)
-        prepared = prepare_stored(stored, chain)
-        voxels = quantise(prepared.voxels, chain.dtype)
-        positions = file_positions(
-            prepared.shape, prepared.spacing, chain, prepared.box, voxels.shape
-        )
+        prepared = prepare_stored(channels, chain)
+        voxels = np.stack([quantise(one.voxels, chain.dtype) for one in prepared], axis=-1)
+        first, (x, y, z, _) = prepared[0], voxels.shape
+        positions = file_positions(first.shape, first.spacing, chain, first.box, (x, y, z))
+        del prepared, first
         _, labels = segment(voxels, self.predict, self.windows, Grid(positions), progress)
         assert labels is not None
         return labels
@@ -128,7 +130,11 @@ def load_segmenter(
     if not isinstance(found, SegmentationFinetuning):
         raise InputError(f"{weights[0]}: task: found {found.task!r}, expected 'segmentation'")
     network = build_segmentation_network(
-        found.model, jax.devices()[0].platform, len(found.data.classes), attend
+        found.model,
+        jax.devices()[0].platform,
+        found.data.channels,
+        len(found.data.classes),
+        attend,
     )
     predict = compile_mean(
         found, weights, network, mirror, lambda logits, axes: jnp.flip(logits, axes)
@@ -173,6 +179,39 @@ def _nifti_header(stored: StoredVolume) -> nibabel.Nifti1Header | None:
     return header.copy()
 
 
+def find_channels(images: Mapping[str, Path], names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """The files of images with several channels: NAME_CHANNEL.nii.gz, or any other format.
+
+    Args:
+        images: files by name.
+        names: of the channels.
+
+    Returns:
+        For each NAME its files, in the order of `names`; what ends in no channel's name is left
+        aside.
+
+    Raises:
+        InputError: there is none, or one lacks a channel.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for name, path in images.items():
+        for channel in names:
+            if name.endswith(f"_{channel}"):
+                found.setdefault(name.removesuffix(f"_{channel}"), {})[channel] = path
+    if not found:
+        raise InputError(
+            f"--input: found no file named by a channel ({', '.join(images)}), expected "
+            f"{', '.join(f'NAME_{channel}.nii.gz' for channel in names)} for each image"
+        )
+    for name, own in found.items():
+        if missing := [channel for channel in names if channel not in own]:
+            raise InputError(
+                f"--input: {name}: found the channels {', '.join(own)}, expected also "
+                f"{', '.join(f'{name}_{channel}.nii.gz' for channel in missing)}"
+            )
+    return {name: tuple(own[channel] for channel in names) for name, own in found.items()}
+
+
 def segment_all(
     segmenter: Segmenter, images: Mapping[str, Path], output: Path, *, preview: bool = False
 ) -> tuple[list[Done], dict[str, Any]]:
@@ -180,25 +219,33 @@ def segment_all(
 
     Args:
         segmenter: of `load_segmenter`.
-        images: by name.
+        images: by name; of weights for several channels see `find_channels`.
         output: folder for NAME.nii.gz, and NAME.png.
         preview: whether to draw a picture of each.
 
     Returns:
-        What was done, and the statistics by name.
+        What was done, and the statistics by name, of an image's first channel.
+
+    Raises:
+        InputError: an image lacks a channel.
     """
+    wanted = first_chain(segmenter.experiment).channels
+    channels = (
+        find_channels(images, wanted) if wanted else {name: (p,) for name, p in images.items()}
+    )
     names = {name: number for number, name in enumerate(segmenter.classes) if number}
     found: dict[str, Any] = {}
 
     def work(name: str, path: Path) -> tuple[Path, str]:
-        stored = readers.load(path)
+        stored, *further = (readers.load(one) for one in channels[name])
         with tqdm(desc=name, unit="window", leave=False, mininterval=1.0) as shown:
 
             def progress(count: int, total: int) -> None:
                 shown.total = total
                 shown.update(count - shown.n)
 
-            labels = segmenter(stored, progress)
+            labels = segmenter([stored, *further], progress)
+        del further
         mask = output / f"{name}.nii.gz"
         write_mask(labels, stored, mask)
         source = orient_ras(stored)
@@ -209,7 +256,7 @@ def segment_all(
         listed = ", ".join(f"{one} {v['volume_ml']:.4g} ml" for one, v in found[name].items())
         return mask, f"{mask}: {listed}"
 
-    return for_each(images, work), found
+    return for_each({name: paths[0] for name, paths in channels.items()}, work), found
 
 
 def _draw(

@@ -20,7 +20,7 @@ from voco_jax.types import Size
 
 Weights = Literal["constant", "gaussian"]
 Predict = Callable[[np.ndarray], jax.Array]
-"""(b, *size) windows in the volume's dtype -> logits (b, *size, classes) float32."""
+"""(b, *size, channels) windows in the volume's dtype -> logits (b, *size, classes) float32."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def segment(
     """Labels of a whole volume.
 
     Args:
-        volume: x y z, as `predict` takes parts of it.
+        volume: x y z channels, as `predict` takes parts of it.
         predict: the network.
         windows: how the volume is covered.
         grid: also label the voxels of this grid: scores are interpolated linearly between the
@@ -99,10 +99,11 @@ def segment(
     Returns:
         The most probable class of each voxel, uint8: of the volume, and of the other grid.
     """
-    axis = min(range(3), key=lambda i: windows.size[i] * volume.size / volume.shape[i])
-    labels = np.empty(volume.shape, np.uint8)
+    shape = volume.shape[:3]
+    axis = min(range(3), key=lambda i: windows.size[i] * math.prod(shape) / shape[i])
+    labels = np.empty(shape, np.uint8)
     others = None if grid is None else np.zeros(grid.shape, np.uint8)
-    wanted = None if grid is None else _Wanted(grid, volume.shape, axis)
+    wanted = None if grid is None else _Wanted(grid, shape, axis)
     for slab in _slabs(volume, predict, windows, axis, progress):
         planes = np.asarray(_argmax(slab.scores))
         np.moveaxis(labels, axis, 0)[slab.start : slab.start + slab.count] = planes[: slab.count]
@@ -129,10 +130,10 @@ def _slabs(
     axis: int,
     progress: Callable[[int, int], None],
 ) -> Iterator[_Slab]:
-    starts = windows.starts(volume.shape)
+    starts = windows.starts(volume.shape[:3])
     along = starts.pop(axis)
     others = list(itertools.product(*starts))
-    thick, flat = windows.size[axis], [n for i, n in enumerate(volume.shape) if i != axis]
+    thick, flat = windows.size[axis], [n for i, n in enumerate(volume.shape[:3]) if i != axis]
     importance = jnp.moveaxis(jnp.asarray(windows.importance()), axis, 0)
     scores: jax.Array | None = None
     totals = jnp.zeros((thick, *flat), jnp.float32)

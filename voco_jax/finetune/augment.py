@@ -1,6 +1,7 @@
 """Augmentation of crops and their labels, on the device and inside the jitted step.
 
-Crops are (crops, x, y, z) without a channel axis; values are 0..1 of the window.
+Crops are (crops, x, y, z, channels), labels have no channels; values are 0..1 of the window. What
+is drawn for a crop changes all its channels alike, but noise, which is of each voxel's own.
 """
 
 import math
@@ -74,16 +75,16 @@ def apply(images: jax.Array, labels: jax.Array, draws: Draws) -> tuple[jax.Array
     """Flips and turns both; then changes the images' intensities, without clipping.
 
     Args:
-        images: (n, x, y, z) float32, x = y wherever a crop may be turned an odd number of times.
+        images: (n, x, y, z, c) float32, x = y wherever a crop may be turned an odd number of times.
         labels: (n, x, y, z) integers; or (n,), which stay as they are.
         draws: for n crops.
     """
     images = turn(flip(images, draws.flips), draws.turns)
-    if labels.ndim == images.ndim:
+    if labels.ndim > 1:
         labels = turn(flip(labels, draws.flips), draws.turns)
     inside = jnp.clip(images, 1e-6, 1)  # the slope of x^e is infinite at 0
-    exponents = each(draws.exponents)
+    exponents = each(draws.exponents, images)
     images = jnp.where(exponents == 1, images, inside**exponents)
-    images = images * each(draws.scales) + each(draws.shifts)
+    images = images * each(draws.scales, images) + each(draws.shifts, images)
     noise = jax.random.normal(draws.noise_key, images.shape)
-    return images + each(draws.deviations) * noise, labels
+    return images + each(draws.deviations, images) * noise, labels

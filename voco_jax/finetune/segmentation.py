@@ -40,8 +40,10 @@ def build_network(
     experiment: SegmentationFinetuning, mesh: Mesh, attention: Attend
 ) -> SegmentationNetwork:
     """The network of an experiment, for the devices of a mesh."""
-    classes = len(experiment.data.classes)
-    return build_segmentation_network(experiment.model, platform(mesh), classes, attention)
+    data = experiment.data
+    return build_segmentation_network(
+        experiment.model, platform(mesh), data.channels, len(data.classes), attention
+    )
 
 
 def compute_loss(logits: jax.Array, labels: jax.Array, settings: SegmentationLoss) -> Terms:

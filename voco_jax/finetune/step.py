@@ -28,7 +28,7 @@ class State:
 
 
 def abstract_state(
-    network: nn.Module, optimizer: optax.GradientTransformation, size: Size, channels: int = 1
+    network: nn.Module, optimizer: optax.GradientTransformation, size: Size, channels: int
 ) -> State:
     """The state's shapes and dtypes, as `jax.ShapeDtypeStruct`."""
     params = nn.unbox(describe_parameters(network, size, channels))
@@ -43,9 +43,9 @@ def init_state(
     network: nn.Module,
     optimizer: optax.GradientTransformation,
     size: Size,
+    channels: int,
     seed: int,
     shardings: State,
-    channels: int = 1,
 ) -> State:
     """Random parameters; the same values come of a seed whatever the shardings."""
     key = stream(jax.random.key(seed), "network")
@@ -71,7 +71,7 @@ def make_train_step(
     """One update.
 
     Args:
-        network: of images `b x y z 1` and `train`.
+        network: of images `b x y z channels` and `train`.
         optimizer: of its parameters.
         loss: (logits, labels) -> terms, one of them `loss`, which is minimised.
         draw: (key, number of crops) -> augmentation.
@@ -83,8 +83,8 @@ def make_train_step(
         unshard: replicates what is sharded over devices, where the network is about to be used.
 
     Returns:
-        The step: (state, batch) -> (state, metrics). Batch: images (b, x, y, z) as cached, labels
-        (b, x, y, z) or (b,) uint8. Metrics are float32 scalars.
+        The step: (state, batch) -> (state, metrics). Batch: images (b, x, y, z, c) as cached,
+        labels (b, x, y, z) or (b,) uint8. Metrics are float32 scalars.
     """
     base_key = jax.random.key(seed)
 
@@ -101,7 +101,7 @@ def make_train_step(
 
             def one(images: jax.Array, labels: jax.Array, key: jax.Array) -> Terms:
                 rngs = {"dropout": key}
-                logits = network.apply({"params": params}, images[..., None], True, rngs=rngs)
+                logits = network.apply({"params": params}, images, True, rngs=rngs)
                 return loss(jnp.asarray(logits), labels)
 
             found = _in_parts(one, microbatches, images, labels, path_key)
@@ -145,10 +145,10 @@ def _in_parts(
 def make_predict(
     network: nn.Module, unshard: Callable[[Params], Params] = lambda params: params
 ) -> Callable[[State, Batch], Any]:
-    """(state, batch with `images` (b, x, y, z) as cached) -> logits, float32."""
+    """(state, batch with `images` (b, x, y, z, c) as cached) -> logits, float32."""
 
     def predict(state: State, batch: Batch) -> Any:
-        images = to_unit(jnp.asarray(batch["images"]))[..., None]
+        images = to_unit(jnp.asarray(batch["images"]))
         return network.apply({"params": unshard(state.params)}, images, False)
 
     return predict

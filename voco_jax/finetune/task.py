@@ -71,8 +71,9 @@ def make_program(
     """
     meshes.check_batch_size(experiment.batch_size, mesh)
     network = _checked_network(experiment, build)
-    encoder = frozenset(describe_parameters(network.encoder, experiment.crops.size))
     settings, size = experiment.optimizer, experiment.crops.size
+    channels = experiment.data.channels
+    encoder = frozenset(describe_parameters(network.encoder, size, channels))
     optimizer = make_optimizer(
         settings,
         experiment.total_steps,
@@ -98,12 +99,12 @@ def make_program(
     )
 
     def init(shardings: State) -> State:
-        return init_state(network, optimizer, size, experiment.seed, shardings)
+        return init_state(network, optimizer, size, channels, experiment.seed, shardings)
 
-    images, labels = ((experiment.batch_size, *shape) for shape in (size, label_shape))
+    images, labels = ((experiment.batch_size, *shape) for shape in ((*size, channels), label_shape))
     return build_program(
         mesh,
-        state=abstract_state(network, optimizer, size),
+        state=abstract_state(network, optimizer, size, channels),
         batch={
             "images": jax.ShapeDtypeStruct(images, jnp.dtype(experiment.data.dtype)),
             "labels": jax.ShapeDtypeStruct(labels, jnp.uint8),
@@ -126,7 +127,7 @@ def _checked_network(experiment: Finetuning, build: Build) -> Any:
         raise InputError(f"crops.size: {error}") from error
     try:
         network = build(attend)
-        describe_parameters(network, experiment.crops.size)
+        describe_parameters(network, experiment.crops.size, experiment.data.channels)
     except InputError as error:
         raise InputError(f"model.{error}") from error
     return network
@@ -149,7 +150,7 @@ def _rates(
             return 0.0
         return float(settings.layer_decay ** (level(torch_name(names)) + 1))
 
-    boxes = describe_parameters(network, experiment.crops.size)
+    boxes = describe_parameters(network, experiment.crops.size, experiment.data.channels)
     return jax.tree_util.tree_map_with_path(rate, nn.unbox(boxes))
 
 

@@ -112,7 +112,7 @@ class Validator:
         return self._found(cases, [one for *_, one in sorted(worst)[::-1]], step)
 
     def _case(self, state: State, entry: Entry, cache: Cache) -> tuple[Case, tuple[Any, ...]]:
-        image, label = cache.read_whole(entry), cache.read_label(entry)
+        image, label = cache.read_channels(entry), cache.read_label(entry)
         positions = file_positions(entry.shape, entry.spacing, cache.chain, entry.box, entry.stored)
         rows = self._predictor.rows
         found, in_file = segment(
@@ -166,7 +166,7 @@ class Validator:
         rows = [
             Segmentation(
                 title=f"{case.id}: Dice {_mean(case.file):.3f}",
-                image=dequantise(image),
+                image=dequantise(image[..., 0]),
                 reference=label,
                 prediction=found,
                 spacing=spacing,

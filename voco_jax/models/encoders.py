@@ -56,13 +56,14 @@ def build_decoder(settings: Settings, platform: str, classes: int) -> Any:
 
 
 def build_segmentation_network(
-    settings: Settings, platform: str, classes: int, attention: Any
+    settings: Settings, platform: str, channels: int, classes: int, attention: Any
 ) -> Any:
     """Encoder and decoder of a config's `model` section; see the two functions above."""
     from voco_jax.models.network import SegmentationNetwork
 
     return SegmentationNetwork(
-        build_encoder(settings, platform, attention), build_decoder(settings, platform, classes)
+        build_encoder(settings, platform, attention, channels),
+        build_decoder(settings, platform, classes),
     )
 
 

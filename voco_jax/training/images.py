@@ -1,6 +1,6 @@
 """Images on the device, as every task takes them from the cache and changes them.
 
-Images are (n, x, y, z) without a channel axis; masks and turns are one value an image.
+Images are (n, x, y, z), with or without channels behind; masks and turns are one value an image.
 """
 
 import jax
@@ -30,15 +30,15 @@ def turn(images: jax.Array, turns: jax.Array) -> jax.Array:
     if images.shape[1] != images.shape[2]:
         return images
     # An odd turn is a transposition, then one flip; two turns are two flips.
-    images = jnp.where(each(turns % 2 == 1), jnp.swapaxes(images, 1, 2), images)
+    images = jnp.where(each(turns % 2 == 1, images), jnp.swapaxes(images, 1, 2), images)
     images = _flip_where(images, (turns == 1) | (turns == 2), 1)
     return _flip_where(images, (turns == 2) | (turns == 3), 2)
 
 
-def each(values: jax.Array) -> jax.Array:
-    """(n,) -> (n, 1, 1, 1): a value for every voxel of its image."""
-    return values[:, None, None, None]
+def each(values: jax.Array, images: jax.Array) -> jax.Array:
+    """(n,) -> (n, 1, 1, ...): a value for every voxel of its image."""
+    return values.reshape(-1, *[1] * (images.ndim - 1))
 
 
 def _flip_where(images: jax.Array, mask: jax.Array, axis: int) -> jax.Array:
-    return jnp.where(each(mask), jnp.flip(images, axis), images)
+    return jnp.where(each(mask, images), jnp.flip(images, axis), images)

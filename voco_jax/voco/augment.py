@@ -93,4 +93,4 @@ def apply(crops: jax.Array, draws: Draws) -> jax.Array:
     Returns:
         (n, x, y, z).
     """
-    return turn(flip(crops, draws.flips), draws.turns) + each(draws.shifts)
+    return turn(flip(crops, draws.flips), draws.turns) + each(draws.shifts, crops)
