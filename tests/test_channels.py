@@ -15,6 +15,7 @@ import strided_cnn
 from configs import finetune_brats, finetune_demo
 from voco_jax.config import encoders as settings
 from voco_jax.config.common import LabelledChain
+from voco_jax.config.finetuning import SegmentationFinetuning
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
 from voco_jax.data.datalists import read_list
@@ -172,6 +173,7 @@ def test_a_list_has_a_path_for_each_channel(tmp_path, image, channels):
 
 def test_folds_of_the_list_are_taken(cache):
     config = parse(finetune_demo.get_config())
+    assert isinstance(config, SegmentationFinetuning)
     data = dataclasses.replace(config.data, folds=2, fold=1)
     training, held_out = split_patients(cache.entries, data, 0)
     assert [[entry.id[-12:-10] for entry in part] for part in (training, held_out)] == [

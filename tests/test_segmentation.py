@@ -25,7 +25,9 @@ from voco_jax.config import encoders
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
 from voco_jax.data.formats.readers import load as load_volume
+from voco_jax.data.formats.stored import VolumeError
 from voco_jax.errors import InputError
+from voco_jax.evaluation.dicom_seg import write_dicom_seg
 from voco_jax.evaluation.metrics import count_overlap, dice
 from voco_jax.evaluation.predict import Segmenter, load_segmenter, main, write_mask
 from voco_jax.evaluation.sliding_window import Windows
@@ -328,7 +330,7 @@ def _threshold(volume, window=(-175.0, 250.0)):
         return jnp.stack([jnp.zeros_like(above), above, jnp.full_like(above, -1e9)], -1)
 
     windows = Windows((64, 64, 64), 0.0, "constant", 4)
-    return Segmenter(parse(config), (), predict, windows)(volume)
+    return Segmenter(parse(config), (), predict, windows)([volume])
 
 
 @pytest.mark.parametrize(
@@ -357,13 +359,20 @@ def test_masks_lie_on_real_images_voxel_for_voxel(name, tmp_path):
     assert expected.any()
 
 
+def sitk_image(hu, spacing, origin):
+    import SimpleITK
+
+    image = SimpleITK.GetImageFromArray(hu.astype(np.int16).transpose(2, 1, 0))
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    return image
+
+
 def test_a_mask_of_a_dicom_series_lies_on_it(tmp_path):
     """Read back by ITK's axes: dcm2niix and ITK put the series' voxels where the mask's are."""
     sitk = pytest.importorskip("SimpleITK")
     hu = scans.body((40, 36, 20))
-    image = sitk.GetImageFromArray(hu.astype(np.int16).transpose(2, 1, 0))
-    image.SetSpacing((2.0, 2.5, 3.0))
-    image.SetOrigin((5.0, -7.0, 11.0))
+    image = sitk_image(hu, (2.0, 2.5, 3.0), (5.0, -7.0, 11.0))
     scans.save_series(tmp_path / "series", image)
     stored = load_volume(tmp_path / "series")
     write_mask(_threshold(stored), stored, tmp_path / "mask.nii.gz")
@@ -373,6 +382,57 @@ def test_a_mask_of_a_dicom_series_lies_on_it(tmp_path):
     np.testing.assert_allclose(mask.GetSpacing(), image.GetSpacing(), atol=1e-5)
     expected = np.rint(np.clip((hu.astype(np.int16) + 175.0) / 425, 0, 1) * 255) > 127
     np.testing.assert_array_equal(sitk.GetArrayFromImage(mask).transpose(2, 1, 0), expected)
+
+
+def test_a_dicom_segmentation_refers_to_its_series(tmp_path):
+    """Read by highdicom in its own axes: every voxel lies where the NIfTI mask has it."""
+    pytest.importorskip("SimpleITK")
+    highdicom = pytest.importorskip("highdicom", reason="needs highdicom")
+    from pydicom import dcmread
+
+    hu = scans.body((40, 36, 20))
+    image = sitk_image(hu, (2.0, 2.5, 3.0), (5.0, -7.0, 11.0))
+    folder = tmp_path / "series"
+    scans.save_series(folder, image)
+    stored = load_volume(folder)
+    labels = _threshold(stored)
+    labels[labels.shape[0] // 2 :] *= 3  # classes 1 and 3 of 4
+    names = ("background", "left", "nothing", "right")
+    in_file = nibabel.apply_orientation(labels, nibabel.orientations.axcodes2ornt(stored.axes))
+    with pytest.raises(
+        VolumeError, match=r"referred to by a DICOM-SEG .*Frame Of Reference UID.*--format nifti"
+    ):
+        write_dicom_seg(in_file, stored, names, tmp_path / "seg.dcm")
+    for path in folder.iterdir():
+        one = dcmread(path)
+        one.FrameOfReferenceUID = "1.2.9"
+        one.save_as(path)
+    write_dicom_seg(in_file, stored, names, tmp_path / "seg.dcm")
+    write_mask(labels, stored, tmp_path / "mask.nii.gz")
+    found = highdicom.seg.segread(tmp_path / "seg.dcm")
+    assert [found.get_segment_description(n).segment_label for n in (1, 2)] == ["left", "right"]
+    volume = found.get_volume(combine_segments=True)
+    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    theirs = nibabel.as_closest_canonical(
+        nibabel.Nifti1Image(volume.array.astype(np.uint8), to_ras @ volume.affine)
+    )
+    ours = nibabel.as_closest_canonical(nibabel.load(tmp_path / "mask.nii.gz"))
+    first = np.linalg.inv(ours.affine) @ theirs.affine @ np.array([0, 0, 0, 1.0])
+    assert np.abs(first - np.rint(first)).max() < 1e-3  # empty slices at its ends are left out
+    part = tuple(slice(round(a), round(a) + n) for a, n in zip(first, theirs.shape, strict=False))
+    expected = np.array([0, 1, 0, 2])[np.asarray(ours.dataobj)]
+    np.testing.assert_array_equal(np.asarray(theirs.dataobj), expected[part])
+    assert (expected > 0).sum() == (np.asarray(theirs.dataobj) > 0).sum() > 100
+    assert {1, 2} == set(np.unique(expected)) - {0}
+    references = found.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert len(references) == 20
+    empty = np.zeros_like(in_file)
+    with pytest.raises(VolumeError, match="nothing found"):
+        write_dicom_seg(empty, stored, names, tmp_path / "none.dcm")
+    other = dataclasses.replace(stored, path=tmp_path / "mask.nii.gz")
+    with pytest.raises(VolumeError, match="no DICOM series"):
+        write_dicom_seg(in_file, other, names, tmp_path / "none.dcm")
+    assert not (tmp_path / "none.dcm").exists()
 
 
 def test_an_ensemble_of_one_twice_is_one(weights, generator):

@@ -7,8 +7,8 @@ weights says what they are for, how images are prepared and what the classes are
 without one name a config file. It writes report.json (versions, device, weights, seconds, files),
 
 - of a segmentation a mask of each image on its own grid, as NIfTI (with the header of a NIfTI
-  image, else with the image's affine), and statistics.json (ml, mean and standard deviation of the
-  image's values per class);
+  image, else with the image's affine) or, of a DICOM series, as DICOM-SEG, and statistics.json (ml,
+  mean and standard deviation of the image's values per class);
 - of a classification predictions.csv: image, predicted class, a probability for each class.
 
 The memory of a segmentation is one window's thickness of scores for all classes, whatever the
@@ -37,6 +37,7 @@ from voco_jax.data.formats.stored import StoredVolume
 from voco_jax.data.volumes import file_positions, orient_ras, prepare_stored, quantise
 from voco_jax.errors import InputError
 from voco_jax.evaluation.classify import classify_all, load_classifier
+from voco_jax.evaluation.dicom_seg import check_highdicom, write_dicom_seg
 from voco_jax.evaluation.ensemble import (
     Done,
     compile_mean,
@@ -151,10 +152,7 @@ def write_mask(labels: np.ndarray, stored: StoredVolume, path: Path) -> None:
         stored: the image as its file has it; the header of a NIfTI file is kept.
         path: a .nii.gz file.
     """
-    to_file = nibabel.orientations.ornt_transform(
-        nibabel.orientations.axcodes2ornt("RAS"), nibabel.io_orientation(stored.affine)
-    )
-    voxels = np.ascontiguousarray(nibabel.apply_orientation(labels, to_file))
+    voxels = np.ascontiguousarray(_to_file_axes(labels, stored))
     image = nibabel.Nifti1Image(voxels, stored.affine)
     original = _nifti_header(stored)
     if original is not None:
@@ -166,6 +164,14 @@ def write_mask(labels: np.ndarray, stored: StoredVolume, path: Path) -> None:
     part = path.with_name(f".part_{path.name}")
     nibabel.save(image, part)
     part.replace(path)
+
+
+def _to_file_axes(labels: np.ndarray, stored: StoredVolume) -> np.ndarray:
+    """Turns RAS to the axes of a file: a view."""
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), nibabel.io_orientation(stored.affine)
+    )
+    return nibabel.apply_orientation(labels, turn)
 
 
 def _nifti_header(stored: StoredVolume) -> nibabel.Nifti1Header | None:
@@ -213,15 +219,21 @@ def find_channels(images: Mapping[str, Path], names: Sequence[str]) -> dict[str,
 
 
 def segment_all(
-    segmenter: Segmenter, images: Mapping[str, Path], output: Path, *, preview: bool = False
+    segmenter: Segmenter,
+    images: Mapping[str, Path],
+    output: Path,
+    *,
+    preview: bool = False,
+    dicom_seg: bool = False,
 ) -> tuple[list[Done], dict[str, Any]]:
     """Segments images one after the other; one that fails does not stop the others.
 
     Args:
         segmenter: of `load_segmenter`.
         images: by name; of weights for several channels see `find_channels`.
-        output: folder for NAME.nii.gz, and NAME.png.
+        output: folder for NAME.nii.gz or NAME.dcm, and NAME.png.
         preview: whether to draw a picture of each.
+        dicom_seg: write NAME.dcm instead of NAME.nii.gz.
 
     Returns:
         What was done, and the statistics by name, of an image's first channel.
@@ -246,8 +258,11 @@ def segment_all(
 
             labels = segmenter([stored, *further], progress)
         del further
-        mask = output / f"{name}.nii.gz"
-        write_mask(labels, stored, mask)
+        mask = output / f"{name}{'.dcm' if dicom_seg else '.nii.gz'}"
+        if dicom_seg:
+            write_dicom_seg(_to_file_axes(labels, stored), stored, segmenter.classes, mask)
+        else:
+            write_mask(labels, stored, mask)
         source = orient_ras(stored)
         values = source.hounsfield(source.voxels)
         found[name] = statistics(labels, source.spacing, names, values)
@@ -280,7 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         __doc__,
         """
 --weights runs/btcv/segmentation.safetensors --input ct.nii.gz --output masks
---weights fold_0.safetensors fold_1.safetensors --input dicom_series --output masks --preview
+--weights fold_0.safetensors fold_1.safetensors --input scans --output masks --preview
+--weights runs/btcv/segmentation.safetensors --input dicom_series --output seg --format dicom-seg
 --weights monai.pt --config configs/finetune_btcv.py --input scans --output masks --mirror x
 --weights runs/ccii/classification.safetensors --input scans --output classes
 """,
@@ -299,6 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--mirror", default="", metavar="AXES", help="also predict flipped, as x or xyz")
     add("--batch", type=positive, default=1, help="windows at a time; default %(default)s")
+    add(
+        "--format",
+        choices=("nifti", "dicom-seg"),
+        default="nifti",
+        help="of the masks; dicom-seg: of DICOM series, needs highdicom; default %(default)s",
+    )
     add("--preview", action="store_true", help="also a picture of each mask")
     try:
         options, overrides = parse_arguments(parser, arguments)
@@ -308,6 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--mirror: found {options.mirror!r}, expected some of x, y, z")
         experiment = read_experiments(options.weights, options.config, overrides)
         images = find(options.input)
+        if options.format == "dicom-seg":
+            check_highdicom()
         start = time.monotonic()
         output = Path(options.output)
         try:
@@ -343,7 +367,10 @@ def _segment(
         batch=options.batch,
     )
     output = Path(options.output)
-    done, found = segment_all(segmenter, images, output, preview=options.preview)
+    dicom_seg = options.format == "dicom-seg"
+    done, found = segment_all(
+        segmenter, images, output, preview=options.preview, dicom_seg=dicom_seg
+    )
     write_json(output / "statistics.json", found)
     return done
 
@@ -356,7 +383,7 @@ def _classify(
 
 
 def _refuse_windows(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    for name in ("overlap", "window", "batch", "preview"):
+    for name in ("overlap", "window", "batch", "format", "preview"):
         if getattr(options, name) != parser.get_default(name):
             raise InputError(
                 f"--{name}: found it with weights for classification, expected none: a volume is "

@@ -68,12 +68,21 @@ def load_series(folder: Path) -> StoredVolume:
             upright grid, colours, several frames in a file.
         OSError: the folder cannot be read.
     """
-    slices = _one_series([_slice(folder, name) for name in _images(folder)])
-    slices, affine = _grid(slices)
+    slices, affine = _slices(folder)
     shape = checked_shape((*slices[0].shape, len(slices)))
     axes = checked_axes(affine)
     voxels = _voxels(folder, slices, shape)
     return StoredVolume(folder, voxels, slope=1.0, intercept=0.0, affine=affine, axes=axes)
+
+
+def ordered_slices(folder: Path) -> list[Path]:
+    """The files of the one series in a folder, in the order of the volume's z axis.
+
+    Raises:
+        FormatError: see `load_series`.
+        OSError: the folder cannot be read.
+    """
+    return [folder / one.name for one in _slices(folder)[0]]
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -139,6 +148,11 @@ def _images(folder: Path) -> list[str]:
             "no DICOM: found a folder without DICOM images, expected the slices of one CT"
         )
     return names
+
+
+def _slices(folder: Path) -> tuple[list[_Slice], np.ndarray]:
+    """The slices of the one series in a folder, in order, and their affine."""
+    return _grid(_one_series([_slice(folder, name) for name in _images(folder)]))
 
 
 def _slice(folder: Path, name: str) -> _Slice:
