@@ -52,6 +52,7 @@ def get_config(variant: str = "corrected") -> ml_collections.ConfigDict:
     source.chain.crop_foreground = False
     source.chain.fit = "random_crop" if published else "resize"
     source.chain.volume_size = size
+    del source.chain.channels
     source.chain.classes = (("Normal", (0,)), ("CP", (1,)), ("NCP", (2,)))
     config.data.patient = "(.+)/[^/]+$"  # CC-CCII/CLASS/PATIENT/SCAN
     config.crops = {"size": size, "shift": (12, 12, 0) if published else (0, 0, 0)}

@@ -31,11 +31,12 @@ SHIPPED = {
     **{f"voco_160k-{size}": f"configs/voco_160k.py:{size}" for size in "blh"},
     **{
         f"finetune_{name}": f"configs/finetune_{name}.py"
-        for name in ["btcv", "ccii", "demo", "headneck", "hippocampus", "lits", "mmwhs", "spleen"]
+        for name in ["brats", "btcv", "ccii", "demo", "headneck", "hippocampus", "lesion_demo"]
     },
+    **{f"finetune_{name}": f"configs/finetune_{name}.py" for name in ("lits", "mmwhs", "spleen")},
     **{
         f"finetune_{name}-published": f"configs/finetune_{name}.py:published"
-        for name in ("btcv", "ccii", "lits", "mmwhs", "spleen")
+        for name in ("brats", "btcv", "ccii", "lits", "mmwhs", "spleen")
     },
 }
 

@@ -310,14 +310,14 @@ def _paint_abdomen(body: _Body) -> None:
 
 
 def _paint_lesions(body: _Body, random: np.random.Generator) -> None:
-    """Four to eight bright balls in the liver, 8 to 20 mm in radius, as filled with iodised oil.
+    """Four to eight dense balls in the liver, 8 to 20 mm in radius, as filled with iodised oil.
 
     Args:
         body: with its liver.
         random: another generator than the body's, whose draws must not move.
     """
     liver = np.argwhere(body.organs == _LIVER)
-    change = random.uniform(400, 700)
+    dense = random.uniform(1200, 1800)
     for x, y, z in liver[random.integers(len(liver), size=random.integers(4, 9))]:
         center = body.x[x, y, z], body.y[x, y, z], body.z[x, y, z]
         radius = random.uniform(8, 20)
@@ -325,7 +325,7 @@ def _paint_lesions(body: _Body, random: np.random.Generator) -> None:
         distances = (body.x[part], body.y[part], body.z[part])
         squares = sum((axis - c) ** 2 for axis, c in zip(distances, center, strict=True))
         inside = (squares < radius**2) & (body.organs[part] == _LIVER)
-        body.hu[part][inside] += change
+        body.hu[part][inside] = dense
 
 
 def _blur(volume: np.ndarray) -> np.ndarray:
