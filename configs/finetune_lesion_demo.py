@@ -16,9 +16,9 @@ def get_config() -> ml_collections.ConfigDict:
     """finetune_ccii, shrunk: whole phantoms in 64x64x32 voxels, the network of configs/demo.py."""
     config = finetune_ccii.get_config()
     size = (64, 64, 32)
-    config.total_steps = 200
+    config.total_steps = 60
     config.batch_size = 4
-    config.log_every_steps = 20
+    config.log_every_steps = 10
     config.data.phantoms = 120
     config.data.held_out = 0.33
     config.data.workers = 0
@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = demo.get_config().model
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 1e-5
-    config.optimizer.warmup_steps = 20
-    config.validation.every_steps = 50
-    config.checkpoint.every_steps = 50
+    config.optimizer.warmup_steps = 10
+    config.validation.every_steps = 20
+    config.checkpoint.every_steps = 20
     return config

@@ -221,6 +221,9 @@ def unbroken(tmp_path_factory):
 def test_it_trains_validates_and_says_what_it_found(unbroken):
     workdir, output = unbroken
     assert "class 1 lungs: in 4 training volumes" in output
+    # A class that no volume has: said, and no part of the mean.
+    assert "WARNING: no training volume has bladder: it will never be predicted" in output
+    assert "bladder in none)" in output
     assert "validation at step 12: Dice" in output
     assert "on the files' grids (lungs " in output
     rows = _rows(workdir)
