@@ -52,6 +52,7 @@ from voco_jax.evaluation.masks import find
 from voco_jax.evaluation.sliding_window import Grid, Windows, segment
 from voco_jax.evaluation.statistics import statistics
 from voco_jax.files import COMPILATION_CACHE
+from voco_jax.large_pages import restart_with_large_pages
 from voco_jax.models.attention import attend
 from voco_jax.models.encoders import build_segmentation_network
 
@@ -392,6 +393,7 @@ def _refuse_windows(options: argparse.Namespace, parser: argparse.ArgumentParser
 
 
 if __name__ == "__main__":
+    restart_with_large_pages()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else JAX has read it
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILATION_CACHE))
     sys.exit(main())

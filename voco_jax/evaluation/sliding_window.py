@@ -150,6 +150,7 @@ def _slabs(
             for row, corner in enumerate(some):
                 one = jnp.moveaxis(logits[row], axis, 0)
                 scores, totals = _add(scores, totals, one, importance, np.asarray(corner))
+            jax.block_until_ready(scores)  # no queue of logits in memory; progress is what is done
             progress(number * len(others) + first + len(some), len(along) * len(others))
         assert scores is not None
         last = number == len(along) - 1
