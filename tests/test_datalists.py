@@ -70,7 +70,7 @@ def test_id_is_the_same_from_anywhere(tmp_path, monkeypatch):
         ({"training": {"image": "1.nii"}}, "training: found a JSON dict, expected a list"),
         ({"training": [3]}, r"training\[0\]: found 3, expected"),
         ({"training": [{"label": "1.nii"}]}, r"training\[0\]: found .*label"),
-        ({"training": [{"image": ["1.nii"]}]}, r"training\[0\]: found"),
+        ({"training": [{"image": ["1.nii", "2.nii"]}]}, r"training\[0\]: found"),
         ({"training": [""]}, r"training\[0\]: found"),
         ({"training": ["a\0b"]}, r"training\[0\]: found"),
         ({"training": [], "validation": []}, "found no volumes"),

@@ -23,7 +23,7 @@ from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.datalists import Volume, read_list, scan
 from voco_jax.data.jobs import prepare_one
 from voco_jax.data.prepare import PrepareError, main, prepare
-from voco_jax.data.volumes import prepare_volume, quantise
+from voco_jax.data.volumes import prepare_files, prepare_volume, quantise
 from voco_jax.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,16 +310,16 @@ def test_interrupt_where_python_ignores_exceptions(tmp_path, monkeypatch, capsys
     class Resource:
         pass
 
-    def interrupted(path, chain):
+    def interrupted(paths, chain):
         resource = Resource()
         callback = weakref.ref(resource, lambda _: signal.raise_signal(signal.SIGTERM))
         del resource
         assert callback() is None
-        return prepare_volume(path, chain)
+        return prepare_files(paths, chain)
 
     reported: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", reported.append)
-    monkeypatch.setattr(jobs_module, "prepare_volume", interrupted)
+    monkeypatch.setattr(jobs_module, "prepare_files", interrupted)
     folder = many(tmp_path / "data", 2)
     arguments = ["--scan", folder, "--cache", tmp_path / "cache", "--workers", 0, *FLAGS]
     assert main(list(map(str, arguments))) == 130
