@@ -216,7 +216,7 @@ def run(folder, tmp_path_factory):
         yield workdir
 
 
-def test_it_learns_from_both_and_predicts_files_named_by_channel(run, folder, tmp_path, capsys):
+def test_it_trains_and_predicts_files_named_by_channel(run, folder, tmp_path, capsys):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     expected = next(row["validation/dice"] for row in rows if "validation/dice" in row)
     flags = ["--weights", str(run / "segmentation.safetensors"), "--overlap", "0.25"]

@@ -66,7 +66,7 @@ def prepare_one(job: Job) -> Entry | str:
     try:
         found = signature_of(volume)  # before reading: a file changed meanwhile is done again
     except OSError:
-        found = ""  # prepare_volume says what is wrong
+        found = ""  # prepare_files says what is wrong
     labels = None
     try:
         with contextlib.ExitStack() as stack:

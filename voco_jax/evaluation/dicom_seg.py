@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -71,7 +70,9 @@ def write_dicom_seg(
             segment_number=index,
             segment_label=names[number],
             segmented_property_category=structure,
-            segmented_property_type=_code(highdicom, names[number], number),
+            segmented_property_type=highdicom.sr.CodedConcept(
+                f"CLASS{number}", _SCHEME, names[number][:64]
+            ),
             algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
@@ -110,8 +111,3 @@ def write_dicom_seg(
     part = path.with_name(f".part_{path.name}")
     found.save_as(part)
     part.replace(path)
-
-
-def _code(highdicom: Any, name: str, number: int) -> Any:
-    """What a segment is, in a scheme of our own."""
-    return highdicom.sr.CodedConcept(f"CLASS{number}", _SCHEME, name[:64])

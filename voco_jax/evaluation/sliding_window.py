@@ -138,19 +138,21 @@ def _slabs(
     scores: jax.Array | None = None
     totals = jnp.zeros((thick, *flat), jnp.float32)
     before: jax.Array | None = None
+    logits = jnp.zeros(())
     for number, start in enumerate(along):
         for first in range(0, len(others), windows.batch):
             some = others[first : first + windows.batch]
             corners = [(*corner[:axis], start, *corner[axis:]) for corner in some]
             parts = [_part(volume, corner, windows.size) for corner in corners]
             filled = parts + parts[:1] * (windows.batch - len(parts))  # one compiled shape
-            logits = predict(np.stack(filled))
+            running = predict(np.stack(filled))
+            jax.block_until_ready(logits)  # one waits while another runs: no queue in memory
+            logits = running
             if scores is None:
                 scores = jnp.zeros((thick, *flat, logits.shape[-1]), jnp.float32)
             for row, corner in enumerate(some):
                 one = jnp.moveaxis(logits[row], axis, 0)
                 scores, totals = _add(scores, totals, one, importance, np.asarray(corner))
-            jax.block_until_ready(scores)  # no queue of logits in memory; progress is what is done
             progress(number * len(others) + first + len(some), len(along) * len(others))
         assert scores is not None
         last = number == len(along) - 1
