@@ -17,12 +17,12 @@ ORGANS = (
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """finetune_btcv, small: voxels of 4x4x3 mm, crops of 64x64x64."""
+    """finetune_btcv, small: voxels of 4x4x3 mm, crops of 64x64x32."""
     config = finetune_btcv.get_config()
-    config.total_steps = 600
+    config.total_steps = 1_200
     config.batch_size = 2
     config.log_every_steps = 20
-    size = (64, 64, 64)
+    size = (64, 64, 32)
     source = config.data.sources.ct
     source.roots = ("data/headneck",)
     source.lists = ("data/headneck/headneck.json",)
@@ -41,6 +41,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
-    config.validation.every_steps = 100
-    config.checkpoint.every_steps = 100
+    config.validation.every_steps = 200
+    config.checkpoint.every_steps = 200
     return config

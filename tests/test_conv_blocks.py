@@ -16,11 +16,11 @@ from voco_jax.models.conv_blocks import (
 )
 
 
-@pytest.mark.parametrize("rows", [1, 2 * 2 * 6 * 5, 2**14])
-@pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (1, 1, 1, 2, 4)])
-def test_planes_is_lax(shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch):
-    """Whatever the kernel's gradient takes at once: a plane, two, all."""
-    monkeypatch.setattr(conv_blocks, "ROWS_AT_ONCE", rows)
+@pytest.mark.parametrize("columns", [1, 1500, 7200, 2**19])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (2, 4, 6, 5, 9), (1, 1, 1, 2, 4)])
+def test_planes_is_lax(shape: tuple[int, ...], columns: int, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the kernel's gradient takes at once: a row, some, two planes, all."""
+    monkeypatch.setattr(conv_blocks, "COLUMNS_AT_ONCE", columns)
     x = by_rule.noise(shape)
     kernel = by_rule.noise((3, 3, 3, shape[-1], 7), seed=1)
     ours, pull_ours = jax.vjp(convolve_planes, x, kernel)

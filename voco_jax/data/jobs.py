@@ -19,16 +19,11 @@ from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
 from voco_jax.data.formats.readers import VolumeError, file_signature
 from voco_jax.data.formats.remote import local_copy, remote_signature
+from voco_jax.data.labels import PreparedLabels, prepare_labels
 from voco_jax.data.manifest import LOCK, Channel, Entry, Label, token_of
 from voco_jax.data.progress import log
 from voco_jax.data.storage import Folder, is_remote
-from voco_jax.data.volumes import (
-    PreparedLabels,
-    PreparedVolume,
-    prepare_files,
-    prepare_labels,
-    quantise,
-)
+from voco_jax.data.volumes import PreparedVolume, prepare_files, quantise
 from voco_jax.data.workers import cluster_workers, run_jobs
 
 _LOOKS = 32  # at files, at the same time: network file systems and object stores answer slowly

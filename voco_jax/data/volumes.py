@@ -5,22 +5,20 @@ the volume's size becomes float32 but what is kept.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
-from voco_jax.config.common import Chain, Classes, LabelledChain
+from voco_jax.config.common import Chain
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, load
 from voco_jax.data.formats.stored import MAX_BYTES
 from voco_jax.data.resample import (
     center_crop,
     pad,
     resample,
-    resample_nearest,
-    resampled_positions,
     resampled_ratios,
     resampled_size,
     resize,
@@ -45,14 +43,6 @@ class PreparedVolume:
     window: tuple[float, float]  # what became 0 and 1
     mean: float  # of the prepared voxels
     affine: np.ndarray  # of the file in RAS order, voxel index to mm
-
-
-@dataclass(frozen=True)
-class PreparedLabels:
-    """A segmentation ready for the cache: numbers of classes, uint8, x y z."""
-
-    voxels: np.ndarray  # of the prepared volume's size
-    file_voxels: np.ndarray  # of the file, in RAS order
 
 
 def orient_ras(source: StoredVolume) -> StoredVolume:
@@ -144,7 +134,7 @@ def prepare_files(paths: Sequence[str | Path], chain: Chain) -> tuple[PreparedVo
         try:
             stored.append(load(path))
         except Exception as error:
-            raise _volume_error(path, error) from error
+            raise volume_error(path, error) from error
     return prepare_stored(stored, chain)
 
 
@@ -190,7 +180,7 @@ def prepare_stored(channels: Sequence[StoredVolume], chain: Chain) -> tuple[Prep
             for stored, source, own in zip(channels, sources, limits, strict=True)
         )
     except Exception as error:
-        raise _volume_error(channels[0].path, error) from error
+        raise volume_error(channels[0].path, error) from error
 
 
 def _fit(source: StoredVolume, limits: tuple[float, float], box: Box, chain: Chain) -> np.ndarray:
@@ -202,43 +192,13 @@ def _fit(source: StoredVolume, limits: tuple[float, float], box: Box, chain: Cha
     return center_crop(voxels, chain.volume_size) if chain.fit == "center_crop" else voxels
 
 
-def _volume_error(path: str | Path, error: Exception) -> VolumeError:
+def volume_error(path: str | Path, error: Exception) -> VolumeError:
     """Whatever went wrong with a file, so that one strange file never ends a run over thousands."""
     if isinstance(error, VolumeError):
         return error
     if isinstance(error, MemoryError):
         return VolumeError(path, "out of memory: use fewer workers")
     return VolumeError(path, f"unexpected: {type(error).__name__}: {error}")
-
-
-def prepare_labels(
-    path: str | Path, chain: LabelledChain, volume: PreparedVolume
-) -> PreparedLabels:
-    """Runs the chain's geometry on the segmentation of a volume; nothing is interpolated.
-
-    Args:
-        path: of the segmentation.
-        chain: of the volume.
-        volume: what became of it.
-
-    Returns:
-        Numbers of classes; outside of the image they are 0.
-
-    Raises:
-        VolumeError: another grid than the image's, or values that are no class's; nothing else is
-            raised for any file.
-    """
-    try:
-        source = orient_ras(load(path))
-        check_same_grid(source, volume.shape, volume.affine)
-        whole = kept = class_numbers(source, chain.classes)
-        if chain.spacing:
-            positions = resampled_positions(volume.shape, volume.spacing, chain.spacing)
-            kept = resample_nearest(whole, positions)
-        kept = kept[tuple(slice(a, b) for a, b in zip(*volume.box, strict=True))]
-        return PreparedLabels(pad(kept, chain.volume_size), whole)
-    except Exception as error:
-        raise _volume_error(path, error) from error
 
 
 def check_same_grid(
@@ -270,54 +230,6 @@ def check_same_grid(
             f"another grid: as many voxels as {what}, but up to {apart:.3g} mm away; do they "
             "belong together? If they do, give it the header of the image",
         )
-
-
-def class_numbers(source: StoredVolume, classes: Classes) -> np.ndarray:
-    """The numbers of the classes that a segmentation's values stand for.
-
-    Args:
-        source: as stored.
-        classes: `LabelledChain.classes`.
-
-    Returns:
-        uint8, of the same axes.
-
-    Raises:
-        VolumeError: a value that is no class's.
-    """
-    values = source.voxels
-    if values.dtype.kind == "f" or (source.slope, source.intercept) != (1.0, 0.0):
-        scaled = source.hounsfield(values)
-        values = np.rint(scaled)
-        if not np.array_equal(values, scaled):  # NaN is not equal to itself either
-            odd = scaled[values != scaled][0]
-            raise VolumeError(
-                source.path,
-                f"unknown label: found the value {odd:g}, expected whole numbers; was it "
-                "interpolated? Make it anew with nearest neighbours",
-            )
-    table = {value: number for number, (_, own) in enumerate(classes) for value in own}
-    low, high = min(table), max(table)
-    numbers_of = np.full(high - low + 2, -1, np.int16)  # its last element is for all other values
-    numbers_of[np.array(list(table)) - low] = list(table.values())
-    numbers, unknown = np.empty(values.shape, np.uint8), set()
-    for plane, result in zip(values, numbers, strict=True):
-        found = numbers_of[np.clip(plane.astype(np.int64), low - 1, high + 1) - low]
-        unknown |= set(np.unique(plane[found < 0]).tolist())
-        result[...] = found
-    if unknown:
-        raise VolumeError(
-            source.path,
-            f"unknown label: found the values {_listed(unknown)}, expected those of chain.classes, "
-            f"{_listed(table)}; add them to a class, if they are none to the values of "
-            f"{classes[0][0]!r}",
-        )
-    return numbers
-
-
-def _listed(values: Iterable[float]) -> str:
-    shown = [f"{value:g}" for value in sorted(values)]
-    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
 def _to_spacing(source: StoredVolume, chain: Chain) -> StoredVolume:

@@ -143,42 +143,58 @@ def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
     return convolve_planes(d_out, mirrored), _kernel_gradient(x, d_out).astype(kernel.dtype)
 
 
-ROWS_AT_ONCE = 2**14
-"""Voxels that `_kernel_gradient` takes at once; half and twice as many were about as fast."""
+COLUMNS_AT_ONCE = 2**19
+"""Values of the matrices that `_shifted_products` multiplies at once: about what a cache holds."""
 
 
 def _kernel_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:
-    """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times `d_out`.
+    """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times `d_out`."""
+    if d_out.shape[-1] <= x.shape[-1]:  # d_out lies at the opposite offset from x
+        return jnp.flip(_shifted_products(x, d_out), (0, 1)).swapaxes(3, 4)
+    return jnp.flip(_shifted_products(d_out, x), 2)
 
-    A few planes along x after the other: three matrix products (the offsets along y) of columns
-    that are x at the three offsets along z and `d_out` at those along x, the other way round.
+
+def _shifted_products(at_z: jax.Array, at_xy: jax.Array) -> jax.Array:
+    """Sums over space of all products of two arrays, one moved along z and one along x and y.
+
+    As one matrix product a block of a few planes, or rows of one, along x: columns that are one
+    array at its three offsets, with columns that are the other at its nine.
+
+    Args:
+        at_z: `b x y z c`; zeros lie outside.
+        at_xy: `b x y z d`, likewise; the one of fewer channels, whose columns are three times more.
+
+    Returns:
+        `3 3 3 d c`: offsets -1, 0, 1 of `at_xy` along x and y and of `at_z` along z.
     """
-    batch, size_x, size_y, size_z, channels = x.shape
-    features = d_out.shape[-1]
-    plane = batch * size_y * size_z
-    divisors = [n for n in range(1, size_x + 1) if size_x % n == 0]
-    planes = max(n for n in divisors if n == 1 or n * plane <= ROWS_AT_ONCE)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    d_padded = _pad(d_out, 1, (1, 1))
+    batch, size_x, size_y, size_z, channels = at_z.shape
+    others = at_xy.shape[-1]
+    row = batch * size_z * (3 * channels + 9 * others)
+    y = _largest_divisor(size_y, COLUMNS_AT_ONCE // row)
+    x = _largest_divisor(size_x, COLUMNS_AT_ONCE // (row * size_y)) if y == size_y else 1
+    steps = size_y // y
+    at_z = _pad(at_z, 3, (1, 1))
+    at_xy = _pad(_pad(at_xy, 1, (1, 1)), 2, (1, 1))
+    wide = jnp.promote_types(at_z.dtype, jnp.float32)
 
     def add(i: int, total: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(x, i * planes, planes, axis=1)
-        part = jnp.pad(part, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-        left = jnp.concatenate([part[:, :, :, k : k + size_z] for k in range(3)], axis=-1)
-        near = lax.dynamic_slice_in_dim(d_padded, i * planes, planes + 2, axis=1)
-        right = jnp.concatenate([near[:, 2 - k : 2 - k + planes] for k in range(3)], axis=-1)
-        products = [
-            jnp.einsum(
-                "bxyzi,bxyzo->io", left[:, :, j : j + size_y], right, preferred_element_type=wide
-            )
-            for j in range(3)
-        ]
-        return total + jnp.stack(products)
+        start = (0, i // steps * x, i % steps * y, 0, 0)
+        near = lax.dynamic_slice(at_z, start, (batch, x, y, size_z + 2, channels))
+        left = jnp.concatenate([near[:, :, :, k : k + size_z] for k in range(3)], axis=-1)
+        near = lax.dynamic_slice(at_xy, start, (batch, x + 2, y + 2, size_z, others))
+        parts = [near[:, i : i + x, j : j + y] for i in range(3) for j in range(3)]
+        right = jnp.concatenate(parts, axis=-1)
+        return total + jnp.einsum("bxyzi,bxyzo->io", left, right, preferred_element_type=wide)
 
-    zero = jnp.zeros((3, 3 * channels, 3 * features), wide)
-    total = lax.fori_loop(0, size_x // planes, add, zero)
-    # y, (z in), (x out) -> x y z in out
-    return total.reshape(3, 3, channels, 3, features).transpose(3, 0, 1, 2, 4)
+    zero = jnp.zeros((3 * channels, 9 * others), wide)
+    total = lax.fori_loop(0, size_x // x * steps, add, zero)
+    # (z c), (x y d) -> x y z d c
+    return total.reshape(3, channels, 3, 3, others).transpose(2, 3, 0, 4, 1)
+
+
+def _largest_divisor(size: int, limit: int) -> int:
+    """The largest divisor of a size that is at most the limit, or 1."""
+    return max(n for n in range(1, size + 1) if size % n == 0 and n <= max(limit, 1))
 
 
 convolve_planes.defvjp(_planes_forward, _planes_backward)
@@ -188,6 +204,29 @@ CONVOLUTIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "planes": convolve_planes,
 }
 """Forms of the 3x3x3 convolution, by their names in a config."""
+
+
+@jax.custom_vjp
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 1x1x1 convolution: `b x y z in` and `in out` -> `b x y z out`.
+
+    Its gradients are written in the order in which XLA for CPUs needs no transposed copy of an
+    array.
+    """
+    return jnp.einsum("bxyzi,io->bxyzo", x, kernel)
+
+
+def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
+    return pointwise(x, kernel), (x, kernel)
+
+
+def _pointwise_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
+    x, kernel = saved
+    d_x = jnp.einsum("bxyzo,io->bxyzi", d_out, kernel)
+    return d_x, jnp.einsum("bxyzi,bxyzo->io", x, d_out)
+
+
+pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 class Convolution(nn.Module):
@@ -218,7 +257,7 @@ class Convolution(nn.Module):
             return _normalised_multiples(x, kernel[0, 0, 0, 0]).astype(self.dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.kernel_size == 1:
-            out = jnp.einsum("bxyzi,io->bxyzo", x, kernel[0, 0, 0])
+            out = pointwise(x, kernel[0, 0, 0])
         else:
             out = CONVOLUTIONS[self.convolution](x, kernel)
         out = checkpoint_name(out, SAVED_CONVOLUTION)

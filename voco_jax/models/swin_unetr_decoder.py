@@ -28,21 +28,49 @@ class TransposedConvolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, size_x, size_y, size_z, channels = x.shape
+        channels = x.shape[-1]
         # PyTorch takes the second axis of its kernel, here the output channels, for the inputs.
         kernel = self.param(
             "transposed_kernel",
             torch_uniform(8 * self.features),
             (2, 2, 2, channels, self.features),
         )
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        # Four products, so that only whole rows along z are interleaved: faster on a CPU.
-        planes = [
-            jnp.stack([jnp.einsum("bxyzi,kio->bxyzko", x, part) for part in parts], axis=3)
-            for parts in kernel
-        ]
-        out = jnp.stack(planes, axis=2)  # b x 2 y 2 z 2 o
-        return out.reshape(b, 2 * size_x, 2 * size_y, 2 * size_z, self.features)
+        return _upsample(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+@jax.custom_vjp
+def _upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The transposed convolution: `b x y z i` and `2 2 2 i o` -> `b 2x 2y 2z o`."""
+    b, size_x, size_y, size_z, _ = x.shape
+    # Four products, so that only whole rows along z are interleaved: faster on a CPU.
+    planes = [
+        jnp.stack([jnp.einsum("bxyzi,kio->bxyzko", x, part) for part in parts], axis=3)
+        for parts in kernel
+    ]
+    out = jnp.stack(planes, axis=2)  # b x 2 y 2 z 2 o
+    return out.reshape(b, 2 * size_x, 2 * size_y, 2 * size_z, -1)
+
+
+_Pair = tuple[jax.Array, jax.Array]
+
+
+def _upsample_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
+    return _upsample(x, kernel), (x, kernel)
+
+
+def _upsample_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
+    """One product for each gradient: the transposed four would copy every part of `d_out`."""
+    x, kernel = saved
+    b, size_x, size_y, size_z, channels = x.shape
+    parts = d_out.reshape(b, size_x, 2, size_y, 2, size_z, -1).transpose(0, 1, 3, 5, 2, 4, 6)
+    columns = parts.reshape(b, size_x, size_y, size_z, -1)  # b x y z (2 2 2 o)
+    weights = jnp.moveaxis(kernel, 3, 0).reshape(channels, -1)  # i (2 2 2 o)
+    d_x = jnp.einsum("bxyzk,ik->bxyzi", columns, weights)
+    d_weights = jnp.einsum("bxyzi,bxyzk->ik", x, columns)
+    return d_x, jnp.moveaxis(d_weights.reshape(channels, *kernel.shape[:3], -1), 0, 3)
+
+
+_upsample.defvjp(_upsample_forward, _upsample_backward)
 
 
 class OutputConvolution(nn.Module):
