@@ -54,6 +54,19 @@ def test_fused_attention_is_plain_attention(b: int, windows: int, n: int, heads:
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("scores", [1, 2 * 3 * 8**2, 2**19])
+def test_attention_in_parts_is_plain_attention(scores, monkeypatch):
+    """One window after the other, two, all."""
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores)
+    with jax.enable_x64(True):
+        for regions in (0, 4):
+            *arguments, found = _arguments(2, 3, 8, 3, 4, regions)
+            plain = _both(lambda q, t, r=found: attention.attend(q, t, r), *arguments)
+            parts = _both(lambda q, t, r=found: attention.attend_in_parts(q, t, r), *arguments)
+            for ours, theirs in zip(parts, plain, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_bfloat16_is_rounded_where_plain_attention_rounds():
     qkv, bias, upper, found = _arguments(2, 3, 27, 2, 4, 8)
     arguments = qkv.astype(jnp.bfloat16), bias.astype(jnp.float32), upper.astype(jnp.bfloat16)
@@ -125,7 +138,8 @@ def test_every_device_gets_the_attention_written_for_it():
     v100 = {"platform": "gpu", "device_kind": "V100", "compute_capability": "7.0"}
     mi300 = {"platform": "gpu", "device_kind": "MI300", "compute_capability": "gfx942"}
     assert _chosen("auto", platform="tpu") is attention.attend_fused
-    assert _chosen("auto", platform="cpu") is attention.attend
+    assert _chosen("auto", platform="cpu") is attention.attend_in_parts
+    assert _chosen("xla", platform="cpu") is attention.attend
     assert _chosen("auto", **a100) is attention_gpu.attend_blocks
     assert _chosen("fused", **a100) is attention_gpu.attend_blocks
     assert _chosen("xla", **a100) is attention.attend

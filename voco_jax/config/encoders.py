@@ -17,7 +17,7 @@ class Model:
     crops_per_pass: NotNegative  # encoded at a time on each device: less memory; 0: all of them
     dtype: Literal["bfloat16", "float32"]  # of the computation; parameters are float32
     convolution: Literal["auto", "lax", "planes"]  # form of 3x3x3; auto: planes on a CPU, else lax
-    attention: Literal["auto", "xla", "fused"]  # fused: kernels; auto: where there are
+    attention: Literal["auto", "xla", "fused"]  # fused: kernels; auto: the device's best
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

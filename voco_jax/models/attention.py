@@ -1,8 +1,9 @@
 """Attention inside windows with a relative position bias: several ways to the same numbers.
 
 `attend` leaves everything to XLA, which writes the scores (n n for each head and window, 343 x 343
-in the first stages) to memory and reads them several times. `attend_fused` keeps them on the chip
-of a TPU: one Pallas kernel forward, one for the gradient; `attention_gpu.attend_blocks` on a GPU's.
+in the first stages) to memory and reads them several times. `attend_in_parts` keeps them in a CPU's
+cache, a few windows after the other. `attend_fused` keeps them on the chip of a TPU: one Pallas
+kernel forward, one for the gradient; `attention_gpu.attend_blocks` on a GPU's.
 """
 
 import functools
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
+from voco_jax.models.conv_blocks import largest_divisor
 
 MASKED = -100.0
 """Added to the attention logit of two tokens that only the shift brought into one window."""
@@ -42,6 +45,29 @@ def attend(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) -> jax.Ar
         logits = logits + jnp.where(same, 0.0, MASKED)[:, None]
     weights = jax.nn.softmax(logits, axis=-1).astype(qkv.dtype)
     return jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value)
+
+
+SCORES_AT_ONCE = 2**19
+"""That `attend_in_parts` computes at once: about what a CPU's cache holds."""
+
+
+def attend_in_parts(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) -> jax.Array:
+    """`attend` of a few windows after the other, whose scores the gradient computes again.
+
+    Arguments and result as there.
+    """
+    b, windows, n, _, heads, d = qkv.shape
+    together = largest_divisor(b * windows, SCORES_AT_ONCE // (heads * n * n))
+
+    def part(one: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        qkv, regions = one
+        return attend(qkv[None], bias, regions)[0]
+
+    parts = qkv.reshape(-1, together, n, 3, heads, d)
+    if regions is not None:
+        regions = jnp.broadcast_to(regions, (b, windows, n)).reshape(-1, together, n)
+    out = lax.map(jax.checkpoint(part), (parts, regions))
+    return out.reshape(b, windows, n, heads, d)
 
 
 def attend_fused(

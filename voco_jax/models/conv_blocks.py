@@ -4,7 +4,7 @@ Every array is channels-last, `b x y z c`; every kernel is `kx ky kz in out`.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -27,13 +27,49 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+_Pair = tuple[jax.Array, jax.Array]
+
+
+@jax.custom_vjp
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """What a linear layer or a 1x1x1 convolution multiplies: `... in` and `in out` -> `... out`.
+
+    Its gradients are written in the order in which XLA needs no transposed copy on a CPU.
+    """
+    return x @ kernel
+
+
+def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
+    return pointwise(x, kernel), (x, kernel)
+
+
+def _pointwise_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
+    x, kernel = saved
+    inputs, d_outputs = (one.reshape(-1, one.shape[-1]) for one in (x, d_out))
+    return jnp.einsum("...o,io->...i", d_out, kernel), jnp.einsum("ki,ko->io", inputs, d_outputs)
+
+
+pointwise.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`pointwise`, as `nn.Dense` calls it."""
+    return pointwise(x, kernel)
+
+
 def linear(
     fan_in: int, features: int, dtype: DTypeLike, *, bias: bool = True, name: str | None = None
 ) -> nn.Dense:
     """A linear layer with PyTorch's default initialisation."""
     init = torch_uniform(fan_in)
     return nn.Dense(
-        features, use_bias=bias, dtype=dtype, kernel_init=init, bias_init=init, name=name
+        features,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=init,
+        bias_init=init,
+        dot_general=_dot_general,
+        name=name,
     )
 
 
@@ -129,9 +165,6 @@ def _pad(x: jax.Array, axis: int, widths: tuple[int, int]) -> jax.Array:
     return jnp.pad(x, [widths if i == axis else (0, 0) for i in range(x.ndim)])
 
 
-_Pair = tuple[jax.Array, jax.Array]
-
-
 def _planes_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
     return convolve_planes(x, kernel), (x, kernel)
 
@@ -170,8 +203,8 @@ def _shifted_products(at_z: jax.Array, at_xy: jax.Array) -> jax.Array:
     batch, size_x, size_y, size_z, channels = at_z.shape
     others = at_xy.shape[-1]
     row = batch * size_z * (3 * channels + 9 * others)
-    y = _largest_divisor(size_y, COLUMNS_AT_ONCE // row)
-    x = _largest_divisor(size_x, COLUMNS_AT_ONCE // (row * size_y)) if y == size_y else 1
+    y = largest_divisor(size_y, COLUMNS_AT_ONCE // row)
+    x = largest_divisor(size_x, COLUMNS_AT_ONCE // (row * size_y)) if y == size_y else 1
     steps = size_y // y
     at_z = _pad(at_z, 3, (1, 1))
     at_xy = _pad(_pad(at_xy, 1, (1, 1)), 2, (1, 1))
@@ -192,7 +225,7 @@ def _shifted_products(at_z: jax.Array, at_xy: jax.Array) -> jax.Array:
     return total.reshape(3, channels, 3, 3, others).transpose(2, 3, 0, 4, 1)
 
 
-def _largest_divisor(size: int, limit: int) -> int:
+def largest_divisor(size: int, limit: int) -> int:
     """The largest divisor of a size that is at most the limit, or 1."""
     return max(n for n in range(1, size + 1) if size % n == 0 and n <= max(limit, 1))
 
@@ -204,29 +237,6 @@ CONVOLUTIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "planes": convolve_planes,
 }
 """Forms of the 3x3x3 convolution, by their names in a config."""
-
-
-@jax.custom_vjp
-def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 1x1x1 convolution: `b x y z in` and `in out` -> `b x y z out`.
-
-    Its gradients are written in the order in which XLA for CPUs needs no transposed copy of an
-    array.
-    """
-    return jnp.einsum("bxyzi,io->bxyzo", x, kernel)
-
-
-def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
-    return pointwise(x, kernel), (x, kernel)
-
-
-def _pointwise_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
-    x, kernel = saved
-    d_x = jnp.einsum("bxyzo,io->bxyzi", d_out, kernel)
-    return d_x, jnp.einsum("bxyzi,bxyzo->io", x, d_out)
-
-
-pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 class Convolution(nn.Module):

@@ -1,4 +1,4 @@
-"""Which attention the devices of a run compute: the kernels written for them, or XLA's."""
+"""Which attention the devices of a run compute: the form written for them, or XLA's."""
 
 import re
 import warnings
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from voco_jax.config.encoders import Model
 from voco_jax.errors import InputError
-from voco_jax.models.attention import Attend, attend, attend_fused
+from voco_jax.models.attention import Attend, attend, attend_fused, attend_in_parts
 from voco_jax.models.encoders import find_encoder
 from voco_jax.training import mesh as meshes
 from voco_jax.training.distributed import barrier, gather
@@ -22,14 +22,17 @@ _TOLERANCE = 0.03  # relative; bfloat16 differs by 0.005, a wrong kernel by abou
 def choose_attention(model: Model, mesh: Mesh) -> Attend:
     """How the devices compute attention, by `model.attention`.
 
-    With `auto` kernels are tried once on a device of each process, against XLA's attention: where
-    they fail or find other numbers on one, a warning says so and all take XLA's.
+    With `auto` a CPU takes a few windows after the other. Kernels are tried once on a device of
+    each process, against XLA's attention: where they fail or find other numbers on one, a warning
+    says so and all take XLA's.
 
     Raises:
         InputError: `fused` on GPUs that the kernels are not for.
     """
     device, wanted = mesh.devices.flat[0], model.attention
     kernels = device.platform == "tpu" or _runs_triton(device)
+    if wanted == "auto" and device.platform == "cpu" and not kernels:
+        return meshes.on_each_device(attend_in_parts, mesh, replicated=2)
     if wanted == "xla" or (wanted == "auto" and not kernels):
         return attend
     if not kernels and device.platform != "cpu":
