@@ -202,7 +202,8 @@ def predict(folder: str, overlap: float) -> dict[str, Any]:
     import jax
 
     from voco_jax.data.formats import readers
-    from voco_jax.evaluation.predict import load_segmenter, write_mask
+    from voco_jax.evaluation.masks import write_mask
+    from voco_jax.evaluation.predict import load_segmenter
 
     begin = time.perf_counter()
     segmenter = load_segmenter([Path(folder, WEIGHTS)], overlap=overlap, window="gaussian")

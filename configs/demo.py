@@ -14,7 +14,7 @@ from configs import voco_10k
 def get_config() -> ml_collections.ConfigDict:
     """voco_10k, shrunk: crops of 32x32x64, 3x3 grid, feature size 12, window 4."""
     config = voco_10k.get_config()
-    config.total_steps = 60
+    config.total_steps = 40
     config.batch_size = 1
     config.log_every_steps = 10
     config.data.sources.ct.cache = "{workdir}/cache"
@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 10
-    config.validation.every_steps = 30
+    config.validation.every_steps = 20
     config.validation.volumes = 8
     config.validation.sub_volumes = 8
     config.checkpoint.every_steps = 20

@@ -39,7 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.remat = False
     config.model.crops_per_pass = 0
     config.model.dtype = "float32"
-    config.optimizer.learning_rate = 1e-3
+    config.loss.batch = True  # few crops hold every organ
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.validation.every_steps = 200
     config.checkpoint.every_steps = 200

@@ -28,8 +28,9 @@ from voco_jax.data.formats.readers import load as load_volume
 from voco_jax.data.formats.stored import VolumeError
 from voco_jax.errors import InputError
 from voco_jax.evaluation.dicom_seg import write_dicom_seg
+from voco_jax.evaluation.masks import write_mask
 from voco_jax.evaluation.metrics import count_overlap, dice
-from voco_jax.evaluation.predict import Segmenter, load_segmenter, main, write_mask
+from voco_jax.evaluation.predict import Segmenter, load_segmenter, main
 from voco_jax.evaluation.sliding_window import Windows
 from voco_jax.finetune import augment, losses
 from voco_jax.finetune.segmentation import METHOD, describe_classes, make_program
@@ -475,6 +476,37 @@ def test_one_bad_image_does_not_stop_the_others(weights, unbroken, tmp_path, cap
     report = json.loads((tmp_path / "m" / "report.json").read_text())
     assert [bool(one["problem"]) for one in report["files"]] == [True, False]
     assert (tmp_path / "m" / "b.nii.gz").exists()
+
+
+def test_the_same_command_does_what_is_missing(weights, unbroken, tmp_path, capsys):
+    """As after a kill: what is whole is kept, with its statistics; what changed is done again."""
+    images, output = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    phantoms = sorted((unbroken[0] / "phantoms").glob("phantom_*.nii.gz"))[:4]
+    for name, phantom in zip("abcd", phantoms, strict=True):
+        (images / f"{name}.nii.gz").write_bytes(phantom.read_bytes())
+
+    def run(*flags):
+        command = ["--weights", str(weights), "--input", str(images), "--output", str(output)]
+        assert main([*command, "--overlap", "0", *flags]) == 0
+        mean = json.loads((output / "statistics.json").read_text())
+        files = json.loads((output / "report.json").read_text())["files"]
+        assert sorted(mean) == [Path(one["input"]).name[0] for one in files] == list("abcd")
+        times = {one: (output / f"{one}.nii.gz").stat().st_mtime_ns for one in "abcd"}
+        return mean, times, capsys.readouterr().out
+
+    first, times, _ = run()
+    journal = output / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:4]) + lines[4][:20])  # killed while it wrote d's line
+    (output / "a.nii.gz").unlink()
+    (images / "b.nii.gz").write_bytes(phantoms[3].read_bytes())
+    second, later, said = run()
+    assert "1 of 4 images were done before; kept" in said
+    assert {one for one in "abcd" if later[one] == times[one]} == {"c"}
+    assert second["c"] == first["c"]
+    assert "4 of 4 images were done before; kept" in run()[2]
+    assert "done before" not in run("--mirror", "z")[2]
 
 
 @pytest.mark.parametrize(

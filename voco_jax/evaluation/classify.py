@@ -15,6 +15,7 @@ from voco_jax.data.formats.stored import StoredVolume
 from voco_jax.data.resample import center_crop
 from voco_jax.data.volumes import prepare_stored, quantise
 from voco_jax.evaluation.ensemble import Done, compile_mean, first_chain, for_each
+from voco_jax.evaluation.journal import Journal
 from voco_jax.files import write_atomically
 from voco_jax.models.attention import attend
 from voco_jax.models.encoders import build_classification_network
@@ -75,31 +76,38 @@ def load_classifier(
     return Classifier(experiment, predict)
 
 
-def classify_all(classifier: Classifier, images: Mapping[str, Path], output: Path) -> list[Done]:
+def classify_all(
+    classifier: Classifier, images: Mapping[str, Path], output: Path, journal: Journal
+) -> list[Done]:
     """Classifies images; writes predictions.csv: image, class, a probability for each class.
 
     Args:
         classifier: of `load_classifier`.
         images: by name.
         output: folder of the table.
+        journal: of what was done before.
 
     Raises:
         OSError: it cannot be written.
     """
     names = classifier.experiment.data.classes
+    file = output / PREDICTIONS
+
+    def best(probabilities: Sequence[float]) -> str:
+        return names[int(np.argmax(probabilities))]
+
+    def classify(name: str, files: Sequence[Path]) -> tuple[list[float], str]:
+        probabilities = classifier(readers.load(files[0])).tolist()
+        shown = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, probabilities, strict=True))
+        return probabilities, f"{name}: {best(probabilities)} ({shown})"
+
+    files = {name: (path,) for name, path in images.items()}
+    done = for_each(files, classify, lambda _: file, journal)
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
     table.writerow(["image", "predicted", *(f"probability_{name}" for name in names)])
-    file = output / PREDICTIONS
-
-    def classify(name: str, path: Path) -> tuple[Path, str]:
-        probabilities = classifier(readers.load(path)).tolist()
-        best = names[int(np.argmax(probabilities))]
-        table.writerow([name, best, *(f"{one:.6f}" for one in probabilities)])
-        shown = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, probabilities, strict=True))
-        return file, f"{name}: {best} ({shown})"
-
-    done = for_each(images, classify)
-    output.mkdir(parents=True, exist_ok=True)
+    for name, one in done.items():
+        if one.found:
+            table.writerow([name, best(one.found), *(f"{p:.6f}" for p in one.found)])
     write_atomically(file, lines.getvalue())
-    return done
+    return list(done.values())

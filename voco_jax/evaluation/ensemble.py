@@ -18,9 +18,10 @@ from flax import linen as nn
 
 import voco_jax
 from voco_jax.config.finetuning import ClassificationFinetuning, Finetuning, SegmentationFinetuning
-from voco_jax.config.load import load, parse
+from voco_jax.config.load import load, parse, to_dict
 from voco_jax.data.formats.stored import VolumeError
 from voco_jax.errors import InputError
+from voco_jax.evaluation.journal import Journal
 from voco_jax.files import write_atomically
 from voco_jax.interop.card import file_sha256, read_card
 from voco_jax.interop.load import load_into
@@ -161,28 +162,43 @@ class Done:
     output: str  # "": it failed
     seconds: float
     problem: str  # "": none
+    found: Any = None  # plain values
 
 
 def for_each(
-    images: Mapping[str, Path], function: Callable[[str, Path], tuple[Path, str]]
-) -> list[Done]:
+    images: Mapping[str, Sequence[Path]],
+    function: Callable[[str, Sequence[Path]], tuple[Any, str]],
+    output: Callable[[str], Path],
+    journal: Journal,
+) -> dict[str, Done]:
     """Works on images one after the other; one that fails does not stop the others.
 
     Args:
-        images: by name.
-        function: (name, path) -> the file with what was found, and a line for people.
+        images: the files of each, by name.
+        function: (name, files) -> what was found, as plain values, and a line for people.
+        output: name -> the file that holds it.
+        journal: keeps what was done; what it knows is not done again.
     """
-    done = []
-    for name, path in images.items():
+    done: dict[str, Done] = {}
+    for name, files in images.items():
+        if kept := journal.find(name, files):
+            done[name] = Done(**kept)
+    if done:
+        print(f"{len(done)} of {len(images)} images were done before; kept", flush=True)
+    for name, files in images.items():
+        if name in done:
+            continue
         start = time.monotonic()
         try:
-            output, line = function(name, path)
-            done.append(Done(str(path), str(output), time.monotonic() - start, ""))
-            print(f"{line} ({done[-1].seconds:.1f} s)", flush=True)
+            found, line = function(name, files)
+            seconds = time.monotonic() - start
+            done[name] = Done(str(files[0]), str(output(name)), seconds, "", found)
+            journal.add(name, files, vars(done[name]))
+            print(f"{line} ({seconds:.1f} s)", flush=True)
         except VolumeError as error:
-            done.append(Done(str(path), "", time.monotonic() - start, error.reason))
+            done[name] = Done(str(files[0]), "", time.monotonic() - start, error.reason)
             print(f"failed: {error}", file=sys.stderr, flush=True)
-    return done
+    return {name: done[name] for name in images}
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -195,14 +211,10 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
-def make_report(
-    experiment: Finetuning,
-    weights: Sequence[str | Path],
-    done: Sequence[Done],
-    settings: Mapping[str, Any],
-    seconds: float,
+def describe(
+    experiment: Finetuning, weights: Sequence[str | Path], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What report.json says."""
+    """What a prediction was made with, for report.json."""
     return {
         "voco_jax": voco_jax.__version__,
         "jax": jax.__version__,
@@ -212,6 +224,20 @@ def make_report(
         "weights": [{"file": str(path), "sha256": file_sha256(path)} for path in weights],
         "classes": list(experiment.data.classes),
         "settings": dict(settings),
-        "seconds": round(seconds, 3),
-        "files": [vars(one) for one in done],
     }
+
+
+def open_journal(path: Path, experiment: Finetuning, made_by: Mapping[str, Any]) -> Journal:
+    """The journal of a prediction, which is the same only of the same weights and settings.
+
+    Args:
+        path: of its file.
+        experiment: that made the weights.
+        made_by: of `describe`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    digests = [one["sha256"] for one in made_by["weights"]]
+    same = {name: made_by[name] for name in ("voco_jax", "task", "settings")}
+    return Journal(path, {**same, "weights": digests, "experiment": to_dict(experiment)})

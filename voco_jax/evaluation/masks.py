@@ -1,4 +1,4 @@
-"""Masks on disk: which there are, which belong together, their labels and classes."""
+"""Masks on disk: which there are, which belong together, their labels and classes; writing them."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 
 from voco_jax.data.datalists import scan
@@ -222,3 +223,44 @@ def _grid(shape: tuple[int, ...], affine: np.ndarray) -> str:
         f"{'x'.join(map(str, shape))} voxels of {'x'.join(f'{s:.4g}' for s in spacing)} mm from "
         f"({origin})"
     )
+
+
+def write_mask(labels: np.ndarray, stored: StoredVolume, path: Path) -> None:
+    """Writes a mask as NIfTI, voxel for voxel on its image.
+
+    Args:
+        labels: RAS.
+        stored: the image as its file has it; the header of a NIfTI file is kept.
+        path: a .nii.gz file.
+    """
+    voxels = np.ascontiguousarray(to_file_axes(labels, stored))
+    image = nibabel.Nifti1Image(voxels, stored.affine)
+    original = _nifti_header(stored)
+    if original is not None:
+        image = nibabel.Nifti1Image(voxels, None, original)
+    image.header.set_data_dtype(voxels.dtype)
+    image.header.set_slope_inter(1, 0)
+    image.header["cal_min"], image.header["cal_max"] = 0, 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part_{path.name}")
+    nibabel.save(image, part)
+    part.replace(path)
+
+
+def to_file_axes(labels: np.ndarray, stored: StoredVolume) -> np.ndarray:
+    """Turns labels from RAS to the axes of their image's file: a view."""
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), nibabel.io_orientation(stored.affine)
+    )
+    return nibabel.apply_orientation(labels, turn)
+
+
+def _nifti_header(stored: StoredVolume) -> nibabel.Nifti1Header | None:
+    """The header of an image that is a NIfTI-1 file of its axes; else None."""
+    name = stored.path.name.lower()
+    if not name.endswith((".nii", ".nii.gz")):
+        return None
+    header = nibabel.load(stored.path).header
+    if type(header) is not nibabel.Nifti1Header or header.get_data_shape() != stored.voxels.shape:
+        return None
+    return header.copy()

@@ -11,6 +11,9 @@ without one name a config file. It writes report.json (versions, device, weights
   mean and standard deviation of the image's values per class);
 - of a classification predictions.csv: image, predicted class, a probability for each class.
 
+Images are done one after the other, and journal.jsonl keeps what was found: the same command goes
+on where it was, and does what is new; other weights or settings start over.
+
 The memory of a segmentation is one window's thickness of scores for all classes, whatever the
 length of the scan. Exit status: 0; 1 if an image failed; 2 for bad input.
 """
@@ -26,7 +29,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import nibabel
 import numpy as np
 from tqdm import tqdm
 
@@ -41,20 +43,26 @@ from voco_jax.evaluation.dicom_seg import check_highdicom, write_dicom_seg
 from voco_jax.evaluation.ensemble import (
     Done,
     compile_mean,
+    describe,
     first_chain,
     for_each,
-    make_report,
+    open_journal,
     read_experiments,
     same_experiment,
     write_json,
 )
-from voco_jax.evaluation.masks import find
+from voco_jax.evaluation.journal import Journal
+from voco_jax.evaluation.masks import find, to_file_axes, write_mask
 from voco_jax.evaluation.sliding_window import Grid, Windows, segment
 from voco_jax.evaluation.statistics import statistics
 from voco_jax.files import COMPILATION_CACHE
 from voco_jax.large_pages import restart_with_large_pages
 from voco_jax.models.attention import attend
 from voco_jax.models.encoders import build_segmentation_network
+
+JOURNAL = "journal.jsonl"
+PredictAll = Callable[[Mapping[str, Path], Journal], list[Done]]
+"""(images by name, what was done before) -> what became of each."""
 
 
 @dataclass(frozen=True)
@@ -145,47 +153,6 @@ def load_segmenter(
     return Segmenter(found, tuple(map(Path, weights)), predict, windows)
 
 
-def write_mask(labels: np.ndarray, stored: StoredVolume, path: Path) -> None:
-    """Writes a mask as NIfTI, voxel for voxel on its image.
-
-    Args:
-        labels: RAS.
-        stored: the image as its file has it; the header of a NIfTI file is kept.
-        path: a .nii.gz file.
-    """
-    voxels = np.ascontiguousarray(_to_file_axes(labels, stored))
-    image = nibabel.Nifti1Image(voxels, stored.affine)
-    original = _nifti_header(stored)
-    if original is not None:
-        image = nibabel.Nifti1Image(voxels, None, original)
-    image.header.set_data_dtype(voxels.dtype)
-    image.header.set_slope_inter(1, 0)
-    image.header["cal_min"], image.header["cal_max"] = 0, 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part_{path.name}")
-    nibabel.save(image, part)
-    part.replace(path)
-
-
-def _to_file_axes(labels: np.ndarray, stored: StoredVolume) -> np.ndarray:
-    """Turns RAS to the axes of a file: a view."""
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.orientations.axcodes2ornt("RAS"), nibabel.io_orientation(stored.affine)
-    )
-    return nibabel.apply_orientation(labels, turn)
-
-
-def _nifti_header(stored: StoredVolume) -> nibabel.Nifti1Header | None:
-    """The header of an image that is a NIfTI-1 file of its axes; else None."""
-    name = stored.path.name.lower()
-    if not name.endswith((".nii", ".nii.gz")):
-        return None
-    header = nibabel.load(stored.path).header
-    if type(header) is not nibabel.Nifti1Header or header.get_data_shape() != stored.voxels.shape:
-        return None
-    return header.copy()
-
-
 def find_channels(images: Mapping[str, Path], names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
     """The files of images with several channels: NAME_CHANNEL.nii.gz, or any other format.
 
@@ -223,6 +190,7 @@ def segment_all(
     segmenter: Segmenter,
     images: Mapping[str, Path],
     output: Path,
+    journal: Journal,
     *,
     preview: bool = False,
     dicom_seg: bool = False,
@@ -233,6 +201,7 @@ def segment_all(
         segmenter: of `load_segmenter`.
         images: by name; of weights for several channels see `find_channels`.
         output: folder for NAME.nii.gz or NAME.dcm, and NAME.png.
+        journal: of what was done before; what is gone since is done again.
         preview: whether to draw a picture of each.
         dicom_seg: write NAME.dcm instead of NAME.nii.gz.
 
@@ -247,10 +216,12 @@ def segment_all(
         find_channels(images, wanted) if wanted else {name: (p,) for name, p in images.items()}
     )
     names = {name: number for number, name in enumerate(segmenter.classes) if number}
-    found: dict[str, Any] = {}
 
-    def work(name: str, path: Path) -> tuple[Path, str]:
-        stored, *further = (readers.load(one) for one in channels[name])
+    def mask_of(name: str) -> Path:
+        return output / f"{name}{'.dcm' if dicom_seg else '.nii.gz'}"
+
+    def work(name: str, files: Sequence[Path]) -> tuple[dict[str, Any], str]:
+        stored, *further = (readers.load(one) for one in files)
         with tqdm(desc=name, unit="window", leave=False, mininterval=1.0) as shown:
 
             def progress(count: int, total: int) -> None:
@@ -259,20 +230,24 @@ def segment_all(
 
             labels = segmenter([stored, *further], progress)
         del further
-        mask = output / f"{name}{'.dcm' if dicom_seg else '.nii.gz'}"
+        mask = mask_of(name)
         if dicom_seg:
-            write_dicom_seg(_to_file_axes(labels, stored), stored, segmenter.classes, mask)
+            write_dicom_seg(to_file_axes(labels, stored), stored, segmenter.classes, mask)
         else:
             write_mask(labels, stored, mask)
         source = orient_ras(stored)
         values = source.hounsfield(source.voxels)
-        found[name] = statistics(labels, source.spacing, names, values)
+        found = statistics(labels, source.spacing, names, values)
         if preview:
             _draw(labels, values, segmenter, source.spacing, output / f"{name}.png", name)
-        listed = ", ".join(f"{one} {v['volume_ml']:.4g} ml" for one, v in found[name].items())
-        return mask, f"{mask}: {listed}"
+        listed = ", ".join(f"{one} {v['volume_ml']:.4g} ml" for one, v in found.items())
+        return found, f"{mask}: {listed}"
 
-    return for_each({name: paths[0] for name, paths in channels.items()}, work), found
+    for name in channels:
+        if not mask_of(name).exists():
+            journal.forget(name)
+    done = for_each(channels, work, mask_of, journal)
+    return list(done.values()), {name: one.found for name, one in done.items() if one.found}
 
 
 def _draw(
@@ -334,18 +309,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.format == "dicom-seg":
             check_highdicom()
         start = time.monotonic()
+        if isinstance(experiment, ClassificationFinetuning):
+            predict_all = _classifying(options, experiment, parser)
+        else:
+            predict_all = _segmenting(options, experiment)
+        names = ("overlap", "window", "mirror", "batch", "format", "preview")
+        settings = {name: getattr(options, name) for name in names}
+        made_by = describe(experiment, options.weights, settings)
         output = Path(options.output)
         try:
-            if isinstance(experiment, ClassificationFinetuning):
-                _refuse_windows(options, parser)
-                done = _classify(options, experiment, images)
-            else:
-                done = _segment(options, experiment, images)
-            settings = {name: value for name, value in vars(options).items() if name != "weights"}
-            report = make_report(
-                experiment, options.weights, done, settings, time.monotonic() - start
-            )
-            write_json(output / "report.json", report)
+            done = predict_all(images, open_journal(output / JOURNAL, experiment, made_by))
+            files = [{k: v for k, v in vars(one).items() if k != "found"} for one in done]
+            seconds = round(time.monotonic() - start, 3)
+            write_json(output / "report.json", {**made_by, "seconds": seconds, "files": files})
         except OSError as error:
             raise InputError(f"{output}: cannot write here: {error.strerror or error}") from error
     except InputError as error:
@@ -356,9 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed > 0)
 
 
-def _segment(
-    options: argparse.Namespace, experiment: SegmentationFinetuning, images: Mapping[str, Path]
-) -> list[Done]:
+def _segmenting(options: argparse.Namespace, experiment: SegmentationFinetuning) -> PredictAll:
     segmenter = load_segmenter(
         options.weights,
         experiment,
@@ -367,29 +341,31 @@ def _segment(
         mirror=options.mirror,
         batch=options.batch,
     )
-    output = Path(options.output)
-    dicom_seg = options.format == "dicom-seg"
-    done, found = segment_all(
-        segmenter, images, output, preview=options.preview, dicom_seg=dicom_seg
-    )
-    write_json(output / "statistics.json", found)
-    return done
+    output, dicom_seg = Path(options.output), options.format == "dicom-seg"
+
+    def predict_all(images: Mapping[str, Path], journal: Journal) -> list[Done]:
+        done, found = segment_all(
+            segmenter, images, output, journal, preview=options.preview, dicom_seg=dicom_seg
+        )
+        write_json(output / "statistics.json", found)
+        return done
+
+    return predict_all
 
 
-def _classify(
-    options: argparse.Namespace, experiment: ClassificationFinetuning, images: Mapping[str, Path]
-) -> list[Done]:
-    classifier = load_classifier(options.weights, experiment, mirror=options.mirror)
-    return classify_all(classifier, images, Path(options.output))
-
-
-def _refuse_windows(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _classifying(
+    options: argparse.Namespace,
+    experiment: ClassificationFinetuning,
+    parser: argparse.ArgumentParser,
+) -> PredictAll:
     for name in ("overlap", "window", "batch", "format", "preview"):
         if getattr(options, name) != parser.get_default(name):
             raise InputError(
                 f"--{name}: found it with weights for classification, expected none: a volume is "
                 "predicted whole"
             )
+    classifier = load_classifier(options.weights, experiment, mirror=options.mirror)
+    return lambda images, journal: classify_all(classifier, images, Path(options.output), journal)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""What a command has done with each of many images, kept as it goes, so that it can go on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from voco_jax.data.formats.readers import file_signature
+from voco_jax.files import write_atomically
+
+
+class Journal:
+    """Lines of JSON: first what made the rest (weights, settings), then an image each.
+
+    A file that something else made is started over.
+    """
+
+    def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
+        """Opens or makes it.
+
+        Args:
+            path: of the file; its folder is made.
+            made_by: plain values; of others nothing is kept.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._path = path
+        self._known: dict[str, dict[str, Any]] = {}
+        head = json.dumps(made_by, sort_keys=True)
+        lines = path.read_text("utf-8").split("\n") if path.exists() else []
+        if len(lines) < 2 or lines[0] != head:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [head, ""]
+            write_atomically(path, "\n".join(lines))
+        for line in lines[1:-1]:
+            entry = json.loads(line)
+            self._known[entry["name"]] = entry
+        if lines[-1]:  # written to its middle when the process was killed
+            write_atomically(path, "\n".join([*lines[:-1], ""]))
+
+    def find(self, name: str, files: Sequence[Path]) -> Any:
+        """What was done with an image, if its files are still those; else None."""
+        entry = self._known.get(name)
+        return entry["done"] if entry and entry["files"] == _signatures(files) else None
+
+    def forget(self, name: str) -> None:
+        """An image is to be done again."""
+        self._known.pop(name, None)
+
+    def add(self, name: str, files: Sequence[Path], done: Any) -> None:
+        """Keeps what was done with an image, as plain values.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        entry = {"name": name, "files": _signatures(files), "done": done}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _signatures(files: Sequence[Path]) -> list[list[Any]]:
+    return [[str(file.resolve()), *file_signature(file)] for file in files]
