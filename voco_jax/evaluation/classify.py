@@ -107,7 +107,7 @@ def classify_all(
     table = csv.writer(lines, lineterminator="\n")
     table.writerow(["image", "predicted", *(f"probability_{name}" for name in names)])
     for name, one in done.items():
-        if one.found:
+        if not one.problem:
             table.writerow([name, best(one.found), *(f"{p:.6f}" for p in one.found)])
     write_atomically(file, lines.getvalue())
     return list(done.values())

@@ -21,7 +21,7 @@ from voco_jax.config.finetuning import ClassificationFinetuning, Finetuning, Seg
 from voco_jax.config.load import load, parse, to_dict
 from voco_jax.data.formats.stored import VolumeError
 from voco_jax.errors import InputError
-from voco_jax.evaluation.journal import Journal
+from voco_jax.evaluation.journal import Journal, signatures
 from voco_jax.files import write_atomically
 from voco_jax.interop.card import file_sha256, read_card
 from voco_jax.interop.load import load_into
@@ -179,10 +179,9 @@ def for_each(
         output: name -> the file that holds it.
         journal: keeps what was done; what it knows is not done again.
     """
-    done: dict[str, Done] = {}
-    for name, files in images.items():
-        if kept := journal.find(name, files):
-            done[name] = Done(**kept)
+    before = {name: signatures(files) for name, files in images.items()}
+    known = {name: journal.find(name, before[name]) for name in images}
+    done = {name: Done(**one | {"output": str(output(name))}) for name, one in known.items() if one}
     if done:
         print(f"{len(done)} of {len(images)} images were done before; kept", flush=True)
     for name, files in images.items():
@@ -193,7 +192,7 @@ def for_each(
             found, line = function(name, files)
             seconds = time.monotonic() - start
             done[name] = Done(str(files[0]), str(output(name)), seconds, "", found)
-            journal.add(name, files, vars(done[name]))
+            journal.add(name, before[name], vars(done[name]))
             print(f"{line} ({seconds:.1f} s)", flush=True)
         except VolumeError as error:
             done[name] = Done(str(files[0]), "", time.monotonic() - start, error.reason)

@@ -1,5 +1,6 @@
 """What a command has done with each of many images, kept as it goes, so that it can go on."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import Any
 
 from voco_jax.data.formats.readers import file_signature
 from voco_jax.files import write_atomically
+
+Signatures = list[list[Any]]
+"""Of each file its path, size and time of change."""
 
 
 class Journal:
@@ -33,31 +37,36 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = [head, ""]
             write_atomically(path, "\n".join(lines))
-        for line in lines[1:-1]:
-            entry = json.loads(line)
-            self._known[entry["name"]] = entry
         if lines[-1]:  # written to its middle when the process was killed
             write_atomically(path, "\n".join([*lines[:-1], ""]))
+        for line in lines[1:-1]:
+            with contextlib.suppress(ValueError):  # not ours: that image is done again
+                entry = json.loads(line)
+                self._known[entry["name"]] = entry
 
-    def find(self, name: str, files: Sequence[Path]) -> Any:
+    def find(self, name: str, files: Signatures) -> Any:
         """What was done with an image, if its files are still those; else None."""
         entry = self._known.get(name)
-        return entry["done"] if entry and entry["files"] == _signatures(files) else None
+        return entry["done"] if entry and files and entry["files"] == files else None
 
     def forget(self, name: str) -> None:
         """An image is to be done again."""
         self._known.pop(name, None)
 
-    def add(self, name: str, files: Sequence[Path], done: Any) -> None:
+    def add(self, name: str, files: Signatures, done: Any) -> None:
         """Keeps what was done with an image, as plain values.
 
         Raises:
             OSError: it cannot be written.
         """
-        entry = {"name": name, "files": _signatures(files), "done": done}
+        entry = {"name": name, "files": files, "done": done}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 
-def _signatures(files: Sequence[Path]) -> list[list[Any]]:
-    return [[str(file.resolve()), *file_signature(file)] for file in files]
+def signatures(files: Sequence[Path]) -> Signatures:
+    """What changes when an image's files do; []: one is not there."""
+    try:
+        return [[str(file.resolve()), *file_signature(file)] for file in files]
+    except OSError:
+        return []

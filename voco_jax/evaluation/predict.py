@@ -247,7 +247,7 @@ def segment_all(
         if not mask_of(name).exists():
             journal.forget(name)
     done = for_each(channels, work, mask_of, journal)
-    return list(done.values()), {name: one.found for name, one in done.items() if one.found}
+    return list(done.values()), {name: one.found for name, one in done.items() if not one.problem}
 
 
 def _draw(
