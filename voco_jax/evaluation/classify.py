@@ -109,5 +109,6 @@ def classify_all(
     for name, one in done.items():
         if not one.problem:
             table.writerow([name, best(one.found), *(f"{p:.6f}" for p in one.found)])
+    output.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lines.getvalue())
     return list(done.values())

@@ -16,30 +16,27 @@ Signatures = list[list[Any]]
 class Journal:
     """Lines of JSON: first what made the rest (weights, settings), then an image each.
 
-    A file that something else made is started over.
+    What something else made is left aside, and replaced once there is something to keep.
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
-        """Opens or makes it.
+        """Reads it; writes nothing.
 
         Args:
-            path: of the file; its folder is made.
+            path: of the file.
             made_by: plain values; of others nothing is kept.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be read.
         """
         self._path = path
+        self._head = json.dumps(made_by, sort_keys=True)
         self._known: dict[str, dict[str, Any]] = {}
-        head = json.dumps(made_by, sort_keys=True)
-        lines = path.read_text("utf-8").split("\n") if path.exists() else []
-        if len(lines) < 2 or lines[0] != head:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [head, ""]
-            write_atomically(path, "\n".join(lines))
-        if lines[-1]:  # written to its middle when the process was killed
-            write_atomically(path, "\n".join([*lines[:-1], ""]))
-        for line in lines[1:-1]:
+        lines = path.read_text("utf-8").split("\n") if path.exists() else [""]
+        ours = lines[0] == self._head
+        # The last line is empty, but where the process was killed while it wrote.
+        self._appendable = ours and not lines[-1]
+        for line in lines[1:-1] if ours else []:
             with contextlib.suppress(ValueError):  # not ours: that image is done again
                 entry = json.loads(line)
                 self._known[entry["name"]] = entry
@@ -59,9 +56,15 @@ class Journal:
         Raises:
             OSError: it cannot be written.
         """
-        entry = {"name": name, "files": files, "done": done}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._known[name] = {"name": name, "files": files, "done": done}
+        if self._appendable:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self._known[name]) + "\n")
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [self._head, *map(json.dumps, self._known.values()), ""]
+        write_atomically(self._path, "\n".join(lines))
+        self._appendable = True
 
 
 def signatures(files: Sequence[Path]) -> Signatures:
