@@ -17,7 +17,7 @@ ORGANS = (
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """finetune_btcv, small: voxels of 4x4x3 mm, crops of 32x32x64, in which organs are not lost."""
+    """finetune_btcv, small: voxels of 4x4x3 mm, crops of 32x32x64."""
     config = finetune_btcv.get_config()
     config.total_steps = 1_200
     config.batch_size = 4

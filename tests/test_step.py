@@ -195,7 +195,7 @@ def test_golden_step(file, patch_merging, embeddings):
         s = embed(student)
         check("student", s)
         if patch_merging == "legacy":
-            return  # what follows is the same
+            return  # the teacher is the same network, the loss does not know it
         check("teacher", embed(teacher))
         t = embed(voco_step.ema(teacher, student, 0.9))
         terms = losses.voco_10k(

@@ -35,6 +35,7 @@ from voco_jax.interop.export import Card, check_output, export
 from voco_jax.interop.load import load_into
 from voco_jax.interop.names import torch_name
 from voco_jax.models.attention import Attend, attend
+from voco_jax.models.conv_blocks import largest_divisor
 from voco_jax.models.encoders import find_encoder
 from voco_jax.models.initial_values import describe_parameters, shuffle_weights
 from voco_jax.training import mesh as meshes
@@ -158,7 +159,7 @@ def _count_microbatches(experiment: Finetuning, mesh: Mesh) -> int:
     """Into how many parts each device's crops are cut, by `model.crops_per_pass`."""
     crops = experiment.batch_size // mesh.devices.size
     limit = experiment.model.crops_per_pass or crops
-    return next(n for n in range(1, crops + 1) if crops % n == 0 and crops // n <= limit)
+    return crops // largest_divisor(crops, limit)
 
 
 def make_task(

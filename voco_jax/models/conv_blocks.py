@@ -27,7 +27,8 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-_Pair = tuple[jax.Array, jax.Array]
+Pair = tuple[jax.Array, jax.Array]
+"""The two factors of a product, or the gradients of both."""
 
 
 @jax.custom_vjp
@@ -39,11 +40,11 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
+def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Pair]:
     return pointwise(x, kernel), (x, kernel)
 
 
-def _pointwise_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
+def _pointwise_backward(saved: Pair, d_out: jax.Array) -> Pair:
     x, kernel = saved
     inputs, d_outputs = (one.reshape(-1, one.shape[-1]) for one in (x, d_out))
     return jnp.einsum("...o,io->...i", d_out, kernel), jnp.einsum("ki,ko->io", inputs, d_outputs)
@@ -165,11 +166,11 @@ def _pad(x: jax.Array, axis: int, widths: tuple[int, int]) -> jax.Array:
     return jnp.pad(x, [widths if i == axis else (0, 0) for i in range(x.ndim)])
 
 
-def _planes_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
+def _planes_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Pair]:
     return convolve_planes(x, kernel), (x, kernel)
 
 
-def _planes_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
+def _planes_backward(saved: Pair, d_out: jax.Array) -> Pair:
     """Of x: the convolution with the mirrored kernel. Of the kernel: matrix products."""
     x, kernel = saved
     mirrored = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
@@ -215,7 +216,7 @@ def _shifted_products(at_z: jax.Array, at_xy: jax.Array) -> jax.Array:
         near = lax.dynamic_slice(at_z, start, (batch, x, y, size_z + 2, channels))
         left = jnp.concatenate([near[:, :, :, k : k + size_z] for k in range(3)], axis=-1)
         near = lax.dynamic_slice(at_xy, start, (batch, x + 2, y + 2, size_z, others))
-        parts = [near[:, i : i + x, j : j + y] for i in range(3) for j in range(3)]
+        parts = [near[:, j : j + x, k : k + y] for j in range(3) for k in range(3)]
         right = jnp.concatenate(parts, axis=-1)
         return total + jnp.einsum("bxyzi,bxyzo->io", left, right, preferred_element_type=wide)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from voco_jax.models.conv_blocks import UnetResBlock, keep_convolutions
+from voco_jax.models.conv_blocks import Pair, UnetResBlock, keep_convolutions
 from voco_jax.models.initial_values import torch_uniform
 from voco_jax.models.network import EncoderOutput
 
@@ -51,14 +51,11 @@ def _upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return out.reshape(b, 2 * size_x, 2 * size_y, 2 * size_z, -1)
 
 
-_Pair = tuple[jax.Array, jax.Array]
-
-
-def _upsample_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Pair]:
+def _upsample_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Pair]:
     return _upsample(x, kernel), (x, kernel)
 
 
-def _upsample_backward(saved: _Pair, d_out: jax.Array) -> _Pair:
+def _upsample_backward(saved: Pair, d_out: jax.Array) -> Pair:
     """One product for each gradient: the transposed four would copy every part of `d_out`."""
     x, kernel = saved
     b, size_x, size_y, size_z, channels = x.shape
