@@ -38,7 +38,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from comparisons import monai_finetuning, our_finetuning
+import nibabel
+import numpy as np
+
+from comparisons import our_finetuning
 from voco_jax.benchmark.measure import (
     ChildError,
     bytes_text,
@@ -50,6 +53,8 @@ from voco_jax.benchmark.measure import (
     table,
     write_json,
 )
+from voco_jax.config.encoders import SwinUNETR
+from voco_jax.config.finetuning import SegmentationFinetuning
 from voco_jax.config.load import command_parser, load, parse_arguments, positive, to_dict
 from voco_jax.data.progress import log
 from voco_jax.errors import InputError
@@ -105,8 +110,46 @@ def settings(path: str, changes: dict[str, Any]) -> dict[str, Any]:
     """
     experiment = load(path, changes)
     config = to_dict(experiment)
-    monai_finetuning.check_settings(our_finetuning.read_settings(config, "."))
+    check_settings(our_finetuning.read_settings(config, "."))
     return config
+
+
+def check_settings(config: SegmentationFinetuning) -> None:
+    """Checks that MONAI's side can do what a config asks for.
+
+    Raises:
+        InputError: it cannot.
+
+    >>> from voco_jax.config.load import load
+    >>> check_settings(load("configs/finetune_demo.py"))
+    >>> check_settings(load("configs/finetune_demo.py", {"optimizer.layer_decay": 0.9}))
+    Traceback (most recent call last):
+    voco_jax.errors.InputError: optimizer.layer_decay: found 0.9, expected 1.0: the MONAI side's
+    """
+    model, optimizer = config.model, config.optimizer
+    if not isinstance(model, SwinUNETR):
+        raise InputError(
+            f"model.encoder: found {model.encoder!r}, expected 'swin_unetr': the MONAI side's"
+        )
+    wanted = {
+        "model.dtype": (model.dtype, ("float32",)),
+        "model.patch_merging": (model.patch_merging, ("merging", "mergingv2")),
+        "model.drop_path_rate": (model.drop_path_rate, (0.0,)),
+        "optimizer.layer_decay": (optimizer.layer_decay, (1.0,)),
+        "optimizer.freeze_encoder": (optimizer.freeze_encoder, (False,)),
+    }
+    for name, (found, expected) in wanted.items():
+        if found not in expected:
+            choices = " or ".join(map(repr, expected))
+            raise InputError(f"{name}: found {found!r}, expected {choices}: the MONAI side's")
+
+
+def _run_theirs(part: str, *args: Any, **how: Any) -> dict[str, Any]:
+    """A part of MONAI's side; it is imported in the process that runs it alone."""
+    from comparisons import monai_finetuning
+
+    found: dict[str, Any] = getattr(monai_finetuning, part)(*args, **how)
+    return found
 
 
 def in_turn(
@@ -157,7 +200,7 @@ def measure_step(
             return our_finetuning.run_part(options.python, "run_steps", **how)
 
         def theirs() -> dict[str, Any]:
-            return in_own_process(monai_finetuning.run_steps, **how)
+            return in_own_process(_run_theirs, "run_steps", **how)
 
         rows = in_turn(options.rounds, {OURS: ours, THEIRS: theirs}, save)
     for row in rows[:2]:
@@ -198,6 +241,17 @@ def step_table(rows: Rows, batch_size: int) -> str:
     return table(["side", "compiling", "a step", "crops/s", "peak memory"], lines)
 
 
+def agreement(folder: str) -> float:
+    """The share of voxels on which both sides' masks agree.
+
+    Args:
+        folder: that both left theirs in.
+    """
+    image: Any = nibabel.load(Path(folder, our_finetuning.MASK))
+    ours = np.asarray(image.dataobj)
+    return float(np.mean(ours == np.load(Path(folder, our_finetuning.MONAI_MASK))))
+
+
 def measure_prediction(
     options: argparse.Namespace, overrides: dict[str, str], save: Callable[..., None]
 ) -> int:
@@ -213,12 +267,12 @@ def measure_prediction(
             return our_finetuning.run_part(options.python, "predict", folder, overlap=OVERLAP)
 
         def theirs() -> dict[str, Any]:
-            return in_own_process(monai_finetuning.predict, config, folder, OVERLAP)
+            return in_own_process(_run_theirs, "predict", config, folder, OVERLAP)
 
         rows = in_turn(options.rounds, {OURS: ours, THEIRS: theirs}, save)
         share = None
         if not any(row["problem"] for row in rows):
-            share = monai_finetuning.agreement(folder, our_finetuning.MASK)
+            share = agreement(folder)
     save(rows, agreement=share)
     print(prediction_table(rows))
     if share is None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
@@ -24,50 +23,16 @@ from monai.transforms import (
 )
 from safetensors.torch import load_file
 
-from comparisons.our_finetuning import BATCHES, IMAGE, WEIGHTS, read_settings
+from comparisons.our_finetuning import BATCHES, IMAGE, MONAI_MASK, WEIGHTS, read_settings
 from voco_jax.benchmark.measure import peak_resident
 from voco_jax.config.encoders import SwinUNETR as SwinUNETRSettings
 from voco_jax.config.finetuning import SegmentationFinetuning
-from voco_jax.errors import InputError
-
-MASK = "monai.npy"
-
-
-def check_settings(config: SegmentationFinetuning) -> SwinUNETRSettings:
-    """Checks that MONAI's side can do what a config asks for; its model.
-
-    Raises:
-        InputError: it cannot.
-
-    >>> from voco_jax.config.load import load
-    >>> check_settings(load("configs/finetune_demo.py")).feature_size
-    12
-    >>> check_settings(load("configs/finetune_demo.py", {"optimizer.layer_decay": 0.9}))
-    Traceback (most recent call last):
-    voco_jax.errors.InputError: optimizer.layer_decay: found 0.9, expected 1.0: the MONAI side's
-    """
-    model, optimizer = config.model, config.optimizer
-    if not isinstance(model, SwinUNETRSettings):
-        raise InputError(
-            f"model.encoder: found {model.encoder!r}, expected 'swin_unetr': the MONAI side's"
-        )
-    wanted = {
-        "model.dtype": (model.dtype, ("float32",)),
-        "model.patch_merging": (model.patch_merging, ("merging", "mergingv2")),
-        "model.drop_path_rate": (model.drop_path_rate, (0.0,)),
-        "optimizer.layer_decay": (optimizer.layer_decay, (1.0,)),
-        "optimizer.freeze_encoder": (optimizer.freeze_encoder, (False,)),
-    }
-    for name, (found, expected) in wanted.items():
-        if found not in expected:
-            choices = " or ".join(map(repr, expected))
-            raise InputError(f"{name}: found {found!r}, expected {choices}: the MONAI side's")
-    return model
 
 
 def build_network(config: SegmentationFinetuning, folder: str) -> SwinUNETR:
     """SwinUNETR with the weights in a folder, which have to be all of its, and no others."""
-    model = check_settings(config)
+    model = config.model
+    assert isinstance(model, SwinUNETRSettings)
     network = SwinUNETR(
         in_channels=config.data.channels,
         out_channels=len(config.data.classes),
@@ -135,7 +100,7 @@ def run_steps(
 
 
 def predict(config: Mapping[str, Any], folder: str, overlap: float) -> dict[str, Any]:
-    """As `our_finetuning.predict`: MONAI's transforms and windows, scores inverted; into MASK."""
+    """As `our_finetuning.predict`: MONAI's transforms and windows; into MONAI_MASK."""
     experiment = read_settings(config, folder)
     network = build_network(experiment, folder).eval()
     chain = next(iter(experiment.data.sources.values())).chain
@@ -171,7 +136,7 @@ def predict(config: Mapping[str, Any], folder: str, overlap: float) -> dict[str,
     names = ("reading", "preparing", "windows", "to the file's grid")
     spans = [end - start for start, end in itertools.pairwise(times)]
     peak = peak_resident()
-    np.save(Path(folder, MASK), labels.numpy().astype(np.uint8))
+    np.save(Path(folder, MONAI_MASK), labels.numpy().astype(np.uint8))
     return {
         "seconds": {**dict(zip(names, spans, strict=True)), "all": times[-1] - times[0]},
         "windows": count,
@@ -179,15 +144,3 @@ def predict(config: Mapping[str, Any], folder: str, overlap: float) -> dict[str,
         "peak": peak,
         "version": f"torch {torch.__version__}",
     }
-
-
-def agreement(folder: str, mask: str) -> float:
-    """The share of voxels on which both sides' masks agree.
-
-    Args:
-        folder: that both left theirs in.
-        mask: the name of ours.
-    """
-    image: Any = nibabel.load(Path(folder, mask))
-    ours = np.asarray(image.dataobj)
-    return float(np.mean(ours == np.load(Path(folder, MASK))))

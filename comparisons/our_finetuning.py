@@ -36,7 +36,8 @@ from voco_jax.config.load import parse
 from voco_jax.data.progress import log
 from voco_jax.errors import InputError
 
-BATCHES, WEIGHTS, IMAGE, MASK = "batches.npz", "weights.safetensors", "image.nii.gz", "mask.nii.gz"
+BATCHES, WEIGHTS, IMAGE = "batches.npz", "weights.safetensors", "image.nii.gz"
+MASK, MONAI_MASK = "mask.nii.gz", "monai.npy"
 
 
 def read_settings(config: Mapping[str, Any], folder: str) -> SegmentationFinetuning:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from comparisons import torch_step
 from comparisons.our_step import (
     Row,
     platform,
@@ -50,6 +49,7 @@ from voco_jax.benchmark.measure import (
     write_json,
 )
 from voco_jax.benchmark.step import product_ceiling
+from voco_jax.config.encoders import SwinUNETR
 from voco_jax.config.load import load_pretraining, parse_arguments, positive
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.progress import log
@@ -61,6 +61,7 @@ SIZES = {"tiny": "configs/tiny.py", "demo": "configs/demo.py", "full": "configs/
 TERMS = ("pos", "neg", "reg")
 # Relative; of the losses between any two float32 computations of one step.
 LOSS_TOLERANCE, NORM_TOLERANCE, SMALL_TERM = 1e-4, 1e-2, 0.1
+WORDS = ("float32", "bf16", "compile", "channels_last", "checkpoint", "flash")
 GPU_VARIANTS = (
     "float32",
     "bf16+checkpoint",
@@ -122,7 +123,7 @@ class Table:
         else:
             found = in_own_process_within(
                 limit,
-                torch_step.run,
+                _run_torch,
                 row.variant,
                 row.config,
                 self.folder,
@@ -134,10 +135,58 @@ class Table:
         return {**found, "seconds": _spread(seconds)}
 
 
+def _run_torch(*how: Any) -> dict[str, Any]:
+    """`torch_step.run`; PyTorch is imported in the process that runs it alone."""
+    from comparisons import torch_step
+
+    return torch_step.run(*how)
+
+
 def _spread(value: Any) -> Any:
     from voco_jax.benchmark.measure import Spread
 
     return Spread(**value) if isinstance(value, dict) else value
+
+
+def check_settings(config: Pretraining, variants: Sequence[str]) -> None:
+    """Checks that the PyTorch side can do what a config asks for.
+
+    Raises:
+        InputError: another recipe or model, or an unknown word in a variant.
+
+    >>> from voco_jax.config.load import load
+    >>> check_settings(load("configs/demo.py", {}), ["bf16+compile"])
+    >>> check_settings(load("configs/demo.py", {"dropout.rate": 0.1}), ())
+    Traceback (most recent call last):
+    voco_jax.errors.InputError: dropout.rate: found 0.1, expected 0.0: the PyTorch step's
+    >>> check_settings(load("configs/demo.py", {}), ["fp16"])
+    Traceback (most recent call last):
+    voco_jax.errors.InputError: --torch: found 'fp16', expected some of float32, bf16, compile, ...
+    """
+    model = config.model
+    if not isinstance(model, SwinUNETR):
+        raise InputError(
+            f"model.encoder: found {model.encoder!r}, expected 'swin_unetr': the PyTorch step's"
+        )
+    wanted = {
+        "recipe": (config.recipe, ("voco_10k",)),
+        "teacher.scope": (config.teacher.scope, ("network",)),
+        "model.conv_encoders": (model.conv_encoders, (True,)),
+        "model.patch_merging": (model.patch_merging, ("merging", "mergingv2")),
+        "model.drop_path_rate": (model.drop_path_rate, (0.0,)),
+        "dropout.rate": (config.dropout.rate, (0.0,)),
+    }
+    for name, (found, expected) in wanted.items():
+        if found not in expected:
+            choices = " or ".join(map(repr, expected))
+            raise InputError(f"{name}: found {found!r}, expected {choices}: the PyTorch step's")
+    for variant in variants:
+        words = variant.split("+")
+        if not set(words) <= set(WORDS) or {"float32", "bf16"} <= set(words):
+            raise InputError(
+                f"--torch: found {variant!r}, expected some of {', '.join(WORDS)} joined with +, "
+                "float32 or bf16 but not both"
+            )
 
 
 def compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
@@ -234,7 +283,7 @@ def measure_all(
     Raises:
         InputError: settings that the PyTorch side does not have, or a check without a result.
     """
-    torch_step.check_settings(config, theirs or ())
+    check_settings(config, theirs or ())
     with tempfile.TemporaryDirectory(prefix="voco_benchmark_") as folder:
         measure = Table(Path(folder), steps, warmup, limit, python)
         on_cpu = measure.platform == "cpu"

@@ -17,55 +17,6 @@ from torch.nn import functional
 from voco_jax.benchmark.measure import peak_resident, spread, time_calls
 from voco_jax.config.encoders import SwinUNETR as SwinUNETRSettings
 from voco_jax.config.pretraining import Pretraining
-from voco_jax.errors import InputError
-
-WORDS = ("float32", "bf16", "compile", "channels_last", "checkpoint", "flash")
-
-
-def check_settings(config: Pretraining, variants: Sequence[str]) -> None:
-    """Checks that the PyTorch side can do what a config asks for.
-
-    Raises:
-        InputError: another recipe or model, or an unknown word in a variant.
-
-    >>> from voco_jax.config.load import load
-    >>> check_settings(load("configs/demo.py", {}), ["bf16+compile"])
-    >>> check_settings(load("configs/demo.py", {"dropout.rate": 0.1}), ())
-    Traceback (most recent call last):
-    voco_jax.errors.InputError: dropout.rate: found 0.1, expected 0.0: the PyTorch step's
-    >>> check_settings(load("configs/demo.py", {}), ["fp16"])
-    Traceback (most recent call last):
-    voco_jax.errors.InputError: --torch: found 'fp16', expected some of float32, bf16, compile, ...
-    """
-    model = _swin_unetr(config)
-    wanted = {
-        "recipe": (config.recipe, ("voco_10k",)),
-        "teacher.scope": (config.teacher.scope, ("network",)),
-        "model.conv_encoders": (model.conv_encoders, (True,)),
-        "model.patch_merging": (model.patch_merging, ("merging", "mergingv2")),
-        "model.drop_path_rate": (model.drop_path_rate, (0.0,)),
-        "dropout.rate": (config.dropout.rate, (0.0,)),
-    }
-    for name, (found, expected) in wanted.items():
-        if found not in expected:
-            choices = " or ".join(map(repr, expected))
-            raise InputError(f"{name}: found {found!r}, expected {choices}: the PyTorch step's")
-    for variant in variants:
-        words = variant.split("+")
-        if not set(words) <= set(WORDS) or {"float32", "bf16"} <= set(words):
-            raise InputError(
-                f"--torch: found {variant!r}, expected some of {', '.join(WORDS)} joined with +, "
-                "float32 or bf16 but not both"
-            )
-
-
-def _swin_unetr(config: Pretraining) -> SwinUNETRSettings:
-    if not isinstance(config.model, SwinUNETRSettings):
-        raise InputError(
-            f"model.encoder: found {config.model.encoder!r}, expected 'swin_unetr': the PyTorch "
-            "step's"
-        )
-    return config.model
 
 
 class Network(torch.nn.Module):
@@ -73,7 +24,8 @@ class Network(torch.nn.Module):
 
     def __init__(self, config: Pretraining, *, checkpoint: bool, flash: bool) -> None:
         super().__init__()
-        model = _swin_unetr(config)
+        model = config.model
+        assert isinstance(model, SwinUNETRSettings)
         options: dict[str, Any] = {"use_flash_attention": True} if flash else {}
         self.net = SwinUNETR(
             in_channels=1,
@@ -214,7 +166,7 @@ def run(
     """Times a variant; for a process of its own.
 
     Args:
-        variant: some of `WORDS` joined with +.
+        variant: some of step_against_torch.WORDS joined with +.
         config: of both sides.
         folder: weights (student.npz, teacher.npz) and batch_N.npz.
         steps: timed.

@@ -23,8 +23,8 @@ def _run(module, *flags):
 
 
 def test_the_examples_in_their_docstrings():
-    names = ("step_tables", "torch_step", "step_against_torch", "gpu", "pipeline_against_monai")
-    names += ("monai_finetuning", "finetune_against_monai")
+    names = ("step_tables", "step_against_torch", "gpu", "pipeline_against_monai")
+    names += ("finetune_against_monai",)
     files = [f"comparisons/{name}.py" for name in names]
     out = _run("doctest", "-v", "-o", "ELLIPSIS", *files)
     assert out.count("Test passed.") == len(files)
