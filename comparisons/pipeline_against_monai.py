@@ -118,7 +118,7 @@ def _config() -> Any:
 
 
 def _volumes(ct: Path) -> list[Any]:
-    from voco_jax.data.datalists import collect
+    from voco_jax.data.collect import collect
 
     return collect((), (), (ct,))
 

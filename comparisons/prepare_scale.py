@@ -18,7 +18,8 @@ from typing import Any
 from voco_jax.config.load import DEFAULT, load
 from voco_jax.data.array import ARRAY, chunk_name
 from voco_jax.data.cache import Cache, CacheWriter
-from voco_jax.data.datalists import Volume, collect, scan
+from voco_jax.data.collect import collect, scan
+from voco_jax.data.datalists import Volume
 from voco_jax.data.jobs import missing_from, signature_of
 from voco_jax.data.manifest import MANIFEST, Entry, line_of
 

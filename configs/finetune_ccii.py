@@ -48,7 +48,8 @@ def get_config(variant: str = "corrected") -> ml_collections.ConfigDict:
         "data/CC-CCII/CC_CCII_fold0_valid.csv",
     )
     source.chain.spacing = (1.5, 1.5, 1.0) if published else ()  # a pixel counts as 1 mm
-    source.chain.window = (0.0, 255.0)  # of the pictures, not in HU
+    source.chain.window = (0.0, 255.0)
+    source.chain.window_unit = "value"  # of the pictures, not in HU
     source.chain.crop_foreground = False
     source.chain.fit = "random_crop" if published else "resize"
     source.chain.volume_size = size

@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.sources.ct.roots = ()
     config.data.sources.ct.lists = ()
     chain.window = (400.0, 1800.0)
+    chain.window_unit = "HU"
     chain.volume_size = size
     chain.classes = (("untreated", (0,)), ("treated", (1,)))
     config.crops.size = size

@@ -39,6 +39,7 @@ def get_config(variant: str = "corrected") -> ml_collections.ConfigDict:
     source.roots = ("data/MM-WHS",)
     source.lists = ("data/MM-WHS/dataset.json",)
     source.chain.window = (0.0, 1700.0)
+    source.chain.window_unit = "value"  # such a window is of CTs stored without their intercept
     source.chain.volume_size = size
     source.chain.classes = (
         ("background", (0,)),

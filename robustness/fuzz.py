@@ -31,7 +31,8 @@ from robustness.mutations import MUTATIONS, Around, mutated
 from robustness.samples import FORMATS, sample, sources
 from voco_jax.config.load import DEFAULT, load
 from voco_jax.data.cache import Cache, checksum
-from voco_jax.data.datalists import Volume, read_list, scan
+from voco_jax.data.collect import scan
+from voco_jax.data.datalists import Volume, read_list
 from voco_jax.data.prepare import prepare
 from voco_jax.data.summary import Failure
 from voco_jax.data.volumes import dequantise

@@ -20,8 +20,9 @@ from voco_jax.config.common import Chain, ClassifiedChain
 from voco_jax.config.finetuning import MiddleCrops
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
+from voco_jax.data.collect import collect, scan
 from voco_jax.data.csv_lists import read_csv
-from voco_jax.data.datalists import Volume, collect, read_list, scan
+from voco_jax.data.datalists import Volume, read_list
 from voco_jax.data.formats.readers import file_signature, load
 from voco_jax.data.phantom import make_phantoms, phantom
 from voco_jax.data.pipeline import Part, fingerprint

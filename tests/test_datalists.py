@@ -4,7 +4,8 @@ import os
 import pytest
 from conftest import shared_file
 
-from voco_jax.data.datalists import Volume, collect, combine, read_list, scan
+from voco_jax.data.collect import collect, scan
+from voco_jax.data.datalists import Volume, combine, read_list
 from voco_jax.errors import InputError
 
 # list -> (root folder, training, validation), as published
@@ -191,7 +192,7 @@ def test_scan_looks_into_few_files(tmp_path, monkeypatch):
     (tmp_path / "a.nii").touch()
     opened = []
     monkeypatch.setattr(
-        "voco_jax.data.formats.dicom.is_dicom", lambda path: opened.append(path) or False
+        "voco_jax.data.formats.dicom_files.is_dicom", lambda path: opened.append(path) or False
     )
     assert len(scan(tmp_path)) == 1
     assert len(opened) <= 3

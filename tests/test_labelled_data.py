@@ -15,7 +15,8 @@ from voco_jax.config.finetuning import LabelledCrops
 from voco_jax.config.load import parse
 from voco_jax.data.array import CHUNK
 from voco_jax.data.cache import Cache
-from voco_jax.data.datalists import collect, read_list
+from voco_jax.data.collect import collect
+from voco_jax.data.datalists import read_list
 from voco_jax.data.folds import split_patients
 from voco_jax.data.labelled_crops import collate_crops, draw_crop
 from voco_jax.data.pipeline import Part, fingerprint, stream_batches

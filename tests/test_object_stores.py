@@ -16,7 +16,8 @@ from chains import CHAIN_10K
 from voco_jax.data import manifest
 from voco_jax.data.array import write_volume
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
-from voco_jax.data.datalists import collect, read_list, scan
+from voco_jax.data.collect import collect, scan
+from voco_jax.data.datalists import read_list
 from voco_jax.data.formats.remote import local_copy, remote_signature
 from voco_jax.data.prepare import main, prepare
 from voco_jax.data.storage import Folder

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from configs import tiny
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
+from voco_jax.data.collect import collect
 from voco_jax.data.crops import draw_corner, overlap_labels
-from voco_jax.data.datalists import collect
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.pipeline import Part, batches, fingerprint, held_out_sample, split
 from voco_jax.data.prepare import prepare

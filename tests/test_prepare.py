@@ -20,7 +20,8 @@ from conftest import shared_file
 from voco_jax.data import jobs as jobs_module
 from voco_jax.data import prepare as prepare_module
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
-from voco_jax.data.datalists import Volume, read_list, scan
+from voco_jax.data.collect import scan
+from voco_jax.data.datalists import Volume, read_list
 from voco_jax.data.jobs import prepare_one
 from voco_jax.data.prepare import PrepareError, main, prepare
 from voco_jax.data.volumes import prepare_files, prepare_volume, quantise
@@ -310,12 +311,12 @@ def test_interrupt_where_python_ignores_exceptions(tmp_path, monkeypatch, capsys
     class Resource:
         pass
 
-    def interrupted(paths, chain):
+    def interrupted(paths, chain, take_doubtful):
         resource = Resource()
         callback = weakref.ref(resource, lambda _: signal.raise_signal(signal.SIGTERM))
         del resource
         assert callback() is None
-        return prepare_files(paths, chain)
+        return prepare_files(paths, chain, take_doubtful)
 
     reported: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", reported.append)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import gzip
 import os
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from scans import body, save, save_series
 
 from voco_jax.data.cache import Cache
-from voco_jax.data.datalists import scan
+from voco_jax.data.collect import scan
 from voco_jax.data.formats import readers
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, file_signature, load
 from voco_jax.data.prepare import prepare
@@ -616,7 +617,7 @@ def test_nifti_needs_no_other_library(tmp_path):
     """SimpleITK takes a quarter of a second to import, pynrrd less."""
     save(tmp_path / "a.nii", body())
     code = (
-        "import sys; from voco_jax.data.datalists import scan; "
+        "import sys; from voco_jax.data.collect import scan; "
         "from voco_jax.data.formats.readers import file_signature, load; "
         f"path = scan({str(tmp_path)!r})[0].path; load(path); file_signature(path); "
         "print([name for name in ('SimpleITK', 'nrrd', 'jax') if name in sys.modules])"
@@ -773,3 +774,93 @@ def test_errors_travel_between_processes():
     error = pickle.loads(pickle.dumps(VolumeError("a.nii", "constant: 0")))
     assert isinstance(error, InputError)
     assert (error.path, error.reason, str(error)) == ("a.nii", "constant: 0", "a.nii: constant: 0")
+
+
+# ---- headers that other programs write
+
+
+def nifti(path, *fields):
+    """An LPS volume of 0.703125x0.703125x3 mm with an sform and a qform; fields at their offset."""
+    affine = np.diag([-0.703125, -0.703125, 3, 1])
+    made = nibabel.Nifti1Image(body().astype(np.int16), affine)
+    made.set_qform(affine, 1)
+    nibabel.save(made, path)
+    with open(path, "r+b") as file:
+        for offset, form, values in fields:
+            file.seek(offset)
+            file.write(struct.pack(form, *values))
+    return path
+
+
+PIXDIM, CODES, QUATERNION, SFORM, UNITS, OFFSET = 80, 252, 256, 280, 123, 108
+NO_QFORM = ((CODES, "<2h", (0, 1)), (QUATERNION, "<3f", (0, 0, 0)))
+OBLIQUE_SFORM = (SFORM, "<12f", (-0.6, 0.8, 0, 5, -0.8, -0.6, 0, 6, 0, 0, 3, 7))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *(
+            [(PIXDIM, "<3f", sizes), *NO_QFORM]
+            for sizes in ((0.703, 0.703, 3), (1, 1, 1), (0, 0, 0))
+        ),
+        [(PIXDIM, "<3f", (1.02, 1, 3)), *NO_QFORM, OBLIQUE_SFORM],
+        [(CODES, "<2h", (1, 0))],
+        [(40, "<8h", (4, 20, 18, 12, 0, 0, 0, 0))],
+        [(40, "<8h", (7, 20, 18, 12, 1, 1, 1, 1))],
+        [(UNITS, "<B", (255,))],
+        [(344, "4s", (b"ni1\0",))],
+        [(CODES, "<2h", (1, 0)), (QUATERNION, "<3f", (0, 0, 1.0000005))],
+        [(72, "<h", (8,))],
+    ],
+)
+def test_nifti_headers_agree_with_itk(tmp_path, fields):
+    """Also where nibabel or MONAI refuse or turn them; the sform's voxel size is the right one."""
+    path = nifti(tmp_path / "a.nii", *fields)
+    source, itk = load(path), SimpleITK.ReadImage(str(path))
+    itk = itk if itk.GetDimension() == 3 else itk[:, :, :, 0]
+    np.testing.assert_array_equal(source.voxels, body())
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(itk).T, body())
+    directions = np.diag([-1, -1, 1]) @ np.reshape(itk.GetDirection(), (3, 3))
+    np.testing.assert_allclose(source.affine[:3, :3] / source.spacing, directions, atol=1e-6)
+    origin = np.multiply((-1, -1, 1), itk.GetOrigin())
+    np.testing.assert_allclose(source.affine[:3, 3], origin, atol=1e-5)
+    with contextlib.suppress(Exception):  # what nibabel reads, it reads as we do
+        np.testing.assert_allclose(nibabel.load(path).affine, source.affine, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [(1, 1e-3), (3, 1e3)])
+def test_meters_and_microns(tmp_path, unit, factor):
+    """As ITK; nibabel and MONAI leave them as they are."""
+    sizes = np.multiply((0.703125, 0.703125, 3), factor)
+    sform = np.diag([-1, -1, 1]) * sizes
+    rows = np.hstack([sform, np.multiply([[-5], [6], [7]], factor)]).ravel()
+    fields = [(UNITS, "<B", (unit,)), (PIXDIM, "<3f", sizes), (SFORM, "<12f", rows), *NO_QFORM]
+    source = load(nifti(tmp_path / "a.nii", *fields))
+    itk = SimpleITK.ReadImage(str(tmp_path / "a.nii"))
+    np.testing.assert_allclose(source.spacing, itk.GetSpacing(), rtol=1e-6)
+    np.testing.assert_allclose(source.affine[:3, 3], (-5, 6, 7), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([(OFFSET, "<f", (0,))], "absurd offset: the header says that voxels begin at byte 0, exp"),
+        ([(OFFSET, "<f", (float("nan"),))], "absurd offset: "),
+        ([(OFFSET, "<f", (1e30,))], "absurd offset: "),
+        ([(OFFSET, "<f", (-352,))], "absurd offset: "),
+        ([(112, "<2f", (1, float("nan")))], "unreadable: HeaderDataError: Valid slope but invalid"),
+        ([(QUATERNION, "<3f", (0.9, 0.9, 0.9)), (CODES, "<2h", (1, 0))], "unreadable: "),
+        ([(SFORM, "<12f", (0,) * 12), (CODES, "<2h", (0, 1))], "absurd spacing: 0x0x0 mm"),
+    ],
+)
+def test_nifti_headers_that_say_nothing_usable(tmp_path, fields, message):
+    assert reason(nifti(tmp_path / "a.nii", *fields)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\udcfc.nii", "M\udcfcller/a.nii.gz", "\udcff.nrrd", "b\udce9.mha"]
+)
+def test_names_that_are_not_utf_8(tmp_path, name):
+    assert "\\x" in reason(tmp_path / name)
+    assert reason(tmp_path / name).startswith("name not UTF-8: ")

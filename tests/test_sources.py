@@ -7,7 +7,7 @@ import pytest
 from configs import tiny
 from voco_jax.config.load import override, parse
 from voco_jax.config.pretraining import Pretraining
-from voco_jax.data.datalists import collect
+from voco_jax.data.collect import collect
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.prepare import prepare
 from voco_jax.data.sources import describe_volumes, open_caches, read_volumes, write_volumes

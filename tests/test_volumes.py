@@ -101,6 +101,7 @@ def test_oblique_and_contradicting_headers_agree_with_monai(tmp_path):
     affine = np.eye(4)
     affine[:3, :3] = turn @ np.diag([-2.0, 3.0, -1.5])
     oblique.set_sform(affine, 1)
+    oblique.header.set_zooms((2.0, 3.0, 1.5))  # MONAI believes no other sform
     contradicting = nibabel.Nifti1Image(body().astype(np.int16), None)
     contradicting.set_qform(np.diag([-2.0, 2, 2, 1]), 1)
     contradicting.set_sform(np.diag([5.0, -5, 5, 1]), 1)
@@ -115,6 +116,7 @@ def test_oblique_and_contradicting_headers_agree_with_monai(tmp_path):
 
 def test_padding_values_do_not_matter(tmp_path):
     hu = body()
+    hu[4:7, 5:9, 2:5] = -100  # fat, as every CT has
     a = prepare_volume(save(tmp_path / "a.nii", hu), CHAIN)
     for padding in (-1024, -2048, -3024):
         b = prepare_volume(save(tmp_path / "b.nii", np.where(hu < -900, padding, hu)), CHAIN)

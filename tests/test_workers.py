@@ -17,7 +17,7 @@ from chains import CHAIN_10K
 import voco_jax
 from voco_jax.data import workers as workers_module
 from voco_jax.data.cache import Cache, CacheWriter, chunk_file
-from voco_jax.data.datalists import scan
+from voco_jax.data.collect import scan
 from voco_jax.data.jobs import SeesCache
 from voco_jax.data.manifest import token_of
 from voco_jax.data.prepare import main, prepare

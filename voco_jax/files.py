@@ -25,6 +25,11 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def expand(path: str | PathLike[str]) -> Path:
+    """A path with a `~` in front as shells expand it; they do not do so in --flag=~/data."""
+    return Path(os.path.expanduser(path))
+
+
 def local_path(field: str, path: str | PathLike[str]) -> Path:
     """A path of the file system; "gs://..." would be one, too: of a folder named "gs:".
 
@@ -40,4 +45,4 @@ def local_path(field: str, path: str | PathLike[str]) -> Path:
             f"{field}: found {str(path)!r}, expected a folder of a file system that all machines "
             "see, as NFS or Lustre; only caches may be in gs:// or s3://"
         )
-    return Path(path)
+    return expand(path)

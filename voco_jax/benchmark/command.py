@@ -122,7 +122,8 @@ def _pipeline(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[d
 
 def _prepare(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[dict[str, Any], str]:
     from voco_jax.benchmark.preparing import measure_files, prepare_table
-    from voco_jax.data.datalists import Volume, collect
+    from voco_jax.data.collect import collect
+    from voco_jax.data.datalists import Volume
 
     config = load(options.config, overrides)
     rows, failures = [], []

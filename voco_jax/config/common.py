@@ -25,9 +25,10 @@ class Chain:
     axes: Literal["RAS"]
     spacing: tuple[Annotated[float, Field(gt=0)], ...]  # mm to resample to, x y z; (): as stored
     window: tuple[float, float]  # values that become 0 and 1; values outside are clipped
-    window_unit: Literal["HU", "percentile", "deviation"]  # percentile: of the volume's own voxels,
-    # as for MRI; deviation: standard deviations from the mean of its voxels that are not 0, as for
-    # a brain whose skull was taken away
+    window_unit: Literal["HU", "value", "percentile", "deviation"]  # value: of the files as they
+    # are, which may be no CT in HU; percentile: of the volume's own voxels, as for MRI; deviation:
+    # standard deviations from the mean of its voxels that are not 0, as for a brain whose skull was
+    # taken away
     crop_foreground: bool  # keep the box of voxels above the threshold, drop what is around it
     foreground_threshold: Fraction  # of the window
     fit: Literal["resize", "center_crop", "random_crop"]  # to volume_size; the crops pad first.

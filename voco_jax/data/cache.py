@@ -4,6 +4,7 @@
     CACHE/manifest.jsonl    one JSON line a volume, written after its file (see manifest.py)
     CACHE/cache.json        format and chain settings
     CACHE/failures.jsonl    what the last `prepare` could not do
+    CACHE/set_aside.jsonl   files that it saw and that are no part of a volume
 
 A volume is there if the manifest says so. Slots of the array are never used twice: a run that is
 killed leaves at most files that no line names, which the next run deletes, and a volume whose
@@ -40,7 +41,7 @@ from voco_jax.errors import InputError
 from voco_jax.types import Size
 
 FORMAT = 2
-SETTINGS, FAILURES = "cache.json", "failures.jsonl"
+SETTINGS, FAILURES, ASIDE = "cache.json", "failures.jsonl", "set_aside.jsonl"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which CT volumes there are: Decathlon-style and CSV lists, and folder scans.
+"""Which CT volumes there are, by Decathlon-style and CSV lists; `collect` has folder scans too.
 
 Lists are untrusted: every path must stay under its root folder, symbolic links followed. Whether
 the files exist is not asked here; a missing file is one failed volume of `prepare`, not a bad list.
@@ -6,16 +6,16 @@ the files exist is not asked here; a missing file is one failed volume of `prepa
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from voco_jax.config.common import Chain, Classes, ClassifiedChain, LabelledChain, class_table
 from voco_jax.data.csv_lists import read_csv
-from voco_jax.data.formats.readers import SUFFIXES, volumes_in
 from voco_jax.data.storage import Folder, is_remote
 from voco_jax.errors import InputError
+from voco_jax.files import expand
 
 Section = Literal["training", "validation"]
 SECTIONS: tuple[Section, ...] = ("training", "validation")
@@ -32,6 +32,7 @@ class Volume:
     class_label: str | None = None  # as the list has it, where one is wanted
     channels: tuple[Path | str, ...] = ()  # files of an image's further channels; `path`: the first
     fold: int | None = None  # that it belongs to, where the list says so
+    files: int = field(default=1, compare=False)  # that it may be made of, as far as a scan saw
 
 
 def read_list(
@@ -76,7 +77,7 @@ def read_list(
             f'{list_path}: found {found}, expected a Decathlon list: {{"training": '
             '[{"image": "path.nii.gz"}, ...], "validation": [...]}'
         )
-    root_path = Folder.at(root).path if is_remote(root) else os.path.realpath(root)
+    root_path = Folder.at(root).path if is_remote(root) else os.path.realpath(expand(root))
     folders: dict[str, str] = {}
     volumes = []
     for section in SECTIONS:
@@ -98,53 +99,6 @@ def read_list(
             "add entries or leave this list out"
         )
     return volumes
-
-
-def scan(folder: str | Path) -> list[Volume]:
-    """Finds all volumes below a folder, as training volumes.
-
-    Files are found by suffix (of `readers.FORMATS`; of a NIfTI pair the .hdr counts, of .nhdr and
-    .mhd the header); a folder with DICOM files is one volume. Names that begin with a dot are left
-    aside. In object stores, DICOM files are found by suffix only.
-
-    Args:
-        folder: searched recursively; links to files are followed if they stay below the folder,
-            links to folders are not.
-
-    Returns:
-        The volumes sorted by path.
-
-    Raises:
-        InputError: not a folder, nothing found, a folder that cannot be read, or a link that leaves
-            the folder.
-    """
-    remote = is_remote(folder)
-    root = Folder.at(folder).path if remote else os.path.realpath(folder)
-    if not (remote or os.path.isdir(root)):
-        raise InputError(f"{folder}: not a folder, expected one with CT volumes")
-    found: list[tuple[str, Path | str]] = []
-    count = 0
-    for directory, files, links in _list_objects(root) if remote else _walk(root, folder):
-        count += len(files)
-        for name in volumes_in(files, None if remote else os.path.join(root, directory)):
-            inside = "/".join(part for part in (directory, name) if part != ".") or "."
-            path = f"{root}/{inside}".removesuffix("/.") if remote else Path(root, inside)
-            if name in links:  # the folder itself is no link, nor is any on the way to it
-                path = Path(os.path.realpath(path))
-                if not path.is_relative_to(root):
-                    raise InputError(
-                        f"{folder}: {inside}: this link leads out of the folder {root}; move the "
-                        "file there or scan another folder"
-                    )
-            found.append((inside, path))
-    if not found:
-        looked_at = f"{count} objects" if remote else f"{count} files in it and below it"
-        raise InputError(
-            f"{folder}: found no CT volume among {looked_at}, expected names that end in "
-            f"{', '.join(SUFFIXES)}; name the folder that holds them"
-        )
-    name = os.path.basename(root)
-    return [Volume(f"{name}/{inside}", path, "training") for inside, path in sorted(found)]
 
 
 def combine(volumes: Iterable[Volume]) -> list[Volume]:
@@ -179,53 +133,6 @@ def combine(volumes: Iterable[Volume]) -> list[Volume]:
     return list(by_id.values())
 
 
-def collect(
-    lists: Sequence[str | Path],
-    roots: Sequence[str | Path],
-    scans: Sequence[str | Path] = (),
-    labelled: bool = False,
-    classes: Classes | None = None,
-    channels: Sequence[str] = (),
-) -> list[Volume]:
-    """Reads lists and scans folders, and combines what they name.
-
-    Args:
-        lists: JSON or CSV; "": the root is scanned instead. None at all: every root is.
-        roots: each list's root folder, in the same order, or one for all.
-        scans: folders with volumes.
-        labelled: see `read_list`.
-        classes: see `read_list`.
-        channels: see `read_list`.
-
-    Raises:
-        InputError: see `read_list`, `scan`, `combine`; another number of roots than of lists; or
-            labels wanted of a folder, which cannot say whose they are.
-    """
-    if (labelled or classes is not None) and (scans or not all(lists) or not lists):
-        raise InputError(
-            "lists: found a folder to be searched, expected a Decathlon list for each root, or a "
-            "CSV file: only a list says which label belongs to which image"
-        )
-    if not lists:
-        lists = [""] * len(roots)
-    if len(roots) == 1:
-        roots = [roots[0]] * len(lists)
-    if len(roots) != len(lists):
-        raise InputError(
-            f"root: found {len(roots)} root folders for {len(lists)} lists, expected one for all "
-            "or one for each list, in the same order"
-        )
-    volumes: list[Volume] = []
-    for list_path, root in zip(lists, roots, strict=True):
-        if list_path:
-            volumes += read_list(list_path, root, labelled, classes, channels)
-        else:
-            volumes += scan(root)
-    for folder in scans:
-        volumes += scan(folder)
-    return combine(volumes)
-
-
 def labels_wanted(chain: Chain) -> dict[str, Any]:
     """The arguments of `read_list` and `collect` that a chain's labels ask for."""
     if isinstance(chain, LabelledChain):
@@ -241,7 +148,7 @@ def _read_text(path: str | Path) -> str:
             if content is None:
                 raise FileNotFoundError("there is no such object")
         else:
-            content = Path(path).read_bytes()
+            content = expand(path).read_bytes()
         return content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot read this list: {error.strerror or error}") from error
@@ -281,7 +188,7 @@ def _volume(
     images: Any = entry.get("image") if isinstance(entry, dict) else entry
     images = images if isinstance(images, list) else [images]
     texts = images + ([entry.get("label") if isinstance(entry, dict) else None] if labelled else [])
-    usable = (isinstance(text, str) and text.strip() and "\0" not in text for text in texts)
+    usable = map(_is_name, texts)
     if not all(usable) or len(images) != (len(channels) or 1):
         image = json.dumps([f"{name} path" for name in channels] if channels else "path")
         expected = f'{{"image": {image}}} or {image}'
@@ -299,6 +206,13 @@ def _volume(
         channels=tuple(path for _, path in others),
         fold=fold if type(fold) is int else None,
     )
+
+
+def _is_name(text: Any) -> bool:
+    """Whether a list's text can be a path; JSON may hold what is no text, as "\\udcff"."""
+    if not (isinstance(text, str) and text.strip() and "\0" not in text):
+        return False
+    return text.encode(errors="replace").decode() == text
 
 
 def _resolve(text: str, root: str, where: str, folders: dict[str, str]) -> tuple[str, Path | str]:
@@ -321,43 +235,3 @@ def _resolve(text: str, root: str, where: str, folders: dict[str, str]) -> tuple
             "a file below it; move the file there or name another root"
         )
     return relative.as_posix(), resolved if is_remote(root) else Path(resolved)
-
-
-def _walk(root: str, given: str | Path) -> Iterator[tuple[str, list[str], set[str]]]:
-    """Each folder below a real path, relative to it, its files, and which are links; opens none."""
-    waiting = [root]
-    while waiting:
-        directory = waiting.pop()
-        files, links = [], set()
-        try:
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                    elif not (entry.is_symlink() and entry.is_dir()):
-                        files.append(entry.name)
-                        if entry.is_symlink():
-                            links.add(entry.name)
-        except OSError as error:
-            raise InputError(
-                f"{given}: cannot look into {directory}: {error.strerror or error}; make it "
-                "readable or scan the folders beside it"
-            ) from error
-        yield os.path.relpath(directory, root), files, links
-
-
-def _list_objects(root: str) -> Iterator[tuple[str, list[str], set[str]]]:
-    """As `_walk`, of an object store, which has no links."""
-    files: dict[str, list[str]] = {}
-    try:
-        keys = Folder(root).all_names()
-    except OSError as error:
-        raise InputError(f"{root}: cannot list these objects: {error}") from error
-    for key in keys:
-        directory, _, name = key.rpartition("/")
-        if not any(part.startswith(".") for part in key.split("/")):
-            files.setdefault(directory or ".", []).append(name)
-    for directory, names in files.items():
-        yield directory, names, set()

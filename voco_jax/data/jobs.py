@@ -38,6 +38,7 @@ class Job:
     cache: str
     slot: int  # of the volume, the first of `slots_of` the chain
     chain: Chain
+    take_doubtful: bool  # see `volumes.prepare_files`
 
 
 def slots_of(chain: Chain) -> int:
@@ -68,7 +69,7 @@ def prepare_one(job: Job) -> Entry | str:
             paths = [
                 stack.enter_context(local_copy(path)) for path in (volume.path, *volume.channels)
             ]
-            prepared, *further = prepare_files(paths, chain)
+            prepared, *further = prepare_files(paths, chain, job.take_doubtful)
         if isinstance(chain, LabelledChain):
             assert volume.label is not None
             with local_copy(volume.label) as path:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import IO
 import pydantic
 
 from voco_jax.data.datalists import Section
+from voco_jax.data.formats.stored import Aside
 from voco_jax.data.storage import Folder
 from voco_jax.data.volumes import Box
 from voco_jax.errors import InputError
@@ -78,6 +80,8 @@ class Entry:
     class_label: str | None = None  # of a `ClassifiedChain`, as its list has it
     channels: tuple[Channel, ...] = ()  # after the first, which is the volume itself
     fold: int | None = None  # as its list has it
+    doubt: str = ""  # why it is hardly an image of the chain's kind; taken all the same
+    aside: tuple[Aside, ...] = ()  # files in its folder that are no part of it
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -105,7 +109,6 @@ def read_manifest(folder: Folder) -> dict[str, Entry]:
             contents = list(threads.map(folder.read, names))
     except OSError as error:
         raise InputError(f"{folder.path}/{MANIFEST}: cannot read: {error}") from error
-    entry_type = pydantic.TypeAdapter(Entry)
     entries: dict[str, Entry] = {}
     for name, content in zip(names, contents, strict=True):
         lines = (content or b"").split(b"\n")
@@ -114,7 +117,7 @@ def read_manifest(folder: Folder) -> dict[str, Entry]:
                 if line.startswith(_FORGET):
                     entries.pop(json.loads(line)["forget"], None)
                     continue
-                entry = entry_type.validate_json(line)
+                entry = _read_entry(line)
             except (ValueError, TypeError) as error:  # pydantic's too
                 raise InputError(
                     f"{folder.path}/{name}: line {number} is damaged ({line[:80]!r}); delete this "
@@ -122,6 +125,26 @@ def read_manifest(folder: Folder) -> dict[str, Entry]:
                 ) from error
             entries[entry.id] = entry
     return entries
+
+
+def _read_entry(line: bytes) -> Entry:
+    r"""A line of the manifest.
+
+    Until names that are not UTF-8 were refused, they went in as JSON's \udcNN, which is no text:
+    what is in such a cache is read all the same.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return _ENTRY.validate_json(line)
+    except ValueError:
+        if b"\\udc" not in line:
+            raise
+        return _ENTRY.validate_json(re.sub(rb"\\udc([0-9a-f]{2})", rb"\\\\x\1", line))
+
+
+_ENTRY = pydantic.TypeAdapter(Entry)
 
 
 def line_of(volume: Entry | str) -> str:

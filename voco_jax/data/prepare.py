@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 from voco_jax.config.common import WORKDIR, Chain, Source
 from voco_jax.config.load import DEFAULT, command_parser, load, parse_arguments
-from voco_jax.data.cache import ARRAY, FAILURES, CacheWriter
-from voco_jax.data.datalists import Volume, collect, combine, labels_wanted
+from voco_jax.data.cache import ARRAY, ASIDE, FAILURES, CacheWriter
+from voco_jax.data.collect import collect
+from voco_jax.data.datalists import Volume, combine, labels_wanted
+from voco_jax.data.formats.stored import Aside, printable
 from voco_jax.data.jobs import Job, missing_from, prepare_one, run_on_cluster, slots_of
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
 from voco_jax.data.storage import Folder
-from voco_jax.data.summary import Failure, Summary
+from voco_jax.data.summary import Failure, Summary, aside_line
 from voco_jax.data.verify import verify
 from voco_jax.data.workers import available_cores, local_workers, run_jobs
 from voco_jax.errors import InputError
@@ -53,6 +55,8 @@ def prepare(
     progress: bool = True,
     stop: threading.Event | None = None,
     scheduler: str | None = None,
+    take_doubtful: bool = False,
+    aside: Sequence[Aside] = (),
 ) -> Summary:
     """Fills a cache with what it lacks of some volumes.
 
@@ -65,6 +69,8 @@ def prepare(
         progress: whether to show a bar (on a terminal) or a line now and then.
         stop: ends the run with KeyboardInterrupt after the next volume, once set.
         scheduler: address of a Dask cluster that does the work, instead of processes here.
+        take_doubtful: see `volumes.prepare_files`.
+        aside: files that are no part of a volume, as `collect` found them.
 
     Returns:
         The summary; its str() is for people.
@@ -85,13 +91,15 @@ def prepare(
             arrays = slots_of(chain)
             slots = cache.reserve(len(todo) * arrays)
             jobs = [
-                Job(volume, cache.path, slot, chain)
+                Job(volume, cache.path, slot, chain, take_doubtful)
                 for volume, slot in zip(todo, slots[::arrays], strict=True)
             ]
             outcomes = _outcomes(jobs, cache, count, scheduler)
             shown = bar("prepare", len(jobs), progress)
             failures = _collect_outcomes(outcomes, cache, shown, stop or threading.Event())
             entries = cache.entries.values()
+            left = [*aside, *_aside_of(volumes, cache.entries)]
+            files = _count_files(volumes, cache.entries, {failure.id for failure in failures})
             summary = Summary(
                 cache=cache.path,
                 total=len(volumes),
@@ -102,12 +110,17 @@ def prepare(
                 training=sum(entry.section == "training" for entry in entries),
                 validation=sum(entry.section == "validation" for entry in entries),
                 unlisted=len(cache.entries.keys() - {volume.id for volume in volumes}),
+                doubtful=sum(bool(entry.doubt) for entry in entries),
+                aside=tuple(left),
+                files_taken=files[False],
+                files_failed=files[True],
                 size=cache.folder.size(ARRAY),
                 seconds=time.monotonic() - start,
             )
             cache.folder.write(
                 FAILURES, "".join(f"{failure.line()}\n" for failure in summary.failures).encode()
             )
+            cache.folder.write(ASIDE, "".join(f"{aside_line(one)}\n" for one in left).encode())
     except OSError as error:
         raise InputError(
             f"{Folder.at(cache_path).path}: cannot write this cache: {error.strerror or error}; "
@@ -118,6 +131,26 @@ def prepare(
     if strict and failures:
         raise PrepareError(f"{summary.cache}: {len(failures)} volumes failed (strict)\n{summary}")
     return summary
+
+
+def _aside_of(volumes: Sequence[Volume], entries: Mapping[str, Entry]) -> Iterator[Aside]:
+    """What lies in the folders of volumes and is no part of them; ids and names as one path."""
+    for volume in volumes:
+        entry = entries.get(volume.id)
+        for name, why in entry.aside if entry else ():
+            yield f"{volume.id.removesuffix('/.')}/{name}", why
+
+
+def _count_files(
+    volumes: Sequence[Volume], entries: Mapping[str, Entry], failed: Collection[str]
+) -> dict[bool, int]:
+    """How many files are of volumes that failed (True), and how many of those that are there."""
+    files = {True: 0, False: 0}
+    for volume in volumes:
+        entry = entries.get(volume.id)
+        aside = len(entry.aside) if entry else 0
+        files[printable(volume.id) in failed] += max(volume.files - aside, 1)
+    return files
 
 
 def _outcomes(
@@ -145,7 +178,9 @@ def _collect_outcomes(
             if isinstance(outcome, Entry):
                 cache.add(outcome)
             else:
-                failure = Failure(job.volume.id, str(job.volume.path), outcome or _KILLED)
+                failure = Failure(
+                    printable(job.volume.id), printable(job.volume.path), outcome or _KILLED
+                )
                 failures.append(failure)
                 log(failure.line())
             shown.set_postfix(failed=len(failures), refresh=False)
@@ -182,10 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verify:
             return _verify_all(options, overrides, stop)
         status = 0
-        flags = {name: getattr(options, name) for name in ("workers", "strict", "scheduler")}
-        for volumes, source in _wanted(options, overrides):
+        names = ("workers", "strict", "scheduler", "take_doubtful")
+        flags = {name: getattr(options, name) for name in names}
+        for volumes, aside, source in _wanted(options, overrides):
             try:
-                print(prepare(volumes, source.cache, source.chain, stop=stop, **flags))
+                print(prepare(volumes, source.cache, source.chain, stop=stop, aside=aside, **flags))
             except PrepareError as error:  # the other sources are done all the same
                 print(f"error: {error}", file=sys.stderr)
                 status = 1
@@ -237,6 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help="processes; default: the cores; 0: only this process")
     add("--scheduler", metavar="ADDRESS", help="Dask cluster that does the work: tcp://HOST:PORT")
     add("--verify", action="store_true", help="re-read the cache; take out what is damaged")
+    add(
+        "--take-doubtful",
+        action="store_true",
+        help="prepare what seems to be no CT in HU, too (a mask, MR, 0..1); the manifest says so",
+    )
     add("--strict", action="store_true", help="exit with status 1 if any volume fails")
     return parser
 
@@ -265,8 +306,8 @@ def _verify_all(
 
 def _wanted(
     options: argparse.Namespace, overrides: dict[str, str]
-) -> list[tuple[list[Volume], Source]]:
-    """Volumes and settings of each source, by the flags and the config."""
+) -> list[tuple[list[Volume], list[Aside], Source]]:
+    """Volumes, files set aside and settings of each source, by the flags and the config."""
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers: found {options.workers}, expected 0 or more")
     if bool(options.datalist) != bool(options.root):
@@ -286,17 +327,18 @@ def _wanted(
         )
     found = []
     for name, source in sources.items():
-        labels = labels_wanted(source.chain)
+        aside: list[Aside] = []
+        how = {**labels_wanted(source.chain), "aside": aside}
         if named:
-            volumes = collect(options.datalist, options.root, options.scan, **labels)
+            volumes = collect(options.datalist, options.root, options.scan, **how)
         elif source.roots:
-            volumes = collect(source.lists, source.roots, **labels)
+            volumes = collect(source.lists, source.roots, **how)
         else:
             raise InputError(
                 f"{options.config}: data.sources.{name}.roots is empty, expected folders with CT "
                 "files"
             )
-        found.append((volumes, source))
+        found.append((volumes, aside, source))
     return found
 
 

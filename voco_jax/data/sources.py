@@ -8,8 +8,10 @@ from pathlib import Path
 from voco_jax.config.common import ClassifiedChain, Data, LabelledChain
 from voco_jax.config.finetuning import LabelledData
 from voco_jax.data.cache import Cache
-from voco_jax.data.datalists import collect, labels_wanted
+from voco_jax.data.collect import collect
+from voco_jax.data.datalists import labels_wanted
 from voco_jax.data.folds import split_patients
+from voco_jax.data.formats.stored import Aside
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.pipeline import Part, split
 from voco_jax.data.prepare import prepare
@@ -58,8 +60,9 @@ def fill_caches(data: Data, seed: int, workdir: Path) -> str:
             )
         # Starting Dask takes longer than a few small phantoms do.
         workers = 0 if data.phantoms else None
-        volumes = collect(lists, roots, **labels_wanted(source.chain))
-        summaries.append(str(prepare(volumes, source.cache, source.chain, workers)))
+        aside: list[Aside] = []
+        volumes = collect(lists, roots, aside=aside, **labels_wanted(source.chain))
+        summaries.append(str(prepare(volumes, source.cache, source.chain, workers, aside=aside)))
     return "\n".join(summaries)
 
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import tensorstore
 
+from voco_jax.errors import InputError
+from voco_jax.files import expand
+
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 UNFINISHED = ".__lock"  # ends the name of a file that TensorStore is writing
 ABSENT = b"\x02"  # TensorStore's "generation" of an object that is not there
@@ -41,8 +44,17 @@ class Folder:
 
     @classmethod
     def at(cls, path: str | Path) -> "Folder":
-        """The folder of an absolute or relative path or of a URL."""
-        return cls(str(path).rstrip("/") if is_remote(path) else str(Path(path).resolve()))
+        """The folder of an absolute or relative path or of a URL.
+
+        Raises:
+            InputError: its name is not UTF-8.
+        """
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise InputError(f"{shown}: found a name that is not UTF-8: rename it") from error
+        return cls(str(path).rstrip("/") if is_remote(path) else str(expand(path).resolve()))
 
     @classmethod
     def of(cls, url: str) -> tuple["Folder", str]:

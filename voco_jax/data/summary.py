@@ -5,7 +5,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from voco_jax.data.cache import FAILURES
+from voco_jax.data.cache import ASIDE, FAILURES
+from voco_jax.data.formats.stored import Aside, printable
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Summary:
     training: int  # volumes in the cache now
     validation: int
     unlisted: int  # of these, not asked for
+    doubtful: int  # of these, taken though they are hardly images of the chain's kind
+    aside: tuple[Aside, ...]  # files that are no part of a volume
+    files_taken: int  # of the volumes that are there
+    files_failed: int
     size: int | None  # of the cache's volumes, bytes; None: in an object store
     seconds: float
 
@@ -51,8 +56,24 @@ class Summary:
                 f"{self.unlisted} volumes of the cache are in none of the lists given; training "
                 "uses them too: to leave them out, prepare into another folder"
             )
+        if self.doubtful:
+            lines.append(f"{self.doubtful} volumes of the cache are doubtful (--take-doubtful)")
         reasons = collections.Counter(failure.reason.split(":")[0] for failure in self.failures)
         lines += [f"failed, {reason}: {count}" for reason, count in reasons.most_common()]
         if self.failures:
             lines.append(f"each failed volume with its reason: {self.cache}/{FAILURES}")
+        reasons = collections.Counter(why.split(":")[0] for _, why in self.aside)
+        lines += [f"set aside, {reason}: {count} files" for reason, count in reasons.most_common()]
+        if self.aside:
+            total = self.files_taken + self.files_failed + len(self.aside)
+            lines.append(
+                f"{total} files: {self.files_taken} of volumes taken, {self.files_failed} of "
+                f"failed ones, {len(self.aside)} set aside, each with its reason: "
+                f"{self.cache}/{ASIDE}"
+            )
         return "\n".join(lines)
+
+
+def aside_line(file: Aside) -> str:
+    """A file that was set aside, as JSON."""
+    return json.dumps({"file": printable(file[0]), "reason": file[1]})

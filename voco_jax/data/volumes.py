@@ -14,7 +14,8 @@ import numpy as np
 
 from voco_jax.config.common import Chain
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, load
-from voco_jax.data.formats.stored import MAX_BYTES
+from voco_jax.data.formats.stored import MAX_BYTES, Aside
+from voco_jax.data.plausible import TAKE_ALL_THE_SAME, doubt
 from voco_jax.data.resample import (
     center_crop,
     pad,
@@ -43,6 +44,8 @@ class PreparedVolume:
     window: tuple[float, float]  # what became 0 and 1
     mean: float  # of the prepared voxels
     affine: np.ndarray  # of the file in RAS order, voxel index to mm
+    doubt: str  # why it is hardly an image of the chain's kind, taken all the same; "": it is one
+    aside: tuple[Aside, ...]  # files in its folder that are no part of it
 
 
 def orient_ras(source: StoredVolume) -> StoredVolume:
@@ -105,12 +108,14 @@ def foreground_box(source: StoredVolume, limits: tuple[float, float], threshold:
     return (first[0], first[1], first[2]), (last[0], last[1], last[2])
 
 
-def prepare_volume(path: str | Path, chain: Chain) -> PreparedVolume:
+def prepare_volume(path: str | Path, chain: Chain, take_doubtful: bool = False) -> PreparedVolume:
     """Runs the chain on a file that is all of an image; see `prepare_files`."""
-    return prepare_files([path], chain)[0]
+    return prepare_files([path], chain, take_doubtful)[0]
 
 
-def prepare_files(paths: Sequence[str | Path], chain: Chain) -> tuple[PreparedVolume, ...]:
+def prepare_files(
+    paths: Sequence[str | Path], chain: Chain, take_doubtful: bool = False
+) -> tuple[PreparedVolume, ...]:
     """Runs the chain on an image.
 
     Orientation, spacing, window, foreground, then the fit to `chain.volume_size`: MONAI's
@@ -121,6 +126,7 @@ def prepare_files(paths: Sequence[str | Path], chain: Chain) -> tuple[PreparedVo
     Args:
         paths: of a CT; of an image with several channels a file each.
         chain: what to do, see `voco_jax.config.Chain`.
+        take_doubtful: whether to take what `plausible.doubt` finds no image of the chain's kind.
 
     Returns:
         Each channel before quantisation and facts for the manifest: of `chain.volume_size`, or with
@@ -135,16 +141,18 @@ def prepare_files(paths: Sequence[str | Path], chain: Chain) -> tuple[PreparedVo
             stored.append(load(path))
         except Exception as error:
             raise volume_error(path, error) from error
-    return prepare_stored(stored, chain)
+    return prepare_stored(stored, chain, take_doubtful)
 
 
-def prepare_stored(channels: Sequence[StoredVolume], chain: Chain) -> tuple[PreparedVolume, ...]:
+def prepare_stored(
+    channels: Sequence[StoredVolume], chain: Chain, take_doubtful: bool = False
+) -> tuple[PreparedVolume, ...]:
     """`prepare_files` of what the files hold.
 
     The box that is kept holds the foreground of every channel, as MONAI's CropForeground.
 
     Raises:
-        VolumeError: no usable volume, or a channel on another grid than the first.
+        VolumeError: no usable volume, a doubtful one, or a channel on another grid than the first.
     """
     try:
         sources = [orient_ras(stored) for stored in channels]
@@ -158,6 +166,10 @@ def prepare_stored(channels: Sequence[StoredVolume], chain: Chain) -> tuple[Prep
             foreground_box(source, own, chain.foreground_threshold)
             for source, own in zip(sources, _foreground_limits(limits, chain), strict=True)
         ]
+        doubts = [doubt(source, own, chain) for source, own in zip(sources, limits, strict=True)]
+        for source, found in zip(sources, doubts, strict=True):
+            if found and not take_doubtful:
+                raise VolumeError(source.path, f"{found}; {TAKE_ALL_THE_SAME}")
         first = np.min([box[0] for box in boxes], axis=0)
         last = np.max([box[1] for box in boxes], axis=0)
         size = sources[0].voxels.shape
@@ -176,8 +188,10 @@ def prepare_stored(channels: Sequence[StoredVolume], chain: Chain) -> tuple[Prep
                 own,
                 float(voxels.mean(dtype=np.float64)),
                 affine,
+                why,
+                stored.aside,
             )
-            for stored, source, own in zip(channels, sources, limits, strict=True)
+            for stored, source, own, why in zip(channels, sources, limits, doubts, strict=True)
         )
     except Exception as error:
         raise volume_error(channels[0].path, error) from error
@@ -282,7 +296,7 @@ def file_positions(
 
 def _limits(source: StoredVolume, chain: Chain) -> tuple[float, float]:
     """The values that become 0 and 1."""
-    if chain.window_unit == "HU":
+    if chain.window_unit in ("HU", "value"):
         return chain.window
     values = source.hounsfield(source.voxels)
     if chain.window_unit == "deviation":

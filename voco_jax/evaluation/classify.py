@@ -30,10 +30,12 @@ class Classifier:
     Attributes:
         experiment: that made them: chain, classes, size.
         predict: (b, *size, 1) volumes in the cache's dtype -> probabilities (b, classes) float32.
+        take_doubtful: see `volumes.prepare_files`.
     """
 
     experiment: ClassificationFinetuning
     predict: Callable[[np.ndarray], jax.Array]
+    take_doubtful: bool = False
 
     def __call__(self, stored: StoredVolume) -> np.ndarray:
         """The probabilities of a volume's classes, (classes,) float32.
@@ -45,13 +47,18 @@ class Classifier:
             VolumeError: it is no usable volume.
         """
         chain = first_chain(self.experiment)
-        voxels = quantise(prepare_stored([stored], chain)[0].voxels, chain.dtype)
+        (prepared,) = prepare_stored([stored], chain, self.take_doubtful)
+        voxels = quantise(prepared.voxels, chain.dtype)
         middle = center_crop(voxels, self.experiment.crops.size)  # as validation does
         return np.asarray(self.predict(middle[None, ..., None]))[0]
 
 
 def load_classifier(
-    weights: Sequence[str | Path], experiment: ClassificationFinetuning, *, mirror: str = ""
+    weights: Sequence[str | Path],
+    experiment: ClassificationFinetuning,
+    *,
+    mirror: str = "",
+    take_doubtful: bool = False,
 ) -> Classifier:
     """Loads fine-tuned weights; several are an ensemble, whose probabilities are averaged.
 
@@ -59,6 +66,7 @@ def load_classifier(
         weights: files, all of one experiment but for seed and fold.
         experiment: that made them.
         mirror: axes, as "xy": also predicts the volumes flipped along every set of these.
+        take_doubtful: see `volumes.prepare_files`.
 
     Raises:
         InputError: files that cannot be read or do not fit.
@@ -73,7 +81,7 @@ def load_classifier(
     predict = compile_mean(
         experiment, weights, network, mirror, lambda logits, _: jax.nn.softmax(logits)
     )
-    return Classifier(experiment, predict)
+    return Classifier(experiment, predict, take_doubtful)
 
 
 def classify_all(

@@ -10,7 +10,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from voco_jax.data.datalists import scan
+from voco_jax.data.collect import scan
 from voco_jax.data.formats.readers import SUFFIXES, load
 from voco_jax.data.formats.stored import StoredVolume
 from voco_jax.data.volumes import orient_ras
@@ -55,7 +55,7 @@ def find(path: str | Path, beside: Mapping[str, Path] | None = None) -> dict[str
         found = {_without_suffix(path.name): path}
     elif path.is_dir():
         found = {}
-        for volume in scan(path):
+        for volume in scan(path, segmentations=True):
             place, (_, _, inside) = Path(volume.path), volume.id.partition("/")
             name = inside if place.is_dir() else _without_suffix(inside)
             name = path.name if name == "." else name

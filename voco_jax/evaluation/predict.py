@@ -74,12 +74,14 @@ class Segmenter:
         weights: their files.
         predict: see `sliding_window.Predict`.
         windows: how a volume is covered.
+        take_doubtful: see `volumes.prepare_files`.
     """
 
     experiment: SegmentationFinetuning
     weights: tuple[Path, ...]
     predict: Callable[[np.ndarray], jax.Array]
     windows: Windows
+    take_doubtful: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -104,7 +106,7 @@ class Segmenter:
             VolumeError: it is no usable volume.
         """
         chain = first_chain(self.experiment)
-        prepared = prepare_stored(channels, chain)
+        prepared = prepare_stored(channels, chain, self.take_doubtful)
         voxels = np.stack([quantise(one.voxels, chain.dtype) for one in prepared], axis=-1)
         first, (x, y, z, _) = prepared[0], voxels.shape
         positions = file_positions(first.shape, first.spacing, chain, first.box, (x, y, z))
@@ -122,6 +124,7 @@ def load_segmenter(
     window: str = "gaussian",
     mirror: str = "",
     batch: int = 1,
+    take_doubtful: bool = False,
 ) -> Segmenter:
     """Loads fine-tuned weights; several are an ensemble, whose logits are averaged.
 
@@ -132,6 +135,7 @@ def load_segmenter(
         window: `gaussian` or `constant`.
         mirror: axes, as "xy": also predicts the windows flipped along every set of these.
         batch: windows at a time.
+        take_doubtful: see `volumes.prepare_files`.
 
     Raises:
         InputError: files that cannot be read, do not fit, or do not belong together.
@@ -150,7 +154,7 @@ def load_segmenter(
         found, weights, network, mirror, lambda logits, axes: jnp.flip(logits, axes)
     )
     windows = Windows(found.crops.size, overlap, window, batch)  # type: ignore[arg-type]
-    return Segmenter(found, tuple(map(Path, weights)), predict, windows)
+    return Segmenter(found, tuple(map(Path, weights)), predict, windows, take_doubtful)
 
 
 def find_channels(images: Mapping[str, Path], names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
@@ -298,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of the masks; dicom-seg: of DICOM series, needs highdicom; default %(default)s",
     )
     add("--preview", action="store_true", help="also a picture of each mask")
+    add("--take-doubtful", action="store_true", help="also what seems to be no CT in HU")
     try:
         options, overrides = parse_arguments(parser, arguments)
         if not 0 <= options.overlap <= 0.9:
@@ -313,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             predict_all = _classifying(options, experiment, parser)
         else:
             predict_all = _segmenting(options, experiment)
-        names = ("overlap", "window", "mirror", "batch", "format", "preview")
+        names = ["overlap", "window", "mirror", "batch", "format", "preview", "take_doubtful"]
         settings = {name: getattr(options, name) for name in names}
         made_by = describe(experiment, options.weights, settings)
         output = Path(options.output)
@@ -340,6 +345,7 @@ def _segmenting(options: argparse.Namespace, experiment: SegmentationFinetuning)
         window=options.window,
         mirror=options.mirror,
         batch=options.batch,
+        take_doubtful=options.take_doubtful,
     )
     output, dicom_seg = Path(options.output), options.format == "dicom-seg"
 
@@ -364,7 +370,9 @@ def _classifying(
                 f"--{name}: found it with weights for classification, expected none: a volume is "
                 "predicted whole"
             )
-    classifier = load_classifier(options.weights, experiment, mirror=options.mirror)
+    classifier = load_classifier(
+        options.weights, experiment, mirror=options.mirror, take_doubtful=options.take_doubtful
+    )
     return lambda images, journal: classify_all(classifier, images, Path(options.output), journal)
 
 

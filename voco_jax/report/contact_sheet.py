@@ -253,7 +253,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _fitting(text: str, width: int, size: int = 12) -> str:
-    """A text cut in its middle until it fits."""
+    """A text in one line, cut in its middle until it fits."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     font = _font(size)
     if font.getlength(text) <= width:
         return text

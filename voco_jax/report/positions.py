@@ -37,7 +37,7 @@ def draw_positions(
     """
     count = min(len(origins), len(_COLOURS))
     figure = Figure(figsize=(11, 0.6 + 3.3 * count), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     axes = figure.subplots(count, 3, squeeze=False)
     extent = np.multiply(grid, crop_size)
     for row, (origin, colour) in enumerate(zip(origins[:count], _COLOURS, strict=False)):

@@ -37,7 +37,7 @@ def draw_preview(
     size = np.multiply(labels.shape, spacing)
     widths = [float(size[shown[0]]) for _, shown, *_ in VIEWS]
     figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     axes = figure.subplots(1, 3, width_ratios=widths)
     for axis, (through, shown, name, across, up) in zip(axes, VIEWS, strict=True):
         counts = np.count_nonzero(labels, axis=shown)

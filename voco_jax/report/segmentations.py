@@ -77,7 +77,7 @@ def draw_cases(rows: Iterable[Segmentation], title: str = "") -> np.ndarray:
     figure.legend(handles=lines, loc="upper right", ncols=2, facecolor=_EMPTY, labelcolor="white")
     parts = figure.subfigures(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, (name, panels) in zip(parts, drawn, strict=True):
-        part.suptitle(name, fontsize=10, x=0.01, ha="left")
+        part.suptitle(name, fontsize=10, x=0.01, ha="left", parse_math=False)
         widths = [panel.size[0] for panel in panels]
         axes = part.subplots(1, 3, squeeze=False, width_ratios=widths)[0]
         for axis, panel in zip(axes, panels, strict=True):

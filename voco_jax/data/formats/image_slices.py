@@ -68,7 +68,7 @@ def slices_in(names: Sequence[str], folder: str | None) -> list[str]:
     del folder
     stems = [os.path.splitext(name)[0] for name in names if name.lower().endswith(SUFFIXES)]
     alike = {re.sub(r"\d+$", "", stem) for stem in stems}
-    numbered = all(stem[-1:].isdigit() for stem in stems)
+    numbered = all(stem[-1:].isdecimal() for stem in stems)
     found = len(stems) > 1 and len(stems) == len(names) and len(alike) == 1 and numbered
     return ["."] if found else []
 

@@ -13,6 +13,7 @@ from nibabel.nifti1 import Nifti1PairHeader
 from nibabel.nifti2 import Nifti2PairHeader
 
 from voco_jax.data.formats.stored import (
+    MAX_BYTES,
     FormatError,
     StoredVolume,
     check_size,
@@ -108,10 +109,13 @@ def _read_header(stream: IO[bytes], kinds: tuple[Any, Any], expected: str) -> An
     kind = kinds[540 in (little, big)]
     size = kind.sizeof_hdr
     at = 4 if size == 540 else 344
-    magic = (kind.single_magic if kind.is_single else kind.pair_magic) + b"\0"
-    if size not in (little, big) or len(block) < size or block[at : at + 4] != magic:
+    # As nibabel and ITK, a single file is told by its name: some have the magic of a pair.
+    magics = [kind.pair_magic, *([kind.single_magic] if kind.is_single else [])]
+    good = block[at : at + 4] in [magic + b"\0" for magic in magics]
+    if size not in (little, big) or len(block) < size or not good:
         raise FormatError(f"not a NIfTI: found another kind of file, expected {expected}")
     header = kind(block[:size], check=False)
+    header.quaternion_threshold = -1e-5  # of a w² rounded below 0, as ITK forgives it
     quiet = logging.Logger("quiet")  # repairs of small faults need no line each
     quiet.addHandler(logging.NullHandler())
     header.check_fix(logger=quiet)
@@ -123,18 +127,39 @@ def _read(path: Path, header: Any, stream: Any, file_size: int, packed: bool) ->
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise FormatError(f"not a grey image: voxels are {dtype}, expected HU")
-    offset = int(header.get_data_offset())
+    offset, least = float(header["vox_offset"]), header.single_vox_offset if header.is_single else 0
+    if not least <= offset <= MAX_BYTES:
+        raise FormatError(
+            f"absurd offset: the header says that voxels begin at byte {offset:g}, expected "
+            f"{least} or more; correct it"
+        )
+    offset = int(offset)
     check_size(shape, dtype, offset, file_size, packed)
-    affine = header.get_best_affine()
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    zooms = np.asarray(header.get_zooms()[:3])
-    used = np.isfinite(affine).all() and int(header["sform_code"]) != 0
-    if used and not np.allclose(zooms, spacing):
-        # As MONAI: an sform that disagrees with the voxel size is not believed.
-        affine = header.get_qform()
+    affine = _affine(header)
     axes = checked_axes(affine)
     slope, intercept = header.get_slope_inter()
     slope = 1.0 if slope is None else float(slope)
     intercept = 0.0 if intercept is None else float(intercept)
     stream.seek(offset)
     return StoredVolume(path, read_array(stream, shape, dtype), slope, intercept, affine, axes)
+
+
+def _affine(header: Any) -> np.ndarray:
+    """Voxel index to mm, from the header's sform or its qform.
+
+    As MONAI, an sform whose voxels have another size than the header says elsewhere is not believed
+    where there is a qform. MONAI then takes a qform that is not there, too (qform_code 0), which
+    turns most volumes by 180 degrees; nibabel, ITK and dcm2niix keep the sform, and so do we.
+    """
+    affine = header.get_best_affine()
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    both = int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0
+    if both and not np.allclose(np.asarray(header.get_zooms()[:3]), spacing):
+        affine = header.get_qform()
+    return affine * np.array([[_to_mm(header)]] * 3 + [[1.0]])
+
+
+def _to_mm(header: Any) -> float:
+    """Millimetres in the header's unit of length; as ITK, and unlike nibabel and MONAI."""
+    meter, micron = 1, 3  # NIFTI_UNITS_*, of its lowest three bits
+    return {meter: 1000.0, micron: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)

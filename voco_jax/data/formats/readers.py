@@ -1,6 +1,5 @@
 """One CT, in any of the formats that are read, as a `StoredVolume`: the table of all formats."""
 
-import contextlib
 import gzip
 import os
 import zlib
@@ -10,12 +9,12 @@ from pathlib import Path
 
 from isal import igzip_lib
 
-from voco_jax.data.formats import dicom, image_slices
-from voco_jax.data.formats.dicom import load_series, series_files, series_in
+from voco_jax.data.formats import dicom_files, image_slices
+from voco_jax.data.formats.dicom import load_series, series_files
 from voco_jax.data.formats.meta_image import load_meta, meta_files
 from voco_jax.data.formats.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair_files, pairs_in
 from voco_jax.data.formats.nrrd import load_nrrd, nrrd_files
-from voco_jax.data.formats.stored import FormatError, StoredVolume, VolumeError
+from voco_jax.data.formats.stored import FormatError, StoredVolume, VolumeError, check_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +52,10 @@ FORMATS = (
     Format(suffixes=(".nrrd", ".nhdr"), load=load_nrrd, files=nrrd_files, detached=(".nhdr",)),
     Format(suffixes=(".mha", ".mhd"), load=load_meta, files=meta_files, detached=(".mhd",)),
     Format(
-        suffixes=dicom.SUFFIXES,
+        suffixes=dicom_files.SUFFIXES,
         load=load_series,
         files=series_files,
-        volumes=series_in,
+        volumes=dicom_files.series_in,
         is_folder=True,
     ),
     Format(
@@ -84,6 +83,7 @@ def load(path: str | Path) -> StoredVolume:
     """
     path = Path(path)
     try:
+        check_name(path)
         return _format_of(path).load(path)
     except FormatError as error:
         raise VolumeError(path, str(error)) from error
@@ -113,11 +113,18 @@ def file_signature(path: str | Path) -> tuple[int, int]:
     Raises:
         OSError: there is no such file.
     """
-    path = Path(path)
-    found = [os.stat(path)]
-    with contextlib.suppress(FormatError):  # `load` says what is wrong with it
-        found = [os.stat(file) for file in _format_of(path).files(path)]
+    os.stat(path)
+    found = [os.stat(file) for file in files_of(path)]
     return sum(file.st_size for file in found), max(file.st_mtime_ns for file in found)
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """All files of a volume on this machine; where a header is wrong, that alone."""
+    path = Path(path)
+    try:
+        return _format_of(path).files(path)
+    except (FormatError, OSError):  # `load` says what is wrong with it
+        return [path]
 
 
 def volumes_in(names: Sequence[str], folder: str | None = None) -> list[str]:

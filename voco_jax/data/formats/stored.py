@@ -27,6 +27,10 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's and DICOM's x is to the l
 _BLOCK = 8 * 2**20
 
 
+Aside = tuple[str, str]
+"""Name of a file that is no part of a volume, and why: a few fixed words, a colon, details."""
+
+
 class FormatError(Exception):
     """What a reader finds wrong with a file; `readers.load` makes a VolumeError of it."""
 
@@ -54,6 +58,8 @@ class StoredVolume:
     intercept: float
     affine: np.ndarray  # 4 4, voxel index to mm; x to the right, y to the front, z up
     axes: str  # direction of each axis, as "LPS"
+    modality: str = ""  # as "CT"; of DICOM alone
+    aside: tuple[Aside, ...] = ()  # files in its folder that are no part of it
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -66,6 +72,26 @@ class StoredVolume:
         if (self.slope, self.intercept) == (1.0, 0.0):
             return stored.astype(np.float32)
         return (stored * np.float64(self.slope) + self.intercept).astype(np.float32)
+
+
+def check_name(path: str | Path) -> None:
+    """Checks that a name is UTF-8, as lists, caches and libraries need it.
+
+    Raises:
+        FormatError: it is not, as of old archives and some network file systems.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"name not UTF-8: {printable(path)}; rename it (convmv -f latin1 -t utf8 does so for "
+            "whole folders)"
+        ) from error
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that can be written anywhere: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def affine_from_lps(origin: Sequence[float] | np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -85,12 +111,12 @@ def affine_from_lps(origin: Sequence[float] | np.ndarray, steps: np.ndarray) -> 
 
 
 def checked_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The shape without trailing axes of size 1.
+    """The shape without trailing axes of size 1, or of 0, as some programs write.
 
     Raises:
         FormatError: not three axes of at least two voxels.
     """
-    while len(shape) > 3 and shape[-1] == 1:
+    while len(shape) > 3 and shape[-1] in (0, 1):
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 2:
         raise FormatError(
