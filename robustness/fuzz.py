@@ -4,8 +4,9 @@
     python -m robustness.fuzz --files 200 --workers 0     # phantoms, in this process
 
 Each file must end as a whole volume of the cache (read again: checksum, finite, 0..1) or as one
-line of failures.jsonl with a reason; no worker may pass its memory limit or be killed; files
-outside the data root (canaries) must not be opened. Ends with status 1 if anything is not so.
+line of failures.jsonl with a reason, and as a volume be what nibabel or ITK read, where they do;
+no worker may pass its memory limit or be killed; files outside the data root (canaries) must not be
+opened. Ends with status 1 if anything is not so.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import psutil
 import SimpleITK
@@ -33,6 +35,7 @@ from voco_jax.config.load import DEFAULT, load
 from voco_jax.data.cache import Cache, checksum
 from voco_jax.data.collect import scan
 from voco_jax.data.datalists import Volume, read_list
+from voco_jax.data.formats import readers
 from voco_jax.data.prepare import prepare
 from voco_jax.data.summary import Failure
 from voco_jax.data.volumes import dequantise
@@ -158,11 +161,12 @@ def find_problems(cache_path: Path, volumes: Sequence[Volume], kinds: Kinds) -> 
             problem = f"{len(found)} failure lines"
         elif entry is None:
             problem = _wrong_reason(kind, found[0])
-        elif "outside" in kind:
+        elif "outside" in kind or kind == "not in hu":
             problem = "a volume, expected a failure"
         else:
             voxels = cache.read(entry)
             problem = "" if _is_whole(voxels, entry.checksum) else "its voxels are not whole"
+            problem = problem or _differs(Path(volume.path))
         if problem:
             problems.append(f"{volume.id} ({kind}, {format}): {problem}")
     return problems
@@ -171,7 +175,28 @@ def find_problems(cache_path: Path, volumes: Sequence[Volume], kinds: Kinds) -> 
 def _wrong_reason(kind: str, reason: str) -> str:
     if not re.match(r"[\w /-]+: ", reason):
         return f"no reason: {reason}"
-    return reason if kind == "nothing" or reason.startswith(("worker killed", "unexpected")) else ""
+    good = kind in ("nothing", "no slice beside")
+    return reason if good or reason.startswith(("worker killed", "unexpected")) else ""
+
+
+def _differs(path: Path) -> str:
+    """How the stored voxels are other than nibabel or ITK read them, or ""."""
+    ours = readers.load(path)
+    try:
+        if path.is_dir():
+            files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(path))
+            aside = {name for name, _ in ours.aside}  # a copy would be a slice to ITK
+            files = [file for file in files if Path(file).name not in aside]
+            theirs = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(files)).T
+        elif path.name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
+            theirs = nibabel.load(path).get_fdata(dtype=np.float32)  # type: ignore[attr-defined]
+        else:
+            theirs = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))).T
+    except Exception:
+        return ""  # theirs say nothing
+    theirs = theirs.reshape([size for size in theirs.shape if size > 1])
+    same = np.array_equal(ours.hounsfield(ours.voxels), theirs.astype(np.float32))
+    return "" if same else f"its voxels are not those of another reader, {theirs.shape}"
 
 
 def _is_whole(voxels: np.ndarray, expected: str) -> bool:

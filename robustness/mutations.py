@@ -342,6 +342,87 @@ def slices_mixed(one: Sample, random: Random, around: Around) -> bool | None:
 
 
 @mutation
+def element_lost(one: Sample, random: Random, around: Around) -> bool | None:
+    """A DICOM element of one slice, or of all, goes or gets another length or type."""
+    if one.name:
+        return False
+    names = sorted(one.files)
+    numbers = ((8, 0x16), (8, 0x60), (32, 0x0E), (32, 0x32), (32, 0x37), (40, 0x30), (40, 0x1052))
+    tags = [struct.pack("<2H", *pair) for pair in (*numbers, (40, 0x1053), (0x7FE0, 0x10))]
+    tag, way = tags[random.integers(len(tags))], int(random.integers(3))
+    chosen = names if random.random() < 0.5 else [names[random.integers(len(names))]]
+    for name in chosen:
+        content = one.files[name]
+        at = content.find(tag, 132)
+        if at < 0:
+            continue
+        if way == 0:
+            new = tag[:2] + bytes(random.bytes(2)) + content[at + 4 : at + 8]
+        elif way == 1:
+            new = content[at : at + 4] + random.bytes(4)
+        else:
+            new = content[at : at + 4] + struct.pack("<I", int(random.integers(2**32)))
+        _change(one, name, at, new)
+    return None
+
+
+@mutation
+def preamble_lost(one: Sample, random: Random, around: Around) -> bool | None:
+    """Slices without their first 132 bytes, which are read all the same; with half of them, not."""
+    if one.name:
+        return False
+    kept = int(random.choice([0, 0, 64, 131]))
+    for name in one.files:
+        one.files[name] = one.files[name][:kept] + one.files[name][132:]
+    return None
+
+
+@mutation
+def no_slice_beside(one: Sample, random: Random, around: Around) -> bool | None:
+    """What is no slice, in the folder of a series: which has to be read as it is."""
+    if one.name:
+        return False
+    content = bytearray(one.files[min(one.files)])
+    at = content.index(b"1.2.840.10008.5.1.4.1.1.2\0")
+    content[at : at + 26] = b"1.2.840.10008.5.1.4.1.1.88"
+    pixels = content.index(b"\xe0\x7f\x10\0")
+    found = {
+        "VERSION": b"2.1",
+        "LOCKFILE": b"",
+        "README": b"viewer " * int(random.integers(1, 99)),
+        "REPORT": bytes(content[:pixels]),
+        "a.txt": random.bytes(200),
+    }
+    names = sorted(found)
+    for name in random.choice(names, int(random.integers(1, len(names) + 1)), replace=False):
+        one.files[str(name)] = found[str(name)]
+    return None
+
+
+@mutation
+def not_in_hu(one: Sample, random: Random, around: Around) -> bool | None:
+    """Voxels scaled to 0..1, to a mask, turned upside down, or without the intercept."""
+    if one.format not in ("nii", "nii.gz"):
+        return False
+    way = int(random.integers(4))
+
+    def change(content: bytes) -> bytes:
+        if way == 0:
+            return content[:112] + struct.pack("<2f", 2.4e-4, 0.25) + content[120:]
+        if way == 1:
+            return content[:112] + struct.pack("<2f", -1, 0) + content[120:]
+        voxels = np.frombuffer(content[352:], "<i2")
+        new = (voxels > 50) if way == 2 else np.maximum(voxels, -1024) + 1024
+        return content[:352] + new.astype("<i2").tobytes()
+
+    if one.format == "nii":
+        one.files[one.name] = change(one.files[one.name])
+    else:
+        _repacked(one, change)
+    return None
+
+
+@mutation
 def other_format(one: Sample, random: Random, around: Around) -> bool | None:
     """The name of one format, the content of another."""
     if not one.name or len(one.files) > 1:

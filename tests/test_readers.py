@@ -848,7 +848,7 @@ def test_meters_and_microns(tmp_path, unit, factor):
         ([(OFFSET, "<f", (0,))], "absurd offset: the header says that voxels begin at byte 0, exp"),
         ([(OFFSET, "<f", (float("nan"),))], "absurd offset: "),
         ([(OFFSET, "<f", (1e30,))], "absurd offset: "),
-        ([(OFFSET, "<f", (-352,))], "absurd offset: "),
+        ([(OFFSET, "<f", (-352,))], "unreadable: HeaderDataError: vox offset -352"),
         ([(112, "<2f", (1, float("nan")))], "unreadable: HeaderDataError: Valid slope but invalid"),
         ([(QUATERNION, "<3f", (0.9, 0.9, 0.9)), (CODES, "<2h", (1, 0))], "unreadable: "),
         ([(SFORM, "<12f", (0,) * 12), (CODES, "<2h", (0, 1))], "absurd spacing: 0x0x0 mm"),
