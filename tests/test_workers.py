@@ -2,17 +2,22 @@
 
 import dataclasses
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import dask
 import nibabel
 import numpy as np
 import psutil
 import pytest
 from chains import CHAIN_10K
+from dask.distributed import LocalCluster, Security
 
 import voco_jax
 from voco_jax.data import workers as workers_module
@@ -25,13 +30,26 @@ from voco_jax.data.workers import cluster_workers, local_workers, run_jobs, with
 from voco_jax.errors import InputError
 
 CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(24, 24, 16))
+TLS = "distributed.comm.tls"
 
 
 @pytest.fixture(scope="module")
 def client():
-    """Two local workers; a cluster that runs already, for those who connect to its scheduler."""
-    with local_workers(2) as client:
+    """Two local workers; a cluster that runs already, for those who connect to its scheduler.
+
+    Dask's settings hold its certificates, as those of a user would.
+    """
+    with local_workers(2) as client, dask.config.set(certificates(client.security)):
         yield client
+
+
+def certificates(security):
+    """The settings with which a client of this machine's user connects."""
+    return {
+        f"{TLS}.ca-file": security.tls_ca_file,
+        f"{TLS}.client.cert": security.tls_client_cert,
+        f"{TLS}.client.key": security.tls_client_key,
+    }
 
 
 @pytest.fixture
@@ -55,16 +73,46 @@ def pids(client):
     return sorted(client.run(os.getpid).values())
 
 
-def test_everything_listens_on_loopback(client):
-    """Scheduler with its dashboard (in this process), nannies and workers."""
+def doors():
+    """Where this process (scheduler, nannies) and its children (workers) can be reached."""
     found = set()
-    for process in [psutil.Process(), *map(psutil.Process, pids(client))]:
-        found |= {
-            connection.laddr.ip
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        }
-    assert found == {"127.0.0.1"}
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        for connection in process.net_connections("all"):
+            if connection.family == socket.AF_UNIX:
+                found |= {connection.laddr} - {""}  # pairs of one process have no name
+            elif connection.status == psutil.CONN_LISTEN:
+                found.add(":".join(map(str, connection.laddr)))
+    return found
+
+
+def test_another_user_cannot_get_in(client, tmp_path):
+    """A scheduler without certificates and a socket for all are tried, too: there all works."""
+    if os.getuid() != 0:
+        pytest.skip("need root, to become another user")
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    shut = doors()
+    assert len(shut) >= 8  # of scheduler and workers, each with a web server's, and of nannies
+    assert {door.rpartition(":")[0] for door in shut} == {"127.0.0.1"}
+    pages = {"distributed.scheduler.http.routes": ["distributed.http.scheduler.json"]}
+    with (
+        dask.config.set(pages),  # as Dask has it
+        LocalCluster(n_workers=0, protocol="tcp", dashboard_address="127.0.0.1:0"),
+        socket.socket(socket.AF_UNIX) as listening,
+    ):
+        listening.bind(f"\0{tmp_path}")
+        listening.listen()
+        everything = doors()
+        done = subprocess.run(
+            [sys.executable, Path(__file__).with_name("other_user.py"), secret, *everything],
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert not {line.split()[1] for line in done.stdout.splitlines()} & shut, done.stdout
+    for works in ("code: .* run_function without TLS", "page: .* json/counts.json", "socket: @"):
+        assert re.search(works, done.stdout), done.stdout
 
 
 def test_a_worker_killed_in_the_middle_of_a_cluster(client, data, tmp_path, capsys):
@@ -148,7 +196,7 @@ def test_workers_that_cannot_be_used(client, tmp_path, monkeypatch):
         for check in (wrong, dataclasses.replace(right, token="another")):
             with (
                 pytest.raises(
-                    InputError, match=r"2 of 2 workers cannot be used; tcp.*does not see"
+                    InputError, match=r"2 of 2 workers cannot be used; tls.*does not see"
                 ),
                 cluster_workers(address(client), check, print),
             ):
@@ -163,10 +211,13 @@ def test_workers_that_cannot_be_used(client, tmp_path, monkeypatch):
 
 def test_a_worker_without_this_project(client, tmp_path):
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pem = tmp_path / "dask.pem"
+    pem.write_text(client.security.tls_worker_key + client.security.tls_worker_cert)
     worker = subprocess.Popen(
         [
             *(sys.executable, "-m", "distributed.cli.dask_worker", address(client)),
             *("--no-nanny", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1"),
+            *("--protocol", "tls", "--tls-ca-file", pem, "--tls-cert", pem),
         ],
         cwd=tmp_path,
         env=bare,
@@ -189,6 +240,92 @@ def test_no_scheduler(tmp_path, data, monkeypatch):
     monkeypatch.setattr(workers_module, "CONNECT_SECONDS", 0.2)
     with pytest.raises(InputError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:1'"):
         prepare(scan(data), tmp_path / "c", CHAIN, scheduler="tcp://127.0.0.1:1", progress=False)
+
+
+@pytest.fixture(scope="module")
+def pem_files(tmp_path_factory):
+    """A certificate with its key in one file, without it, the key of another, an empty file."""
+    folder = tmp_path_factory.mktemp("pem")
+    made, other = Security.temporary(), Security.temporary()
+    texts = {
+        "whole": made.tls_client_key + made.tls_client_cert,
+        "no_key": made.tls_client_cert,
+        "other_key": other.tls_client_key,
+        "empty": "",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.pem").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("named", "reason"),
+    [
+        ({}, f"not all are set.* {TLS}.ca-file None, {TLS}.client.cert None"),
+        ({"ca-file": "whole"}, f"not all are set.*{TLS}.client.cert None"),
+        ({"client.cert": "whole"}, f"not all are set.*{TLS}.ca-file None"),
+        ({"ca-file": "whole", "client.cert": "none"}, r"No such file.*client.cert .*none\.pem"),
+        ({"ca-file": "empty", "client.cert": "whole"}, r"no certificate .*ca-file .*empty\.pem"),
+        ({"ca-file": "whole", "client.cert": "no_key"}, r"PEM.*client.cert .*no_key\.pem"),
+        (
+            {"ca-file": "whole", "client.cert": "whole", "client.key": "other_key"},
+            r"KEY_VALUES_MISMATCH.*client.key .*other_key\.pem",
+        ),
+    ],
+)
+def test_certificates_that_cannot_be_shown(pem_files, named, reason):
+    settings = {f"{TLS}.{field}": str(pem_files / f"{name}.pem") for field, name in named.items()}
+    none = dict.fromkeys((f"{TLS}.ca-file", f"{TLS}.client.cert", f"{TLS}.client.key"))
+    with (
+        dask.config.set(none | settings),
+        pytest.raises(InputError, match=f"^--scheduler tls://127.0.0.1:1: .*{reason}"),
+        cluster_workers("tls://127.0.0.1:1", nothing_wrong, print),
+    ):
+        pass
+
+
+def test_a_key_is_never_printed():
+    made = Security.temporary()
+    settings = certificates(made) | {f"{TLS}.client.cert": made.tls_client_key}
+    with (
+        dask.config.set(settings),
+        pytest.raises(InputError, match="no certificates to show") as raised,
+        cluster_workers("tls://127.0.0.1:1", nothing_wrong, print),
+    ):
+        pass
+    assert not [line for line in made.tls_client_key.split("\n")[1:-2] if line in str(raised.value)]
+
+
+def test_another_clusters_certificates(client):
+    with (
+        dask.config.set(certificates(Security.temporary())),
+        pytest.raises(InputError, match=r"no Dask scheduler answers .*certificate does not match"),
+        cluster_workers(address(client), nothing_wrong, print),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("port", ["tcp://127.0.0.1:1", "ws://127.0.0.1:1", "127.0.0.1:1"])
+def test_a_scheduler_without_tls_is_warned_of_once(port, monkeypatch):
+    monkeypatch.setattr(workers_module, "CONNECT_SECONDS", 0.2)
+    lines = []
+    for _ in range(2):
+        with (
+            pytest.raises(InputError, match="no Dask scheduler answers"),
+            cluster_workers(port, nothing_wrong, lines.append),
+        ):
+            pass
+    (line,) = lines
+    assert line.startswith(f"warning: --scheduler {port}: without TLS anyone who reaches this port")
+
+
+def test_a_scheduler_without_tls_where_dask_is_told_to_encrypt():
+    with (
+        dask.config.set({"distributed.comm.require-encryption": True}),
+        pytest.raises(InputError, match=r"found tcp://127\.0\.0\.1:2, expected tls://HOST:PORT"),
+        cluster_workers("tcp://127.0.0.1:2", nothing_wrong, print),
+    ):
+        pass
 
 
 def test_a_job_that_hangs_in_c_code_ends_its_process():

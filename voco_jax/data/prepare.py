@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         """
 --datalist lists/btcv.json --root data/BTCV --cache cache/voco
 --scan /data/my_ct --cache cache/mine --size 192 192 64
---config configs/voco_10k.py --scheduler tcp://HOST:8786
+--config configs/voco_10k.py --scheduler tls://HOST:8786
 --config configs/voco_10k.py --config.data.sources.ct.lists="()"
 --verify --cache cache/voco
 """,
@@ -271,7 +271,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", nargs=3, type=int, metavar=("X", "Y", "Z"), help="of the volumes, voxels")
     add("--dtype", choices=("uint8", "float16"), help="of the cache")
     add("--workers", type=int, help="processes; default: the cores; 0: only this process")
-    add("--scheduler", metavar="ADDRESS", help="Dask cluster that does the work: tcp://HOST:PORT")
+    add(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Dask cluster that does the work: tls://HOST:PORT, with the certificates of Dask's own "
+        "settings (distributed.comm.tls, docs/data.md), or tcp://HOST:PORT, which is open to all",
+    )
     add("--verify", action="store_true", help="re-read the cache; take out what is damaged")
     add(
         "--take-doubtful",

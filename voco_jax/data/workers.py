@@ -6,6 +6,7 @@ than TIME_LIMIT ends its process, in whatever library it hangs.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import resource
@@ -25,6 +26,12 @@ Result = TypeVar("Result")
 
 DEATHS = 3  # of workers that one job may cause; then it is given up
 CONNECT_SECONDS = 20.0
+
+# Dask's web pages tell whoever asks which files are read and what was logged; we need none.
+NO_PAGES: dict[str, Any] = {
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+}
 
 
 def available_cores() -> int:
@@ -63,12 +70,14 @@ def within_time(function: Callable[[Job], Result], job: Job) -> Result:
 def local_workers(count: int) -> Iterator[Any]:
     """Starts so many Dask processes here, which end with this context; yields Dask's client.
 
-    Nothing, the dashboard included, listens on another address than 127.0.0.1.
+    They listen on 127.0.0.1, where other users of this machine are, too: they obey only who has
+    the certificate that is made here, and that no file keeps.
     """
     import dask
-    from dask.distributed import Client, LocalCluster
+    from dask.distributed import Client, LocalCluster, Security
 
     settings = {
+        **NO_PAGES,
         "distributed.scheduler.allowed-failures": DEATHS - 1,
         # Nothing is kept between tasks, so there is nothing to move to disk or to pause for.
         "distributed.worker.memory.target": False,
@@ -89,8 +98,11 @@ def local_workers(count: int) -> Iterator[Any]:
             n_workers=count,
             threads_per_worker=1,
             processes=True,
+            security=Security.temporary(),
             host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # any port: several may run at a time
+            # Dask opens this port all the same; any one, for several may run at a time.
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
             local_directory=scratch,
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -104,26 +116,31 @@ def cluster_workers(address: str, check: Callable[[], str], log: Callable[[str],
     """Connects to a Dask cluster that runs already, and leaves it running.
 
     Args:
-        address: of its scheduler, as tcp://HOST:PORT.
+        address: of its scheduler, as tls://HOST:PORT, with the certificates of Dask's own settings
+            (`distributed.comm.tls`); or as tcp://HOST:PORT.
         check: importable by name; runs on each worker, returns "" or what is wrong there.
-        log: gets a line if there is no worker yet.
+        log: gets a line if there is no worker yet, and one if anyone may use the scheduler.
 
     Yields:
         Dask's client.
 
     Raises:
-        InputError: no such scheduler, workers without this project or with other versions, or
-            what `check` found.
+        InputError: no such scheduler, certificates that cannot be used, workers without this
+            project or with other versions, or what `check` found.
     """
     from dask.distributed import Client
 
+    if address.startswith(("tls://", "wss://")):
+        _check_certificates(address)
+    else:
+        _warn_of_open_scheduler(address, log)
     try:
         client = Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise InputError(
             f"--scheduler: no Dask scheduler answers at {address!r} ({error}), expected the "
-            "address that it printed at its start, as tcp://HOST:8786; or its Python, Dask or "
-            "distributed is another version than here"
+            "address that it printed at its start, as tls://HOST:8786 (tcp:// if it has no "
+            "certificates); or its Python, Dask or distributed is another version than here"
         ) from error
     with client:
         if not client.nthreads():
@@ -210,6 +227,43 @@ def versions() -> tuple[str, ...]:
         f"Python {'.'.join(platform.python_version_tuple()[:2])}",
         f"dask {dask.__version__}",
         f"numpy {numpy.__version__.partition('.')[0]}",
+    )
+
+
+def _check_certificates(address: str) -> None:
+    """Dask itself would end with a traceback that names no file."""
+    import dask
+    from dask.distributed import Security
+
+    names = [f"distributed.comm.tls.{field}" for field in ("ca-file", "client.cert", "client.key")]
+    try:
+        complete = Security().get_connection_args("client")["ssl_context"] is not None
+        problem = "" if complete else "not all are set"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        # Of a certificate or key that is set itself, instead of its file, no more than the kind.
+        found = (f"{name} {str(dask.config.get(name)).partition(chr(10))[0]}" for name in names)
+        raise InputError(
+            f"--scheduler {address}: no certificates to show there ({problem}), found "
+            f"{', '.join(found)}; expected PEM files, set in Dask's configuration or in the "
+            "environment, as DASK_DISTRIBUTED__COMM__TLS__CA_FILE (docs/data.md); the key may be "
+            "in the certificate's file"
+        )
+
+
+@functools.cache  # a config of many sources connects many times
+def _warn_of_open_scheduler(address: str, log: Callable[[str], None]) -> None:
+    import dask
+
+    if dask.config.get("distributed.comm.require-encryption"):
+        raise InputError(
+            f"--scheduler: found {address}, expected tls://HOST:PORT, for Dask's configuration "
+            "says distributed.comm.require-encryption"
+        )
+    log(
+        f"warning: --scheduler {address}: without TLS anyone who reaches this port can run code "
+        "as you, here and on the workers; use tls:// (docs/data.md) or a network of your own"
     )
 
 

