@@ -1,9 +1,10 @@
 """Has Dask's processes read a file, as a user of this machine who may not; prints what works.
 
-    other_user.py FILE HOST:PORT ... /UNIX/SOCKET ...
+    other_user.py FILE PID ...
 
-Says "code: WHERE HOW" where FILE's text came back, "page: WHERE NAME" of a web server that shows
-one, "socket: WHERE" of any socket of a path (or a name, @NAME). Nothing: all doors are shut.
+Finds where these processes and their children can be reached: HOST:PORT, or a socket's path or
+@NAME. Says "tried: WHERE" of each; then, as another user, "code: WHERE HOW" where FILE's text came
+back, "page: WHERE NAME" of a web server that shows one, and "socket: WHERE" of one that answers.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 from distributed import Security
 from distributed.core import rpc
 from distributed.protocol.pickle import dumps
@@ -27,6 +29,19 @@ SECONDS = 10  # for one answer
 OPERATIONS = ("run_function", "run")
 # Dask's own, from which pages of others are made, and the dashboard.
 PAGES = ("info/main/workers.html", "json/counts.json", "metrics", "health", "status")
+
+
+def doors(pids: list[int]) -> set[str]:
+    """Where processes and their children can be reached."""
+    found = set()
+    asked = [psutil.Process(pid) for pid in pids]
+    for process in asked + [child for one in asked for child in one.children(recursive=True)]:
+        for connection in process.net_connections("all"):
+            if connection.family == socket.AF_UNIX:
+                found |= {connection.laddr} - {""}  # pairs of one process have no name
+            elif connection.status == psutil.CONN_LISTEN:
+                found.add(":".join(map(str, connection.laddr)))
+    return found
 
 
 def stranger() -> ssl.SSLContext:
@@ -88,20 +103,24 @@ def look_at_pages(ports: list[str]) -> set[str]:
 
 
 def main() -> None:
-    path, *doors = sys.argv[1:]
+    path, *pids = sys.argv[1:]
     contexts = {"without TLS": None, "stranger": stranger(), "pretender": pretender()}
+    found = doors([int(pid) for pid in pids])
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
     with contextlib.suppress(PermissionError):
         sys.exit(f"{path}: this user may read it: {Path(path).read_text()}")
-    ports = [door for door in doors if not door.startswith(("/", "@"))]
-    for door in set(doors) - set(ports):
+    for door in found:
+        print("tried:", door)
+    sockets = [door for door in found if door.startswith(("/", "@"))]
+    for door in sockets:
         with socket.socket(socket.AF_UNIX) as tried:
             if tried.connect_ex(door.replace("@", "\0", 1)) == 0:
                 print("socket:", door)
-    others = sorted(set(ports) - look_at_pages(ports))  # a web server would let us wait
-    asyncio.run(run_code(path, others, contexts))
+    ports = sorted(found - set(sockets))
+    web = look_at_pages(ports)  # these would only let us wait
+    asyncio.run(run_code(path, [port for port in ports if port not in web], contexts))
 
 
 if __name__ == "__main__":

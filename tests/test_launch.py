@@ -681,7 +681,10 @@ def test_locked_versions_are_within_the_ranges(python):
 
 
 def test_prepare_slurm_fills_a_cache_with_real_jobs(stubs, tmp_path):
-    """Stub sbatch starts the job script here; scancel ends it."""
+    """Stub sbatch starts the job script here; scancel ends it, once another user has tried to.
+
+    All in a folder whose name a shell would read otherwise, the repository too.
+    """
     stubs.add(
         "sbatch",
         """
@@ -690,26 +693,48 @@ setsid bash "$STUBS/job" &>"$STUBS/log" </dev/null &
 echo "Submitted batch job $!"
 """,
     )
-    stubs.add("scancel", 'echo "$@" >>"$STUBS/cancelled"; kill -- -"$1"\n')
-    folder = tmp_path / "ct"
-    folder.mkdir()
+    stubs.add(
+        "scancel",
+        """
+echo "$@" >>"$STUBS/cancelled"
+"$PYTHON" "$OTHER_USER" "$STUBS/secret" "$PPID" "$1" &>"$STUBS/attack" # as root only
+kill -- -"$1"
+""",
+    )
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "secret").chmod(0o600)
+    here = tmp_path / "it's $HOME"
+    (here / "ct").mkdir(parents=True)
+    for name in ("configs", "launch", "voco_jax"):
+        shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
     generator = np.random.default_rng(0)
     for index in range(3):
         hu = generator.integers(0, 200, (20, 18, 12)).astype(np.int16)
-        nibabel.save(nibabel.Nifti1Image(hu, np.diag([2, 2, 3, 1])), folder / f"{index}.nii")
-    flags = ["--scan", folder, "--cache", tmp_path / "cache", "--size", "8", "8", "8", "--strict"]
+        nibabel.save(nibabel.Nifti1Image(hu, np.diag([2, 2, 3, 1])), here / "ct" / f"{index}.nii")
+    settings = {"JOBS": 1, "PROCESSES": 1, "MEMORY": "1GB", "INTERFACE": "lo", "PARTITION": "cpu"}
+    settings |= {"PYTHON": sys.executable, "OTHER_USER": ROOT / "tests" / "other_user.py"}
     done = subprocess.run(
-        [sys.executable, LAUNCH / "prepare_slurm.py", *map(str, flags)],
-        cwd=tmp_path,
-        env=stubs.environment(JOBS=1, PROCESSES=1, MEMORY="1GB", INTERFACE="lo", PARTITION="cpu"),
+        [
+            *(sys.executable, here / "launch" / "prepare_slurm.py", "--strict"),
+            *("--scan", "ct", "--cache", tmp_path / "cache", "--size", "8", "8", "8"),
+        ],
+        cwd=here,
+        env=stubs.environment(**settings),
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
     assert "3 prepared now, 0 already there, 0 failed" in done.stdout
+    assert "warning" not in done.stderr.lower()
     job = (tmp_path / "job").read_text()
     assert "#SBATCH -p cpu" in job
     assert "--nthreads 1" in job
     assert len(stubs.lines("cancelled")) == 1
     assert len((tmp_path / "cache/manifest.jsonl").read_text().splitlines()) == 3
+    assert list((here / "slurm_logs").iterdir()) == []  # no certificate is left
+    if os.getuid() != 0:
+        pytest.skip("need root, to become another user")
+    tried = stubs.lines("attack")
+    assert len(tried) == 5, tried  # scheduler and worker, each with a web server, and a nanny
+    assert all(line.startswith("tried: 127.0.0.1:") for line in tried), tried

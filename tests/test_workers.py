@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -73,18 +72,6 @@ def pids(client):
     return sorted(client.run(os.getpid).values())
 
 
-def doors():
-    """Where this process (scheduler, nannies) and its children (workers) can be reached."""
-    found = set()
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        for connection in process.net_connections("all"):
-            if connection.family == socket.AF_UNIX:
-                found |= {connection.laddr} - {""}  # pairs of one process have no name
-            elif connection.status == psutil.CONN_LISTEN:
-                found.add(":".join(map(str, connection.laddr)))
-    return found
-
-
 def test_another_user_cannot_get_in(client, tmp_path):
     """A scheduler without certificates and a socket for all are tried, too: there all works."""
     if os.getuid() != 0:
@@ -92,27 +79,32 @@ def test_another_user_cannot_get_in(client, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("secret")
     secret.chmod(0o600)
-    shut = doors()
-    assert len(shut) >= 8  # of scheduler and workers, each with a web server's, and of nannies
-    assert {door.rpartition(":")[0] for door in shut} == {"127.0.0.1"}
+    script = Path(__file__).with_name("other_user.py")
     pages = {"distributed.scheduler.http.routes": ["distributed.http.scheduler.json"]}
     with (
         dask.config.set(pages),  # as Dask has it
-        LocalCluster(n_workers=0, protocol="tcp", dashboard_address="127.0.0.1:0"),
+        LocalCluster(n_workers=0, protocol="tcp", dashboard_address="127.0.0.1:0") as cluster,
         socket.socket(socket.AF_UNIX) as listening,
     ):
         listening.bind(f"\0{tmp_path}")
         listening.listen()
-        everything = doors()
+        dask_port = cluster.scheduler_address.removeprefix("tcp://")
+        web_port = f"127.0.0.1:{cluster.scheduler.http_server.port}"
         done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("other_user.py"), secret, *everything],
-            capture_output=True,
-            text=True,
+            [sys.executable, script, secret, str(os.getpid())], capture_output=True, text=True
         )
     assert done.returncode == 0, done.stderr
-    assert not {line.split()[1] for line in done.stdout.splitlines()} & shut, done.stdout
-    for works in ("code: .* run_function without TLS", "page: .* json/counts.json", "socket: @"):
-        assert re.search(works, done.stdout), done.stdout
+    lines = done.stdout.splitlines()
+    tried = {line.split()[1] for line in lines if line.startswith("tried: ")}
+    assert sorted(set(lines) - {f"tried: {door}" for door in tried}) == [
+        f"code: {dask_port} run_function without TLS",
+        f"page: {web_port} json/counts.json",
+        f"page: {web_port} status",
+        f"socket: @{tmp_path}",
+    ]
+    # Scheduler and workers, each with a web server, and nannies.
+    assert len(tried) == 3 + 8
+    assert {door.rpartition(":")[0] for door in tried} == {"", "127.0.0.1"}
 
 
 def test_a_worker_killed_in_the_middle_of_a_cluster(client, data, tmp_path, capsys):

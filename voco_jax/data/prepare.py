@@ -274,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--scheduler",
         metavar="ADDRESS",
-        help="Dask cluster that does the work: tls://HOST:PORT, with the certificates of Dask's own "
+        help="Dask cluster that does the work: tls://HOST:PORT, with certificates of Dask's own "
         "settings (distributed.comm.tls, docs/data.md), or tcp://HOST:PORT, which is open to all",
     )
     add("--verify", action="store_true", help="re-read the cache; take out what is damaged")
