@@ -106,13 +106,34 @@ def test_one_process_agrees_with_itself():
         distributed.run_on_all(lambda: (_ for _ in ()).throw(InputError("mend it")))
 
 
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("127.0.0.1:55527", "127.0.0.1:55527"),
+        ("127.0.1.1:1", "127.0.1.1:1"),
+        ("localhost:55527", "localhost:55527"),
+        ("[::1]:55527", "[::1]:55527"),
+        ("10.0.0.1:55527", None),
+        ("0.0.0.0:55527", None),
+        ("[fd00::2]:55527", None),
+        ("voco-workers-0-0.voco:55527", None),
+        ("127.example.com:55527", None),
+    ],
+)
+def test_one_machines_coordinator_listens_on_loopback(coordinator, address):
+    assert distributed._bind_address(coordinator) == address
+
+
 TWO = """
-import os, signal, sys
+import os, psutil, signal, sys
 from voco_jax.training import distributed
 distributed.HEARTBEAT_TIMEOUT = 10  # seconds; users have 60
 distributed.start(sys.argv[1], 2, int(sys.argv[2]))
 assert distributed.broadcast(f"from {sys.argv[2]}") == "from 0"
-print("joined", flush=True)
+port = int(sys.argv[1].rpartition(":")[2])
+listening = [c.laddr for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+addresses = {ip.removeprefix("::ffff:") for ip, number in listening if number == port}
+print("joined, listens on", *addresses, flush=True)
 if sys.argv[2] == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 distributed.barrier()
@@ -128,6 +149,6 @@ def test_the_other_ends_soon_when_one_is_killed():
     assert time.monotonic() - begin < 60
     assert "joined" in lost
     assert started[0].returncode != 0
-    assert "joined" in output
+    assert "joined, listens on 127.0.0.1\n" in output
     assert "Terminating process because" in output or "error" in output.lower(), output
     assert "AttributeError" not in output

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import ipaddress
 import itertools
 import logging
 import os
@@ -61,7 +62,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
             if process_id == 0:
                 _check_port(coordinator)
             with _waiting(f"process {process_id} of {processes} at {coordinator}"):
-                _initialize(coordinator, processes, process_id)
+                _initialize(coordinator, processes, process_id, _bind_address(coordinator))
     except RuntimeError as error:
         where = coordinator or "the detected coordinator"
         raise InputError(
@@ -152,6 +153,16 @@ def _check_port(coordinator: str) -> None:
                 + ("end what listens there (an older run?) or choose" if taken else "choose")
                 + " another port, the same for all processes"
             ) from error
+
+
+def _bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens: on loopback only, if that is its name; None: JAX's, everywhere."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        loopback = host == "localhost"
+    return coordinator if loopback else None
 
 
 def _free_port() -> int:
