@@ -28,7 +28,8 @@ case $K8S_ACCELERATOR in
     resource=nvidia.com/gpu
     annotations="{}"
     selector="{}"
-    security="{runAsUser: 1000, runAsGroup: 1000}"
+    security="{runAsUser: 1000, runAsGroup: 1000, runAsNonRoot: true,
+      allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}"
     xla_flags=--xla_gpu_enable_latency_hiding_scheduler=true
     ;;
   tpu)
@@ -44,7 +45,8 @@ case $K8S_ACCELERATOR in
     annotations="{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}"
     selector="{cloud.google.com/gke-tpu-accelerator: $K8S_TPU_TYPE,
       cloud.google.com/gke-tpu-topology: $K8S_TPU_TOPOLOGY}"
-    security="{runAsUser: 0, privileged: true}" # libtpu locks memory and opens the devices
+    # libtpu locks memory and opens the devices. Such a container has no seccomp profile.
+    security="{runAsUser: 0, privileged: true}"
     xla_flags=
     ;;
   *)
@@ -58,6 +60,7 @@ arguments=
 for argument in "$@"; do
   argument=${argument//\\/\\\\}
   argument=${argument//\"/\\\"}
+  argument=${argument//$'\n'/\\n}
   arguments+="\"${argument//\$/\$\$}\", "
 done
 if [ "$K8S_ACCELERATOR" = gpu ]; then # JAX finds out by itself on TPUs
@@ -108,7 +111,10 @@ spec:
               nodeSelector: $selector
               tolerations:
                 - {key: $resource, operator: Exists, effect: NoSchedule}
-              securityContext: {fsGroup: 1000, fsGroupChangePolicy: OnRootMismatch}
+              securityContext:
+                fsGroup: 1000
+                fsGroupChangePolicy: OnRootMismatch
+                seccompProfile: {type: RuntimeDefault}
               containers:
                 - name: main
                   image: "$K8S_IMAGE"

@@ -13,6 +13,7 @@ set -u
 PROCESSES=${PROCESSES:-2}
 GRACE_SECONDS=${GRACE_SECONDS:-60} # what is left for the others when one has failed
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/voco_jax/xla}
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo} # no other machine is to reach the processes
 # export XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true # on GPUs
 
 [ "$PROCESSES" -ge 1 ] || exit 2

@@ -2,6 +2,7 @@
 # What launch/tpu_pod.sh does on each worker: tpu_worker.sh install | run FLAGS
 set -euo pipefail
 cd "$(dirname "$0")/.."
+UV=uv==0.13.9
 
 case $1 in
   install)
@@ -13,8 +14,9 @@ case $1 in
       sudo mount -t nfs "$NFS_SHARE" "$NFS_MOUNT"
       sudo chmod 777 "$NFS_MOUNT" # a new share is root's
     fi
-    # The machines' own Python is too old; uv brings one along.
-    [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+    # The machines' own Python is too old; uv brings one along. For one user: nothing of the
+    # system's breaks, though newer systems say so.
+    [ -x ~/.local/bin/uv ] || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user "$UV"
     [ -d ~/voco_env ] || ~/.local/bin/uv venv --quiet --python 3.13 ~/voco_env
     ~/.local/bin/uv pip install --quiet --python ~/voco_env/bin/python \
       -r requirements.lock "jax[tpu]"

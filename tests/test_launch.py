@@ -507,6 +507,24 @@ touch "$STUBS/ready"; while :; do sleep 0.05; done
     old.wait(timeout=60)
 
 
+def test_a_tpu_worker_installs_uv_of_one_version(stubs):
+    settings = _tpu(stubs, ["ACTIVE"], [0]) | {"NFS_SHARE": ""}
+    home = stubs.folder / "worker0"
+    uv = home / ".local/bin/uv"
+    uv.rename(stubs.folder / "uv_of_pip")
+    stubs.add("python3", f'echo "$*" >>"$STUBS/pip"; mv "$STUBS/uv_of_pip" {shlex.quote(str(uv))}')
+    for _ in range(2):  # the second time it is there
+        done = subprocess.run(
+            ["bash", LAUNCH / "tpu_worker.sh", "install"],
+            env=stubs.environment(**settings) | {"HOME": str(home), "WORKER": "0"},
+            timeout=60,
+        )
+        assert done.returncode == 0
+    (pip,) = stubs.lines("pip")
+    assert re.fullmatch(r"-m pip install --quiet --user uv==\d+\.\d+\.\d+", pip)
+    assert "0 pip install" in stubs.lines("uv")[-1]
+
+
 # ---- k8s.sh
 
 
@@ -551,6 +569,29 @@ def test_k8s_on_gpus(stubs):
     assert environment["JAX_COMPILATION_CACHE_DIR"]
     assert environment["JAX_PLATFORMS"] == "cuda,cpu"
     assert environment["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=true"
+
+
+def test_k8s_on_gpus_has_no_rights_that_it_does_not_need(stubs):
+    """What Kubernetes calls the restricted Pod Security Standard."""
+    pod = _container(_jobset(stubs))[0]["template"]["spec"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["containers"][0]["securityContext"] == {
+        "runAsUser": 1000,
+        "runAsGroup": 1000,
+        "runAsNonRoot": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+@pytest.mark.parametrize(
+    "flag", ["--a=one\ntwo\n", "--a= $(B) $$C", '--a=\\n\t"{b: c}" #d', "--a=Ä"]
+)
+def test_k8s_hands_over_any_text(stubs, flag):
+    stubs.add("kubectl", "exit 1")
+    status, output = stubs.run("k8s.sh", flag, PRINT=1)
+    assert status == 0
+    assert _seen(_container(yaml.safe_load(output))[1]["args"][0]) == flag
 
 
 def test_k8s_on_tpus(stubs):
@@ -636,6 +677,12 @@ def test_k8s_says_how_to_remove_the_one_before(stubs):
 
 
 # ---- Dockerfile
+
+
+def test_nothing_is_run_as_it_comes_from_the_network():
+    """Packages come by version, from where their digests are checked."""
+    for path in (path for path in LAUNCH.iterdir() if path.is_file()):
+        assert not re.search(r"\b(curl|wget)\b|:latest\b", path.read_text()), path
 
 
 def test_the_image_has_all_that_main_needs(tmp_path):
