@@ -14,8 +14,8 @@ case $1 in
       sudo mount -t nfs "$NFS_SHARE" "$NFS_MOUNT"
       sudo chmod 777 "$NFS_MOUNT" # a new share is root's
     fi
-    # The machines' own Python is too old; uv brings one along. For one user: nothing of the
-    # system's breaks, though newer systems say so.
+    # The machines' own Python is too old; uv brings one along. It is for this user alone; newer
+    # systems refuse even that unless told.
     [ -x ~/.local/bin/uv ] || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user "$UV"
     [ -d ~/voco_env ] || ~/.local/bin/uv venv --quiet --python 3.13 ~/voco_env
     ~/.local/bin/uv pip install --quiet --python ~/voco_env/bin/python \

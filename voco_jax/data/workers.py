@@ -133,7 +133,7 @@ def cluster_workers(address: str, check: Callable[[], str], log: Callable[[str],
     if address.startswith(("tls://", "wss://")):
         _check_certificates(address)
     else:
-        _warn_of_open_scheduler(address, log)
+        _check_without_certificates(address, log)
     try:
         client = Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
@@ -243,17 +243,19 @@ def _check_certificates(address: str) -> None:
         problem = str(error)
     if problem:
         # Of a certificate or key that is set itself, instead of its file, no more than the kind.
-        found = (f"{name} {str(dask.config.get(name)).partition(chr(10))[0]}" for name in names)
+        values = (str(dask.config.get(name)).partition("\n")[0] for name in names)
+        found = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
         raise InputError(
-            f"--scheduler {address}: no certificates to show there ({problem}), found "
-            f"{', '.join(found)}; expected PEM files, set in Dask's configuration or in the "
-            "environment, as DASK_DISTRIBUTED__COMM__TLS__CA_FILE (docs/data.md); the key may be "
-            "in the certificate's file"
+            f"--scheduler {address}: no certificates to show there ({problem}), found {found}; "
+            "expected PEM files, set in Dask's configuration or in the environment, as "
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE (docs/data.md); the key may be in the "
+            "certificate's file"
         )
 
 
 @functools.cache  # a config of many sources connects many times
-def _warn_of_open_scheduler(address: str, log: Callable[[str], None]) -> None:
+def _check_without_certificates(address: str, log: Callable[[str], None]) -> None:
+    """Warns; an error where Dask is told to encrypt."""
     import dask
 
     if dask.config.get("distributed.comm.require-encryption"):
