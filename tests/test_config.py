@@ -1,13 +1,17 @@
 """Configs: what is accepted, and the one clear error for each thing that is not."""
 
+import ast
+import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from configs import tiny, voco_10k
 from voco_jax.config.load import (
+    EXPERIMENTS,
     command_parser,
     differences,
     field_names,
@@ -19,6 +23,7 @@ from voco_jax.config.load import (
 )
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
+from voco_jax.models.swin_unetr_pytorch import Architecture, causes, decoder_shapes, encoder_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden_configs"
@@ -142,6 +147,86 @@ def test_a_missing_field_is_named():
 
 def test_runtime_fields_exist():
     assert set(Pretraining.runtime_fields) <= set(field_names(Pretraining))
+
+
+FIELDS = {name for kind in EXPERIMENTS.values() for name in field_names(kind)}
+SECTIONS = {part for name in FIELDS for part in name.split(".")[:-1]} - {"*"}
+
+
+def texts(tree):
+    """The texts in code that are no docstrings, with "*" for what is filled in."""
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            docs |= {id(part) for part in node.values}  # read here, not once more below
+            yield "".join(getattr(part, "value", "*") for part in map(_constant, node.values))
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+        ):
+            yield node.value
+
+
+def _constant(part):
+    return part if isinstance(part, ast.Constant) else None
+
+
+def settings_named(text):
+    """What in a message looks like a setting: dotted with a section's name, or after `set`."""
+    dotted = re.findall(r"(?<![\w/.{(-])([a-z_]+(?:\.(?:[a-z_0-9]+|\*))+)(?![\w(/*])", text)
+    alone = re.findall(r"\bset ([a-z]+_[a-z_]+)\b(?!\()", text)
+    return [name for name in dotted if name.split(".")[0] in SECTIONS] + alone
+
+
+def is_setting(name):
+    """Whether a field or a section ends so; "*" is any part."""
+    pattern = "[^.]*".join(re.escape(part) for part in name.split("*"))
+    return any(re.search(rf"(\A|\.){pattern}(\.|\Z)", field) for field in FIELDS)
+
+
+def test_settings_that_messages_name_exist():
+    found = {
+        name
+        for path in (ROOT / "voco_jax").rglob("*.py")
+        for text in texts(ast.parse(path.read_text()))
+        for name in settings_named(text)
+    } - {"data.pkl"}
+    assert {"model.window_size", "projector_size", "data.sources.*.cache"} <= found
+    assert sorted(name for name in found if not is_setting(name)) == []
+    for wrong in ("model.in_channels", "init.allow", "modell.remat", "in_channels"):
+        assert settings_named(f"set {wrong} to 4") == [wrong] * (wrong != "modell.remat")
+        assert not is_setting(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"feature_size": 24}, "model.feature_size"),
+        ({"window_size": (7, 7, 7)}, "model.window_size"),
+        ({"depths": (2, 2, 2, 1)}, "model.depths"),
+        ({"num_heads": (3, 6, 12, 12)}, "model.num_heads"),
+        ({"use_v2": False}, "model.use_v2"),
+        ({"in_channels": 4}, "data.sources.*.chain.channels"),
+    ],
+)
+def test_settings_that_hints_about_weights_name_exist(changes, setting):
+    ours = Architecture(
+        feature_size=12,
+        in_channels=2,
+        use_v2=True,
+        depths=(2, 2, 2, 2),
+        num_heads=(3, 6, 12, 24),
+        window_size=(4, 4, 4),
+        conv_encoders=True,
+        decoder=True,
+        out_channels=3,
+    )
+    theirs = dataclasses.replace(ours, **changes)
+    file, model = (
+        encoder_shapes(one) | decoder_shapes(one.feature_size, 3) for one in (theirs, ours)
+    )
+    (hint,) = causes(file, model, [])
+    assert settings_named(hint) == [setting]
+    assert is_setting(setting)
 
 
 def test_differences_name_fields_and_values():

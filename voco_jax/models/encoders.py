@@ -16,7 +16,7 @@ def find_encoder(name: str) -> Encoder:
         InputError: there is none.
     """
     if name not in ENCODERS:
-        raise InputError(f"encoder: found {name!r}, expected one of: {', '.join(ENCODERS)}")
+        raise InputError(f"model.encoder: found {name!r}, expected one of: {', '.join(ENCODERS)}")
     return ENCODERS[name]
 
 
@@ -49,7 +49,7 @@ def build_decoder(settings: Settings, platform: str, classes: int) -> Any:
     if build is None:
         names = [name for name, encoder in ENCODERS.items() if encoder.build_decoder]
         raise InputError(
-            f"encoder: found {settings.encoder!r}, which has no decoder for segmentation, "
+            f"model.encoder: found {settings.encoder!r}, which has no decoder for segmentation, "
             f"expected one of: {', '.join(names)}"
         )
     return build(settings, classes=classes, **_computation(settings, platform))

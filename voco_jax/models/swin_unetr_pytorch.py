@@ -135,7 +135,8 @@ def causes(file_shapes: Shapes, model_shapes: Shapes, other_buffers: Collection[
     if file.in_channels not in (1, model.in_channels):
         found.append(
             f"the file's number of input channels is {file.in_channels}, the model's "
-            f"{model.in_channels}: take another file (one of 1 channel fits every model)"
+            f"{model.in_channels}: take another file (one of 1 channel fits every model), or name "
+            "as many in a segmentation's data.sources.*.chain.channels"
         )
     if file.use_v2 != model.use_v2:
         has, lacks = ("file", "model") if file.use_v2 else ("model", "file")
@@ -464,7 +465,7 @@ def _build_decoder(settings: Settings, **common: Any) -> Any:
 
     if not settings.conv_encoders:
         raise InputError(
-            "conv_encoders: found False, expected True: the decoder takes the outputs of the "
+            "model.conv_encoders: found False, expected True: the decoder takes the outputs of the "
             "convolution encoders; weights trained without them need allow missing 'encoder*'"
         )
     return SwinUNETRDecoder(feature_size=settings.feature_size, **common)
