@@ -155,19 +155,19 @@ SECTIONS = {part for name in FIELDS for part in name.split(".")[:-1]} - {"*"}
 
 def texts(tree):
     """The texts in code that are no docstrings, with "*" for what is filled in."""
-    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    seen = set()  # docstrings, and parts of texts that are read already
     for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            docs |= {id(part) for part in node.values}  # read here, not once more below
-            yield "".join(getattr(part, "value", "*") for part in map(_constant, node.values))
+        if isinstance(node, ast.Expr):
+            seen.add(id(node.value))
+        elif isinstance(node, ast.JoinedStr):
+            seen |= {id(part) for part in node.values}
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else "*" for part in node.values
+            )
         elif (
-            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in seen
         ):
             yield node.value
-
-
-def _constant(part):
-    return part if isinstance(part, ast.Constant) else None
 
 
 def settings_named(text):

@@ -11,7 +11,9 @@ from voco_jax.interop.match import printable
 from voco_jax.models.encoder import Settings
 from voco_jax.models.encoders import find_encoder
 
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 2**20
+MAX_DEPTH = 20
+"""Of lists and dicts in each other."""
 
 
 def card_path(weights: str | PathLike[str]) -> Path:
@@ -35,12 +37,21 @@ def read_card(weights: str | PathLike[str]) -> dict[str, Any] | None:
         card = json.loads(path.read_text("utf-8"))
         if not isinstance(card, dict):
             raise ValueError(f"a {type(card).__name__}")
+        if _is_deeper(card, MAX_DEPTH):
+            raise ValueError(f"values nested deeper than {MAX_DEPTH}")
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: found {printable(str(error))[:200]}, expected the JSON card of "
             f"{Path(weights).name}; delete it if it is not that file's"
         ) from error
     return card
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)
 
 
 def file_sha256(path: str | PathLike[str]) -> str:
@@ -74,9 +85,10 @@ def check_card(weights: str | PathLike[str], model: Settings) -> list[str]:
     for name in ("encoder", *unseen):
         what, ours, theirs = name.replace("_", " "), getattr(model, name), card.get(name)
         if theirs is not None and theirs != ours:
+            said = printable(str(theirs))[:100]
             raise InputError(
-                f"{weights}: its card says {what} {printable(str(theirs))!r}, the model has "
-                f"{ours!r}; set model.{name}={printable(str(theirs))}"
+                f"{weights}: its card says {what} {said!r}, the model has {ours!r}; set "
+                f"model.{name}={said}"
             )
         if theirs is None and name in unseen:
             notes.append(

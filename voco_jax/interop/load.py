@@ -11,6 +11,7 @@ import numpy as np
 from voco_jax.errors import InputError
 from voco_jax.interop.card import check_card
 from voco_jax.interop.files.weights import read_weights
+from voco_jax.interop.layout import Selection, extraction
 from voco_jax.interop.match import MatchReport, grouped, printable
 from voco_jax.interop.names import from_torch, torch_shapes
 from voco_jax.models.encoder import CLASSIFIER, PROJECTOR, Settings, Shapes, classifier_sizes
@@ -49,22 +50,22 @@ def load_into(
 
     Raises:
         InputError: anything missing, unexpected or of another shape that no pattern allows,
-            nothing matched at all, values that are not finite, buffers or a card of another model;
-            the message holds the likely cause and the complete report.
+            nothing matched at all, whole numbers in place of weights, values that are not finite
+            in float32, buffers or a card of another model; the message holds the likely cause and
+            the complete report.
     """
     notes: list[str] = []
+    selection = None
     if isinstance(path_or_tensors, Mapping):
         source, tensors = "the weights", dict(path_or_tensors)
     else:
         source = str(path_or_tensors)
         notes += check_card(path_or_tensors, model)
         tensors, selection = read_weights(path_or_tensors, network)
-        if selection.network is not None:
-            notes.append(f"of {' and '.join(selection.networks)}, the {selection.network} was read")
-        if selection.set_aside:
-            notes.append(f"not weights, left aside: {', '.join(selection.set_aside[:20])}")
+        notes += _selection_notes(selection)
     expected = torch_shapes(params_template)
     encoder = find_encoder(model.encoder)
+    whole = {name: array.dtype for name, array in tensors.items() if array.dtype.kind in "biu"}
     notes += _spread_stem(tensors, expected, encoder.stem)
     shapes = {name: array.shape for name, array in tensors.items()}
     other_buffers = [
@@ -94,8 +95,10 @@ def load_into(
     if not report.matched:
         problems.append("nothing matched")
     if problems:
-        causes = encoder.causes(shapes, expected, other_buffers)
-        causes += _projector_causes(shapes, expected) + _classifier_causes(shapes, expected)
+        causes = _prefix_causes(shapes, expected, source, selection)
+        if not causes:
+            causes = encoder.causes(shapes, expected, other_buffers)
+            causes += _projector_causes(shapes, expected) + _classifier_causes(shapes, expected)
         allowed = (("missing", allow_missing), ("unexpected", allow_unexpected))
         patterns = [f"init.allow_{what}={tuple(names)}" for what, names in allowed]
         raise InputError(
@@ -105,13 +108,70 @@ def load_into(
             + "".join(f"other values: {line}\n" for line in grouped(other_buffers))
             + report.text()
         )
-    broken = [name for name in report.matched if not np.isfinite(tensors[name]).all()]
+    _check_values(source, tensors, report.matched, whole)
+    return params, report
+
+
+def _selection_notes(selection: Selection) -> list[str]:
+    notes = []
+    if selection.network is not None:
+        notes.append(f"of {' and '.join(selection.networks)}, the {selection.network} was read")
+    renamed = [name for name, key in selection.sources.items() if not key.endswith(name)]
+    if renamed:
+        notes.append(
+            f"{len(renamed)} names are written otherwise in the file, as "
+            f"{selection.sources[renamed[0]]} for {renamed[0]}"
+        )
+    if selection.set_aside:
+        notes.append(f"not weights, left aside: {', '.join(selection.set_aside[:20])}")
+    return notes
+
+
+def _check_values(
+    source: str,
+    tensors: Mapping[str, np.ndarray],
+    matched: Sequence[str],
+    whole: Mapping[str, np.dtype],
+) -> None:
+    """Checks that all that matched are numbers of a network in float32.
+
+    Args:
+        source: the file, for messages.
+        tensors: by name.
+        matched: names of those that are taken.
+        whole: the dtype of those that hold whole numbers in the file.
+
+    Raises:
+        InputError: they are not; the message names them.
+    """
+    file = printable(source)
+    quantized = [name for name in matched if name in whole]
+    if quantized:
+        raise InputError(
+            f"{file}: found {', '.join(sorted({str(whole[name]) for name in quantized}))} in "
+            f"{_some(quantized)}, expected weights in floating point; take the file of the "
+            "network before it was quantized, in float32, float16 or bfloat16"
+        )
+    broken = [name for name in matched if not np.isfinite(tensors[name]).all()]
     if broken:
         raise InputError(
-            f"{printable(source)}: found NaN or infinite values in {'; '.join(grouped(broken))}, "
-            "expected finite weights; take an earlier checkpoint of that training"
+            f"{file}: found NaN or infinite values in {_some(broken)}, expected finite "
+            "weights; take an earlier checkpoint of that training"
         )
-    return params, report
+    largest = np.finfo(np.float32).max
+    for name in matched:
+        values = tensors[name]
+        if values.dtype.itemsize > 4 and np.abs(values).max(initial=0) > largest:
+            value = values.flat[np.abs(values).argmax()]
+            raise InputError(
+                f"{file}: found {value} in {printable(name)} ({values.dtype}), expected values "
+                f"that float32 can hold, to {largest}; take an earlier checkpoint of that training"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return "; ".join(grouped(names[:5])) + more
 
 
 def _spread_stem(tensors: dict[str, np.ndarray], model: Shapes, stem: Sequence[str]) -> list[str]:
@@ -130,6 +190,29 @@ def _spread_stem(tensors: dict[str, np.ndarray], model: Shapes, stem: Sequence[s
         f"the file is of 1 input channel, the model of {channels}: repeated for each and divided "
         f"by their number: {', '.join(spread)}"
     ]
+
+
+def _prefix_causes(
+    file: Shapes, model: Shapes, source: str, selection: Selection | None
+) -> list[str]:
+    """Whether most names fit but for a prefix that `layout` does not know."""
+    found: dict[str, list[str]] = {}
+    for name, shape in file.items():
+        parts = name.split(".")
+        rests = (".".join(parts[start:]) for start in range(1, len(parts)))
+        rest = next((rest for rest in rests if model.get(rest) == shape), None)
+        if name not in model and rest is not None:
+            found.setdefault(name.removesuffix(rest), []).append(name)
+    prefix, names = max(found.items(), key=lambda item: len(item[1]), default=("", []))
+    if not names or 2 * len(names) < len(file):
+        return []
+    cause = f"{len(names)} names differ from the model's by the prefix {printable(prefix)!r} alone"
+    if selection is None:
+        return [f"{cause}: take it away"]
+    wrappers = selection.wrappers[0].split(".") if selection.wrappers else []
+    key = selection.sources[names[0]].removeprefix("".join(f"{one}." for one in wrappers))
+    front = key.removesuffix(names[0].removeprefix(prefix))
+    return [f"{cause}: take it away with: {extraction(source, wrappers, front)}"]
 
 
 def _projector_causes(file: Shapes, model: Shapes) -> list[str]:

@@ -87,7 +87,8 @@ def from_torch(
         matched.append(name)
         if path[-1] in FRONT_AXES:
             array = np.moveaxis(array, (0, 1), FRONT_AXES[path[-1]])
-        return np.array(array, dtype=leaf.dtype, order="C")
+        with np.errstate(over="ignore"):  # `load.load_into` refuses what becomes infinite
+            return np.array(array, dtype=leaf.dtype, order="C")
 
     def walk(tree: Params, path: tuple[str, ...]) -> dict[str, Any]:
         return {

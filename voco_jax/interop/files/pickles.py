@@ -7,6 +7,7 @@ pickle is first read here: opcodes push plain values, nothing is called, and wha
 is compared with what its storage has.
 """
 
+import itertools
 import math
 import pickletools
 from collections.abc import Callable, Iterable, Sized
@@ -15,7 +16,7 @@ from types import NoneType
 from typing import Any
 
 from voco_jax.errors import InputError
-from voco_jax.interop.files.tensors import ITEM_SIZES, TensorSpec
+from voco_jax.interop.files.tensors import ITEM_SIZES, MAX_EXTENT, TensorSpec
 from voco_jax.interop.match import printable
 
 
@@ -39,6 +40,8 @@ _STORAGES = {
     "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
     "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
+MAX_INSTRUCTIONS = 250_000
+"""A tensor takes about 40; they are read in a second."""
 _PLAIN = (str, int, float, bool, NoneType)
 """Types of keys and members of sets: the hash of deeply nested tuples would end the process."""
 _MARK = object()
@@ -110,7 +113,8 @@ class _Reader:
 
     def run(self, content: bytes) -> Any:
         arg: Any
-        for opcode, arg, _ in pickletools.genops(content):
+        instructions = itertools.islice(pickletools.genops(content), MAX_INSTRUCTIONS)
+        for opcode, arg, _ in instructions:
             match opcode.name:
                 case "STOP":
                     return self.stack.pop()
@@ -129,7 +133,10 @@ class _Reader:
                     self.stack.append(_Global(module.replace("__builtin__", "builtins"), name))
                 case name:
                     self._combine(name)
-        raise EOFError("no end of the pickle")
+        raise InputError(
+            f"{self.source}: its pickle goes on after {MAX_INSTRUCTIONS} instructions, expected at "
+            "most that many, enough for thousands of tensors; save the network's state_dict() alone"
+        )
 
     def _combine(self, instruction: str) -> None:
         """What takes values from the stack."""
@@ -156,8 +163,9 @@ class _Reader:
                 arguments, function = self.stack.pop(), self.stack.pop()
                 self.stack.append(self._call(function, arguments))
             case "BUILD":
-                self.stack.pop()
-                if not isinstance(self.stack[-1], dict):
+                # torch hashes the keys of an OrderedDict's state, whatever it is.
+                state = self.stack.pop()
+                if not isinstance(self.stack[-1], dict) or not isinstance(state, dict):
                     raise self._refusal("an object that is rebuilt with its own code")
             case "NEWOBJ":
                 raise self._refusal(f"an object of type {self.stack[-2]}")
@@ -195,13 +203,16 @@ class _Reader:
 
     def _storage(self, persistent: Any) -> Storage:
         _, storage_type, key, _, count = persistent
-        if not isinstance(storage_type, _Global) or type(count) is not int or count < 0:
-            raise ValueError(f"storage {key!r} of {storage_type} with {count!r} elements")
+        # Values that are not plain stay out of messages: lists of lists may have no end.
+        if not isinstance(storage_type, _Global) or not isinstance(key, str):
+            raise ValueError("a storage without a name or a type")
+        if not _is_extent(count):
+            raise ValueError(f"storage {key} of another size than 0 to {MAX_EXTENT} elements")
         if storage_type == _Global("torch.storage", "UntypedStorage"):
-            storage = Storage(key=str(key), dtype=None, nbytes=count)
+            storage = Storage(key=key, dtype=None, nbytes=count)
         elif storage_type.module == "torch" and storage_type.name in _STORAGES:
             dtype = _STORAGES[storage_type.name]
-            storage = Storage(key=str(key), dtype=dtype, nbytes=count * ITEM_SIZES[dtype])
+            storage = Storage(key=key, dtype=dtype, nbytes=count * ITEM_SIZES[dtype])
         else:
             raise self._refusal(f"a tensor of type {storage_type}")
         self.check(storage)
@@ -229,10 +240,10 @@ class _Reader:
                     raise ValueError("a parameter without a tensor")
                 return arguments[0]
             case ("torch._utils", "_rebuild_tensor_v2"):
-                storage, offset, shape, strides, *_ = arguments
+                storage, offset, shape, strides = arguments[:4]
                 return self._tensor(storage, offset, shape, strides, storage.dtype)
             case ("torch._utils", "_rebuild_tensor_v3"):
-                storage, offset, shape, strides, _, _, dtype, *_ = arguments
+                storage, offset, shape, strides, _, _, dtype = arguments[:7]
                 return self._tensor(storage, offset, shape, strides, dtype.name)
         raise self._refusal(f"an object of type {function}")
 
@@ -242,11 +253,12 @@ class _Reader:
         if dtype not in ITEM_SIZES:
             raise self._refusal(f"a tensor of type {printable(str(dtype))}")
         self._spend(shape)
-        self._spend(strides)
-        numbers = (offset, *shape, *strides)
-        if len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"a tensor of shape {shape} with strides {strides}")
         spec = TensorSpec(shape=tuple(shape), dtype=dtype)
+        if len(strides) != len(shape) or not all(map(_is_extent, (offset, *strides))):
+            raise ValueError(
+                f"a tensor of {len(shape)} dimensions with {len(strides)} strides, or an offset or "
+                f"stride that is not from 0 to {MAX_EXTENT}"
+            )
         capacity = storage.nbytes // ITEM_SIZES[dtype]
         count = math.prod(shape)
         steps = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
@@ -258,3 +270,7 @@ class _Reader:
                 "the file again"
             )
         return spec
+
+
+def _is_extent(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_EXTENT

@@ -3,6 +3,7 @@
 Files of `torch.save` are uncompressed zip archives since PyTorch 1.6.
 """
 
+import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,10 @@ from typing import Any
 import numpy as np
 
 from voco_jax.errors import InputError
+from voco_jax.interop.files.kinds import check_kind
 from voco_jax.interop.files.pickles import Storage, read_pickle
-from voco_jax.interop.files.tensors import TensorSpec
+from voco_jax.interop.files.tensors import MAX_HEADER, TensorSpec
 from voco_jax.interop.match import printable
-
-ZIP_START = b"PK\x03\x04"
-OLD_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
-"""At the start of a file from before PyTorch 1.6, within its first pickle."""
 
 
 def describe(path: Path) -> Any:
@@ -28,7 +26,7 @@ def describe(path: Path) -> Any:
     Raises:
         InputError: not a PyTorch file, damaged, in need of code, or claims more than it has.
     """
-    _check_start(path)
+    check_kind(path, safetensors=False)
     with _archive(path) as archive:
         entries = archive.infolist()
         _check_entries(path, entries)
@@ -44,6 +42,11 @@ def describe(path: Path) -> Any:
             raise InputError(
                 f"{path}: found a TorchScript program, expected weights; save the network's "
                 "state_dict() alone"
+            )
+        if sizes[pickles[0]] > MAX_HEADER:
+            raise InputError(
+                f"{path}: its {pickles[0]} has {sizes[pickles[0]]} bytes, expected at most "
+                f"{MAX_HEADER}; save the network's state_dict() alone"
             )
         content = archive.read(pickles[0])
 
@@ -96,7 +99,7 @@ def to_numpy(tensor: Any, spec: TensorSpec, source: str) -> np.ndarray:
         raise InputError(f"{source}: found {type(tensor)} {tensor.shape}, expected {spec}")
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.to(torch.float32)
-    return np.array(tensor.detach().numpy(), order="C")
+    return np.array(tensor.detach().resolve_neg().numpy(), order="C")
 
 
 def save(tensors: dict[str, np.ndarray], path: Path) -> None:
@@ -107,34 +110,19 @@ def save(tensors: dict[str, np.ndarray], path: Path) -> None:
         torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
 
 
-def _check_start(path: Path) -> None:
-    """A zip archive, as torch decides it, or an error that says what the file is."""
-    with path.open("rb") as file:
-        start = file.read(24)
-    if start.startswith(ZIP_START):
-        return
-    if OLD_MAGIC in start:
-        raise InputError(
-            f"{path}: found the format from before PyTorch 1.6, expected the zip archive of newer "
-            "ones; convert it: python -c \"import torch; torch.save(torch.load('FILE', "
-            "map_location='cpu', weights_only=True), 'new.pt')\""
-        )
-    if start[8:9] == b"{":
-        raise InputError(
-            f"{path}: found a safetensors file, expected PyTorch's zip archive; rename it to "
-            ".safetensors"
-        )
-    found = f"a file that starts with {start!r}" if start else "an empty file"
-    raise InputError(
-        f"{path}: found {found}, expected the zip archive that torch.save writes; fetch it again, "
-        "or write it with torch.save"
-    )
+class _Bounded(io.FileIO):
+    """A file of which zipfile reads no longer directory: of each entry it makes an object."""
+
+    def read(self, size: int | None = -1, /) -> Any:
+        if size is not None and size > MAX_HEADER:
+            raise ValueError(f"a directory of {size} bytes, of at most {MAX_HEADER}")
+        return super().read(size)
 
 
 @contextmanager
 def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
             yield archive
     except InputError:
         raise

@@ -10,11 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from voco_jax.errors import InputError
-from voco_jax.interop.files.tensors import TensorSpec
+from voco_jax.interop.files.kinds import check_kind
+from voco_jax.interop.files.tensors import MAX_HEADER, TensorSpec
 from voco_jax.interop.match import printable
-
-MAX_HEADER = 2 * 2**20
-"""Bytes; a tensor takes about 150. The library takes 100 MB, which become 1.5 GB of memory."""
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool",
@@ -66,8 +64,10 @@ def save(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
+    check_kind(path, safetensors=True)
     with path.open("rb") as start:
         size = int.from_bytes(start.read(8), "little")
+    # The library takes 100 MB, which become 1.5 GB of memory.
     limit = min(path.stat().st_size - 8, MAX_HEADER)
     if size > limit:
         raise InputError(
