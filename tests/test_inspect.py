@@ -128,6 +128,34 @@ def test_incomplete_and_strange(tmp_path, capsys):
     assert "fc\\x1b[2J: weight" in text
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+def test_whole_numbers_and_a_prefix(tmp_path, capsys, dtype):
+    state = encoder_only(monai_state(feature_size=12, use_v2=True))
+    torch.save({f"model.net.{k}": v.to(dtype) for k, v in state.items()}, tmp_path / "w.pt")
+    text = said(capsys, tmp_path / "w.pt")
+    assert "prefixes       model.net.\n" in text
+    assert f"weights        WARNING: whole numbers ({str(dtype)[6:]}), refused" in text
+    assert "137 matched, 0 missing, 0 unexpected" in text
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "[" * 10**6,
+        json.dumps({"patch_merging": json.loads("[" * 900 + "]" * 900)}),
+        '{"patch_merging": [' + "[]," * 400_000 + "[]]}",
+        '{"step": ' + "9" * 5000 + "}",
+    ],
+    ids=["deep", "nested", "long", "digits"],
+)
+def test_hostile_cards(tmp_path, capsys, card):
+    torch.save(encoder_only(monai_state(feature_size=12, use_v2=True)), tmp_path / "w.pt")
+    card_path(tmp_path / "w.pt").write_text(card)
+    text = said(capsys, tmp_path / "w.pt")
+    assert "card           WARNING: " in text
+    assert max(map(len, text.splitlines())) < 700
+
+
 def test_another_network(tmp_path, capsys):
     torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "w.pt")
     text = said(capsys, tmp_path / "w.pt")

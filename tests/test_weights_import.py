@@ -192,6 +192,12 @@ def test_averaged_models(front):
         assert bare(keys, counter) == (list(network.state_dict()), (counter,))
 
 
+@pytest.mark.parametrize("key", ["_fsdp_wrapped_module._flat_param", "net.layers1.flat_param"])
+def test_flattened_parameters_of_fsdp(key):
+    with pytest.raises(InputError, match=r"w\.pt: .*flat_param is .*, flattened.*FULL_STATE_DICT"):
+        bare(NAMES, key)
+
+
 @pytest.mark.parametrize("front", ["network.", "module.lightning."])
 def test_student_and_teacher_under_an_attribute(front):
     names = [f"{front}{who}.{name}" for who in ("student", "teacher") for name in NAMES]

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from voco_jax.config.load import command_parser
 from voco_jax.errors import InputError
 from voco_jax.interop.card import card_path, file_sha256, read_card
+from voco_jax.interop.files.tensors import TensorSpec
 from voco_jax.interop.files.weights import describe
 from voco_jax.interop.layout import NETWORKS
 from voco_jax.interop.match import MAX_LISTED, grouped, printable
@@ -59,6 +60,7 @@ def _look(path: str | PathLike[str], network: str) -> tuple[dict[str, Any], Reco
         "network": selection.network,
         "set_aside": list(selection.set_aside),
         "dtypes": sorted({spec.dtype for spec in selection.tensors.values()}),
+        "whole_numbers": _whole_numbers(selection.tensors, seen),
         "tensors": len(shapes),
         "parameters": dict(parts),
         "encoder": encoder,
@@ -70,6 +72,13 @@ def _look(path: str | PathLike[str], network: str) -> tuple[dict[str, Any], Reco
         "card": card,
     }
     return found, seen
+
+
+def _whole_numbers(specs: Mapping[str, TensorSpec], seen: Recognised | None) -> list[str]:
+    """The dtypes of encoder weights that no network takes: quantized ones, say."""
+    names = (seen and seen.shapes) or ()
+    found = {spec.dtype for name, spec in specs.items() if name in names}
+    return sorted(dtype for dtype in found if "float" not in dtype)
 
 
 def _part(name: str, seen: Recognised | None) -> str:
@@ -119,7 +128,7 @@ def render(found: dict[str, Any], seen: Recognised | None) -> str:
         lines.append(printable(f"  {title:<15}{value}"))
 
     line("wrappers", ", ".join(found["wrappers"]) or "none")
-    line("prefixes", ", ".join(found["prefixes"]) or "none")
+    line("prefixes", ", ".join(found["prefixes"][:20]) or "none")
     if found["networks"]:
         line("networks", f"{', '.join(found['networks'])}; shown: {found['network']}")
     if found["set_aside"]:
@@ -133,6 +142,8 @@ def render(found: dict[str, Any], seen: Recognised | None) -> str:
     if found["classifier"]:
         line("classifier", " -> ".join(map(str, found["classifier"])))
     line("parameters", ", ".join(f"{part} {n:,}" for part, n in found["parameters"].items()))
+    if found["whole_numbers"]:
+        line("weights", f"WARNING: whole numbers ({', '.join(found['whole_numbers'])}), refused")
     card = found["card"] or {}
     if "path" in card:
         origin = "recipe" if "recipe" in card else "task"

@@ -27,6 +27,8 @@ WRAPPED = {
     *("_fsdp_wrapped_module", "_fpw_module"),
 }
 """What DDP, torch.compile, activation checkpointing and FSDP put into names, where they wrap."""
+FLATTENED = "flat_param"
+"""End of FSDP's name for the parameters of a module in one row, if it does not save them whole."""
 COUNTER = "n_averaged"
 """AveragedModel's number of steps, beside the weights."""
 ROOT = re.compile(r"(swinViT|swin_vit|encoder\d+|decoder\d+|out|proj_head)\Z")
@@ -233,6 +235,11 @@ def _front(key: str) -> tuple[tuple[str, ...], bool] | None:
 
 
 def _record(entry: _Entry, fronts: Mapping[tuple[str, ...], bool], source: str) -> _Record:
+    if entry.key.endswith(FLATTENED):
+        raise InputError(
+            f"{source}: {printable(entry.full)} is what FSDP has on a device, flattened, "
+            "expected each parameter by its name; save it under StateDictType.FULL_STATE_DICT"
+        )
     places, parts = map(list, zip(*_unwrapped(entry.key), strict=True))
     known = range(min(MAX_PREFIX, len(parts) - 1), -1, -1)
     start = next((n for n in known if tuple(parts[:n]) in fronts), 0)
