@@ -40,8 +40,8 @@ _STORAGES = {
     "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
     "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
-MAX_INSTRUCTIONS = 250_000
-"""A tensor takes about 40; they are read in a second."""
+MAX_INSTRUCTIONS = 150_000
+"""Of a pickle, read in half a second; two networks and their optimizer take 45,000."""
 _PLAIN = (str, int, float, bool, NoneType)
 """Types of keys and members of sets: the hash of deeply nested tuples would end the process."""
 _MARK = object()
@@ -135,7 +135,7 @@ class _Reader:
                     self._combine(name)
         raise InputError(
             f"{self.source}: its pickle goes on after {MAX_INSTRUCTIONS} instructions, expected at "
-            "most that many, enough for thousands of tensors; save the network's state_dict() alone"
+            "most that many, enough for 3,000 tensors; save the network's state_dict() alone"
         )
 
     def _combine(self, instruction: str) -> None:
