@@ -70,7 +70,7 @@ class _Global:
     name: str
 
     def __str__(self) -> str:
-        return printable(f"{self.module}.{self.name}")
+        return printable(f"{self.module}.{self.name}"[:200])
 
 
 def read_pickle(content: bytes, source: str, check: Callable[[Storage], None]) -> Any:
@@ -251,7 +251,7 @@ class _Reader:
         self, storage: Storage, offset: int, shape: Any, strides: Any, dtype: str | None
     ) -> TensorSpec:
         if dtype not in ITEM_SIZES:
-            raise self._refusal(f"a tensor of type {printable(str(dtype))}")
+            raise self._refusal(f"a tensor of type {printable(str(dtype)[:200])}")
         self._spend(shape)
         spec = TensorSpec(shape=tuple(shape), dtype=dtype)
         if len(strides) != len(shape) or not all(map(_is_extent, (offset, *strides))):

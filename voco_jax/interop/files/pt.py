@@ -35,8 +35,8 @@ def describe(path: Path) -> Any:
         folder = entries[0].filename.partition("/")[0]
         if pickles != [f"{folder}/data.pkl"]:
             raise InputError(
-                f"{path}: found a zip archive without one {folder}/data.pkl, expected what "
-                "torch.save writes"
+                f"{path}: found a zip archive without one {printable(folder[:200])}/data.pkl, "
+                "expected what torch.save writes"
             )
         if f"{folder}/constants.pkl" in sizes:
             raise InputError(
@@ -45,7 +45,7 @@ def describe(path: Path) -> Any:
             )
         if sizes[pickles[0]] > MAX_HEADER:
             raise InputError(
-                f"{path}: its {pickles[0]} has {sizes[pickles[0]]} bytes, expected at most "
+                f"{path}: its data.pkl has {sizes[pickles[0]]} bytes, expected at most "
                 f"{MAX_HEADER}; save the network's state_dict() alone"
             )
         content = archive.read(pickles[0])
@@ -54,8 +54,8 @@ def describe(path: Path) -> Any:
         found = sizes.get(f"{folder}/data/{storage.key}")
         if found != storage.nbytes:
             raise InputError(
-                f"{path}: storage {printable(storage.key)} claims {storage.nbytes} bytes, the "
-                f"file has {'none' if found is None else found} for it; fetch the file again"
+                f"{path}: storage {printable(storage.key[:200])} claims {storage.nbytes} bytes, "
+                f"the file has {'none' if found is None else found} for it; fetch the file again"
             )
 
     return read_pickle(content, str(path), check)
@@ -139,7 +139,7 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         raise InputError(f"{path}: found an empty zip archive, expected what torch.save writes")
     names = set()
     for entry in entries:
-        name = printable(entry.filename)
+        name = printable(entry.filename[:200])
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise InputError(
                 f"{path}: {name} is compressed or claims another size than it has "

@@ -35,7 +35,7 @@ def describe(path: Path) -> dict[str, TensorSpec]:
             dtype = stored.get_dtype()
             if dtype not in _DTYPES:
                 raise InputError(
-                    f"{path}: {printable(name)} has dtype {dtype}, expected one of "
+                    f"{path}: {printable(name[:200])} has dtype {dtype}, expected one of "
                     f"{', '.join(_DTYPES)}; save it as F32"
                 )
             specs[name] = TensorSpec(shape=tuple(stored.get_shape()), dtype=_DTYPES[dtype])
