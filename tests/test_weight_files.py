@@ -155,21 +155,6 @@ LISTS = (
     + b"e"
 )
 """Eight times the same list in a list, and so on: printed, 10 GB."""
-DICTS = (
-    b"}("
-    + b"".join(text(b"out.%d" % i) + tensor(b")", b")") for i in range(10))
-    + b"".join(
-        b"uq"
-        + bytes([i])
-        + b"}("
-        + b"".join(
-            text(key) + b"h" + bytes([i]) for key in (b"net", b"model", b"module", b"backbone")
-        )
-        for i in range(8)
-    )
-    + b"u"
-)
-"""Four times the same dict in a dict, and so on."""
 ARGUMENTS = (
     STORAGE
     + b"q\x00](h\x00K\x00))"
@@ -183,7 +168,6 @@ ARGUMENTS = (
 """A tensor's arguments in a list of 50,000, time and again."""
 PICKLES = {
     "deep_key": b"})" + b"\x85" * 10**6 + b"Ns",
-    "dicts": DICTS,
     "dict_in_itself": b"}q\x00" + text(b"model") + b"h\x00s",
     "list_as_storage": LISTS
     + b"q\x20("
@@ -243,6 +227,22 @@ def test_hostile_files_end_in_one_line_soon_and_in_little_memory(tmp_path):
     *times, peak = map(json.loads, done.stdout.splitlines())
     assert [path for path, seconds in times if seconds > 2] == []
     assert peak < 300 * 2**10  # kB
+
+
+@pytest.mark.parametrize("last", [b"}", b"}(" + text(b"out.a") + tensor(b")", b")") + b"u"])
+def test_same_dict_time_and_again_is_opened_once(tmp_path, last):
+    """Four times the same dict in a dict, and so on for eight, would be 65,536."""
+    keys = list(map(text, (b"net", b"model", b"module", b"backbone")))
+    levels = [b"q%c}(%bu" % (i, b"".join(b"%bh%c" % (key, i) for key in keys)) for i in range(8)]
+    path = pickled(tmp_path, b"\x80\x02" + last + b"".join(levels) + b".")
+    if last == b"}":
+        with pytest.raises(
+            InputError, match=r"no weights but net\.net\.net\.net\.net\.net\.net\.mo"
+        ):
+            describe(path)
+    else:
+        assert list(describe(path).tensors) == ["out.a"]
+        assert len(describe(path).set_aside) == 8 * 3
 
 
 def test_archive_of_many_entries(tmp_path):

@@ -115,7 +115,7 @@ def select(tree: Any, leaf: type, network: str, source: str) -> Selection:
     if network not in NETWORKS:
         raise InputError(f"network: found {network!r}, expected one of {list(NETWORKS)}")
     entries: list[_Entry] = []
-    for entry in _walk(tree, (), leaf, source) if isinstance(tree, Mapping) else ():
+    for entry in _walk(tree, (), leaf, source, {id(tree)}) if isinstance(tree, Mapping) else ():
         if len(entries) == MAX_NAMES or len(entry.key) > MAX_NAME:
             raise InputError(
                 f"{source}: found more than {MAX_NAMES} names or one of more than {MAX_NAME} "
@@ -165,11 +165,9 @@ def _no_weights(tree: Any, leaf: type, aside: Sequence[str], source: str) -> Inp
         if isinstance(key, str) and isinstance(value, Mapping)
         if any(isinstance(item, leaf) for item in value.values())
     ]
-    fix = (
-        f"take one out, as with: {extraction(source, inner[:1], '')}"
-        if inner
-        else ("save the network's state_dict() alone")
-    )
+    fix = "save the network's state_dict() alone"
+    if inner:
+        fix = f"take one out, as with: {extraction(source, inner[:1], '')}"
     return InputError(
         f"{source}: found no weights but {found}; expected a dict of tensors, bare or in one of "
         f"{sorted(WRAPPERS)}; {fix}"
@@ -203,15 +201,16 @@ def extraction(source: str, wrappers: Sequence[str], prefix: str) -> str:
 
 
 def _walk(
-    tree: Mapping[Any, Any], path: tuple[str, ...], leaf: type, source: str
+    tree: Mapping[Any, Any], path: tuple[str, ...], leaf: type, source: str, seen: set[int]
 ) -> Iterator[_Entry]:
-    """What nested dicts hold."""
+    """What nested dicts hold; a dict that is in them time and again (`seen`) is opened once."""
     if len(path) > MAX_DEPTH:
         raise InputError(f"{source}: dicts are nested deeper than {MAX_DEPTH}, expected 1 to 3")
     opened = any(key in WRAPPERS and isinstance(tree[key], Mapping) for key in tree)
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key in WRAPPERS:
-            yield from _walk(value, (*path, key), leaf, source)
+        if isinstance(value, Mapping) and key in WRAPPERS and id(value) not in seen:
+            seen.add(id(value))
+            yield from _walk(value, (*path, key), leaf, source, seen)
         else:
             tensor = isinstance(value, leaf) and isinstance(key, str)
             counter = tensor and key.rpartition(".")[2] == COUNTER
