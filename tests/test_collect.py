@@ -209,6 +209,7 @@ def test_files_add_up_in_the_summary(tmp_path, capsys):
     assert json.loads(lines[0]) == {"file": "b_seg.nii", "reason": "a segmentation: by its name"}
 
 
+@pytest.mark.scripts
 def test_real_folders():
     """The short form of what docs/data.md records, dcm2niix beside us."""
     done = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 from conftest import HAS_TORCH
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(not HAS_TORCH, reason="need PyTorch")
+pytestmark = [pytest.mark.scripts, pytest.mark.skipif(not HAS_TORCH, reason="need PyTorch")]
 
 
 def _run(module, *flags):

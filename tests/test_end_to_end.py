@@ -63,6 +63,7 @@ def whole(cache, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.scripts
 def test_random_kills_lose_nothing():
     """The short form of what docs/reliability.md records; the first kill comes in the start-up."""
     out = _run(_command("robustness.random_kills", "--resumes", "2", "--seed", "1"))

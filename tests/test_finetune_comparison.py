@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # MONAI's and PyTorch's
+pytestmark = [pytest.mark.scripts, pytest.mark.filterwarnings("ignore")]  # MONAI's and PyTorch's
 
 
 @pytest.fixture

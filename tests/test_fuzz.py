@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scans import body
@@ -41,6 +42,7 @@ HEADERS = {
 }
 
 
+@pytest.mark.scripts
 def test_every_mutation_of_every_format_ends_well():
     """A whole volume or one reason; a file as it was is a volume; nothing outside is opened."""
     done = subprocess.run(
