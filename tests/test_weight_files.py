@@ -470,3 +470,16 @@ def test_file_from_before_pytorch_1_6(tmp_path):
     code = code.replace("FILE", str(path)).replace("new.pt", str(tmp_path / "new.pt"))
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (read(tmp_path / "new.pt")["swinViT.a"] == np.arange(3)).all()
+
+
+@pytest.mark.scripts
+def test_mutated_files_are_read_or_refused():
+    """The short form of what docs/reliability.md records."""
+    done = subprocess.run(
+        [sys.executable, "-m", "robustness.fuzz_weights", "--files", "104", "--seed", "1"],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("104 weight files, seed 1: 0 problems\n")
