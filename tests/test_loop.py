@@ -36,6 +36,7 @@ from voco_jax.training.metrics import (
     Progress,
     StepTimes,
     duration,
+    last_step,
     log_while_running,
 )
 from voco_jax.training.workdir import claim_workdir
@@ -274,6 +275,67 @@ def test_damage_is_found_and_the_step_before_is_the_latest(finished, tmp_path, h
     with pytest.raises(InputError, match=r"every checkpoint is damaged \(step 2: "):
         set_damaged_aside(tmp_path)
     assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+@pytest.mark.parametrize(("step", "name"), [(4, "8"), (2, "4"), (4, "0")])
+def test_a_copied_or_renamed_step_is_not_resumed_under_its_new_number(
+    finished, tmp_path, step, name
+):
+    """Every file in it is as it was saved; the name alone is wrong."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(finished / "checkpoints" / "2", folder / "2")
+    shutil.copytree(finished / "checkpoints" / str(step), folder / name)
+    if name == "0":
+        shutil.rmtree(folder / "2")
+        with pytest.raises(InputError, match=r"every checkpoint is damaged .*it holds step 4"):
+            set_damaged_aside(tmp_path)
+        return
+    with pytest.raises(InputError, match=f"checkpoints/{name}: .*it holds step {step}: copied"):
+        read_network(tmp_path)
+    message = set_damaged_aside(tmp_path)
+    assert f"step {name} (it holds step {step}: copied or renamed)" in message
+    assert "falling back to step 2" in message
+    assert saved_steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("name", ["²", "٤", "08", "+8", "8 (copy)", "8\n"])
+def test_other_folders_are_no_steps(tmp_path, name):
+    for one in ("4", "10", name):
+        (tmp_path / "checkpoints" / one).mkdir(parents=True)
+    assert saved_steps(tmp_path) == [4, 10]
+
+
+STRANGE = [
+    '{"step": Infinity}',
+    '{"step": -Infinity}',
+    '{"step": NaN}',
+    '{"step": 1e999}',
+    '{"step": 7.5}',
+    '{"step": true}',
+    '{"step": ' + "9" * 5000 + "}",
+    "[" * 100_000,
+    "[5]",
+    "5",
+]
+
+
+@pytest.mark.parametrize("line", STRANGE, ids=lambda line: line[:20])
+def test_lines_of_others_in_the_metrics(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2, "loss": 1.0}}\n')
+    assert last_step(tmp_path) == 2
+    MetricsWriter(tmp_path, 1).close()
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+@pytest.mark.parametrize("content", [*STRANGE, "", "\udcff"], ids=lambda content: content[:20])
+def test_a_strange_config_beside_checkpoints_is_an_error_in_words(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    claim_workdir(tmp_path, parse(small()))  # nothing was saved yet
+    (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"config\.json: cannot be read|voco_jax 0\.1"):
+        claim_workdir(tmp_path, parse(small()))
 
 
 def test_an_older_checkpoint_whose_accuracy_is_unreadable(finished, tmp_path):

@@ -1,9 +1,11 @@
-"""Paths and writing."""
+"""Paths, and files that others may have written."""
 
+import json
 import os
 import re
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from voco_jax.errors import InputError
 
@@ -28,6 +30,21 @@ def write_atomically(path: Path, text: str) -> None:
 def expand(path: str | PathLike[str]) -> Path:
     """A path with a `~` in front as shells expand it; they do not do so in --flag=~/data."""
     return Path(os.path.expanduser(path))
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text holds.
+
+    Raises:
+        ValueError: it holds none, or one nested so deep that it cannot be read.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"found a {type(found).__name__}, expected an object")
+    return found
 
 
 def local_path(field: str, path: str | PathLike[str]) -> Path:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers as preservation
 
 from voco_jax.config.common import Checkpoint as Keep
 from voco_jax.errors import InputError
+from voco_jax.files import parse_object
 from voco_jax.training.task import S
 
 FOLDER, DAMAGED = "checkpoints", "damaged_checkpoints"
@@ -227,7 +229,8 @@ class Checkpoints:
 
 def saved_steps(workdir: Path) -> list[int]:
     """The steps of a workdir's checkpoints, ascending, without opening them."""
-    return sorted(int(f.name) for f in (workdir / FOLDER).glob("*") if f.name.isdigit())
+    names = [folder.name for folder in (workdir / FOLDER).glob("*")]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def _saved_fields(state: Any) -> dict[str, Any]:
@@ -262,10 +265,10 @@ def damage(folder: Path) -> str | None:
         return f"{DIGESTS} is missing: damaged, or saved before there were digests"
     name = _COMMITTED
     try:
-        json.loads((folder / name).read_text("utf-8"))
+        parse_object((folder / name).read_bytes())
         name = DIGESTS
-        expected = dict(json.loads((folder / name).read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        expected = parse_object((folder / name).read_bytes())
+    except (OSError, ValueError) as error:
         return f"{name} cannot be read ({error!r})"
     try:
         found = _digests(folder)
@@ -276,7 +279,17 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if found[name] != value:
             return f"{name} has changed since it was saved"
-    return None
+    return _other_step(folder)
+
+
+def _other_step(folder: Path) -> str | None:
+    """Which step a folder holds, if not that of its name."""
+    name = "info/metadata"
+    try:
+        step = parse_object((folder / name).read_bytes()).get("step")
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read ({error!r})"
+    return None if str(step) == folder.name else f"it holds step {step}: copied or renamed"
 
 
 def set_damaged_aside(workdir: Path) -> str:
@@ -333,8 +346,8 @@ def _unreadable_score(folder: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        _score(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _score(parse_object(path.read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         return f"metrics cannot be read ({error!r})"
     return None
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.errors import InputError
+from voco_jax.files import parse_object, write_atomically
 
 # Where PyTorch is installed, tensorboardX imports it: seconds of every start, and not needed here.
 _torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # "not to be found"
@@ -109,23 +109,22 @@ def last_step(workdir: Path) -> int:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(step, line) of each complete line."""
+    """(step, line) of each complete line; others are left aside."""
     if not path.exists():
         return
     for line in path.read_text("utf-8", "replace").splitlines():
         try:
-            yield int(json.loads(line)["step"]), line
-        except (ValueError, TypeError, KeyError):  # the line that a kill cut off
+            step = parse_object(line).get("step")
+        except ValueError:  # the line that a kill cut off
             continue
+        if type(step) is int:
+            yield step, line
 
 
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [f"{line}\n" for at, line in _lines(path) if at <= step]
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(kept), "utf-8")
-    os.replace(aside, path)
+    write_atomically(path, "".join(f"{line}\n" for at, line in _lines(path) if at <= step))
 
 
 class Log:

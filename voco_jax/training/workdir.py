@@ -6,7 +6,7 @@ from pathlib import Path
 from voco_jax.config.common import Experiment
 from voco_jax.config.load import differences, may_change, to_dict
 from voco_jax.errors import InputError
-from voco_jax.files import write_atomically
+from voco_jax.files import parse_object, write_atomically
 from voco_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from voco_jax.training.checkpoint import OTHER_VERSION, saved_steps
 from voco_jax.training.metrics import last_step
@@ -46,8 +46,8 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> Path:
 
 def _check_same_experiment(path: Path, experiment: Experiment) -> None:
     try:
-        old = dict(json.loads(path.read_text("utf-8")))
-    except (FileNotFoundError, ValueError, TypeError) as error:
+        old = parse_object(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read ({error}), so it is not known whose checkpoints are beside "
             "it; choose another --workdir"
@@ -73,9 +73,9 @@ def _check_nothing_lost(workdir: Path, experiment: Experiment) -> None:
     """
     reached = last_step(workdir)
     try:
-        old = json.loads((workdir / CONFIG).read_text("utf-8"))
+        old = parse_object((workdir / CONFIG).read_bytes())
         every = int(old.get("run", old)["checkpoint"]["every_steps"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, OverflowError):
         every = experiment.run.checkpoint.every_steps
     if reached > 2 * every:
         raise InputError(
