@@ -1,8 +1,10 @@
 """Exported files in MONAI's SwinUNETR, the card, and the command."""
 
+import contextlib
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import types
@@ -17,10 +19,11 @@ from monai_reference import from_torch as image_from_torch
 from monai_reference import to_torch as image_to_torch
 from networks import network, settings, shapes, swin_unetr
 
+from voco_jax.config.load import differences, override, parse, to_dict
+from voco_jax.config.load import read as read_config
 from voco_jax.errors import InputError
-from voco_jax.interop import export as export_module
 from voco_jax.interop.card import card_path, file_sha256, read_card
-from voco_jax.interop.export import Card, export, main
+from voco_jax.interop.export import Card, export, main, without_folders
 from voco_jax.interop.files.weights import read
 from voco_jax.interop.load import load_into
 from voco_jax.interop.names import from_torch, to_torch, torch_shapes
@@ -246,19 +249,67 @@ def test_card_guards_the_weights(tmp_path):
     assert any("does not say which patch merging" in note for note in report.notes)
 
 
-def test_failed_export_leaves_the_old_files(tmp_path, monkeypatch):
-    path = tmp_path / "voco.pt"
+@contextlib.contextmanager
+def _files_of_at_most(size):
+    """Writing more ends as on a full disk, after so many bytes and with an error of the system."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_failed_export_leaves_the_old_files(tmp_path, suffix, size):
+    path = tmp_path / f"voco{suffix}"
     export(parameters(), path, card(config()))
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-
-    def fails(tensors, path, suffix):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(export_module, "write", fails)
-    with pytest.raises(InputError, match="No space left on device"):
+    with (
+        _files_of_at_most(size),
+        pytest.raises(InputError, match=r"voco.*cannot be written \(.*File too large.*free space"),
+    ):
         export(parameters(), path, card(config()))
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_umask_s_mode_and_nothing_of_a_kill_stays(tmp_path, suffix, umask):
+    path = tmp_path / f"voco{suffix}"
+    for target in (path, card_path(path)):
+        target.with_name(f"{target.name}.part").write_text("what a kill left")
+        target.with_name(f"{target.name}.part").chmod(0o600)
+    before = os.umask(umask)
+    try:
+        export(parameters(), path, card(config()))
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {path.name: 0o666 & ~umask, card_path(path).name: 0o666 & ~umask}
+
+
+@pytest.mark.parametrize("name", ["voco_10k", "finetune_btcv", "finetune_ccii"])
+@pytest.mark.parametrize("lists", [(), ("/home/dr_who/St_Mary.json",)])
+def test_a_card_s_config_names_no_folders_and_is_still_an_experiment(name, lists):
+    values = read_config(f"configs/{name}.py")
+    (source,) = values["data"]["sources"]
+    flags = {
+        f"data.sources.{source}.cache": "/mnt/St_Mary/cache",
+        f"data.sources.{source}.roots": ("/mnt/St_Mary/pacs",),
+        f"data.sources.{source}.lists": lists,
+        "init_from": "/home/dr_who/old.pt",
+    }
+    experiment = parse(override(values, flags), "/home/dr_who/run")
+    public = without_folders(to_dict(experiment))
+    text = json.dumps(public)
+    assert not [word for word in ("St_Mary", "dr_who", "pacs") if word in text]
+    assert public["init_from"] == "old.pt"
+    again = parse(public)
+    changed = {line.split(": ")[0] for line in differences(to_dict(experiment), to_dict(again))}
+    paths = {f"data.sources.{source}.{what}" for what in ("cache", "roots", "lists")}
+    assert changed <= paths | {"init_from", "export_to"}
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -364,7 +364,7 @@ def test_written_files_come_back_bit_for_bit(tmp_path_factory, shapes, suffix):
         for name, shape in shapes.items()
     }
     path = tmp_path_factory.mktemp("trip") / f"w{suffix}"
-    weights.write(tensors, path, suffix)
+    path.write_bytes(weights.serialise(tensors, suffix))
     back = read(path)
     assert back.keys() == tensors.keys()
     for name, array in tensors.items():

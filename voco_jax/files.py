@@ -19,12 +19,28 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    write_aside(path, text.encode()).replace(path)
+
+
+def write_aside(path: Path, content: bytes) -> Path:
+    """Writes what a file shall hold to NAME.part, to be moved in place.
+
+    Where a kill leaves it, its name says what it is, and the next writing takes its place.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
     part = path.with_name(f"{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        part.unlink(missing_ok=True)  # with whatever mode it was made
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    return part
 
 
 def expand(path: str | PathLike[str]) -> Path:

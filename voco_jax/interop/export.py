@@ -4,9 +4,9 @@ A pre-trained encoder, or all of a network for segmentation (MONAI's SwinUNETR) 
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -20,8 +20,9 @@ import voco_jax
 from voco_jax.config.common import WEIGHT_SUFFIXES
 from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
-from voco_jax.interop.card import card_path, file_sha256
-from voco_jax.interop.files.weights import SAFETENSORS_SUFFIX, write
+from voco_jax.files import write_aside
+from voco_jax.interop.card import card_path
+from voco_jax.interop.files.weights import SAFETENSORS_SUFFIX, serialise
 from voco_jax.interop.match import grouped
 from voco_jax.interop.names import to_torch
 from voco_jax.models.encoder import PROJECTOR, Usage, classifier_sizes
@@ -139,14 +140,40 @@ def export(
         **usage.card,
         "usage": usage.snippet,
         **_images(card.config),
-        "config": dict(card.config),
+        "config": without_folders(card.config),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_both(path, tensors, content)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); choose another --output") from error
+        raise InputError(
+            f"{path}: cannot be written ({error}); free space or mend permissions, or choose "
+            "another --output"
+        ) from error
     return Exported(path, card_path(path), len(tensors), parameters, usage)
+
+
+def without_folders(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An experiment as it may be published: which data it saw is `data_fingerprint`'s to say.
+
+    Args:
+        config: as in `Card`.
+
+    Returns:
+        The same without the names of folders and lists, which tell of a hospital's disk; it is
+        still a whole experiment.
+    """
+    public = dict(config)
+    for field in ("init_from", "export_to"):
+        if field in public:
+            public[field] = Path(public[field]).name
+    if "data" in public:
+        sources = {
+            name: {**source, "cache": name, "roots": [], "lists": []}
+            for name, source in public["data"]["sources"].items()
+        }
+        public["data"] = {**public["data"], "sources": sources}
+    return public
 
 
 def _images(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,23 +191,18 @@ def _images(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_both(path: Path, tensors: dict[str, np.ndarray], content: dict[str, Any]) -> None:
     """Writes both files aside, then moves them in place; a card never stands by other weights."""
-    beside = card_path(path)
-    weights, card = temporaries = [
-        target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in (path, beside)
-    ]
+    weights, beside = serialise(tensors, path.suffix), card_path(path)
+    content = {**content, "sha256": hashlib.sha256(weights).hexdigest()}
+    parts: dict[Path, Path] = {}
     try:
-        write(tensors, weights, path.suffix)
-        content = {**content, "sha256": file_sha256(weights)}
-        card.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        for temporary in temporaries:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+        parts[path] = write_aside(path, weights)
+        parts[beside] = write_aside(beside, (json.dumps(content, indent=2) + "\n").encode())
         beside.unlink(missing_ok=True)
-        weights.replace(path)
-        card.replace(beside)
+        for target, part in parts.items():
+            part.replace(target)
     finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

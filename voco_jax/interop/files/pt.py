@@ -102,12 +102,13 @@ def to_numpy(tensor: Any, spec: TensorSpec, source: str) -> np.ndarray:
     return np.array(tensor.detach().resolve_neg().numpy(), order="C")
 
 
-def save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a flat dict of tensors with torch.save."""
+def serialise(tensors: dict[str, np.ndarray]) -> bytes:
+    """What a file of a flat dict of tensors holds, of torch.save."""
     import torch
 
-    with path.open("wb") as file:
-        torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
+    file = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
+    return file.getvalue()
 
 
 class _Bounded(io.FileIO):

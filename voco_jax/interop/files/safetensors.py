@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from voco_jax.errors import InputError
 from voco_jax.interop.files.kinds import check_kind
@@ -57,9 +57,9 @@ def load(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a flat dict of tensors."""
-    save_file(tensors, path, metadata={"format": "pt"})
+def serialise(tensors: dict[str, np.ndarray]) -> bytes:
+    """What a file of a flat dict of tensors holds."""
+    return save(tensors, metadata={"format": "pt"})
 
 
 @contextmanager

@@ -81,9 +81,13 @@ def read_weights(
     return tensors, selection
 
 
-def write(tensors: dict[str, np.ndarray], path: Path, suffix: str) -> None:
-    """Writes a flat dict of tensors as .pt or .safetensors, whatever the path's own suffix."""
-    (safetensors if suffix == SAFETENSORS_SUFFIX else pt).save(tensors, path)
+def serialise(tensors: dict[str, np.ndarray], suffix: str) -> bytes:
+    """What a .pt or .safetensors file of a flat dict of tensors holds.
+
+    In memory: the libraries' own writing has errors of its own for a full disk, and safetensors
+    writes files that their owner alone may read, by way of hidden ones.
+    """
+    return (safetensors if suffix == SAFETENSORS_SUFFIX else pt).serialise(tensors)
 
 
 def _is_safetensors(file: Path) -> bool:
