@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
-from voco_jax.files import COMPILATION_CACHE
+from voco_jax.files import compilation_cache
 from voco_jax.large_pages import restart_with_large_pages
 
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         sys.exit(_fail(error, 2))
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(COMPILATION_CACHE))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compilation_cache())
     _leave_on_sigterm()
     from voco_jax.training import distributed
     from voco_jax.training.loop import DivergedError, PreemptedError, run

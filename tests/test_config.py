@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import io
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from voco_jax.config.load import (
 )
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
+from voco_jax.files import compilation_cache
 from voco_jax.models.swin_unetr_pytorch import Architecture, causes, decoder_shapes, encoder_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,3 +287,22 @@ def test_a_wrong_flag_is_one_line(flags, message):
     parser = command_parser("main.py", "", "")
     with pytest.raises(InputError, match=message):
         load(ROOT / "configs/tiny.py", parse_arguments(parser, flags)[1])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_is_printed_fits_every_encoding(encoding, monkeypatch):
+    """As with PYTHONIOENCODING=ascii, or names of files that are not UTF-8."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+    command_parser("main.py", "", "")
+    print("Müller\udcff.nii → ₂", flush=True)
+    told = raw.getvalue().decode(encoding)
+    assert told.endswith(".nii → ₂\n" if encoding == "utf-8" else ".nii \\u2192 \\u2082\n")
+    assert "\\udcff" in told
+
+
+def test_without_a_home_no_folder_of_that_name_is_made(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a name
+    assert compilation_cache() == ""
+    monkeypatch.undo()
+    assert os.path.isabs(compilation_cache())

@@ -1,5 +1,8 @@
 import csv
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +152,22 @@ def test_names_are_cut_in_the_middle():
     assert short.startswith("folder/")
     assert short.endswith("1.nii.gz")
     assert contact_sheet._fitting("short", 200) == "short"
+
+
+@pytest.mark.parametrize(
+    "backend", ["module://matplotlib_inline.backend_inline", "no_such_backend", "TkAgg"]
+)
+def test_a_notebook_s_backend_and_no_home_do_not_matter(tmp_path, backend):
+    """matplotlib refuses to be imported with the first two where they are not installed."""
+    code = (
+        "import io, os; from voco_jax.report.confusion import FigureCanvasAgg, Figure\n"
+        "FigureCanvasAgg(Figure()).print_png(io.BytesIO()); print(os.environ['MPLBACKEND'])"
+    )
+    environment = os.environ | {"MPLBACKEND": backend, "MPLCONFIGDIR": "/proc/none", "HOME": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"{backend}\n"), done.stderr
 
 
 def test_bad_commands(tmp_path, capsys):

@@ -30,8 +30,10 @@ from voco_jax.models.encoders import ENCODERS
 from voco_jax.training import loop
 from voco_jax.training.checkpoint import Checkpoints, read_network, saved_steps, set_damaged_aside
 from voco_jax.training.compile import compiler_options, has_option
+from voco_jax.training.jax_settings import check_jax_settings
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.metrics import (
+    Log,
     MetricsWriter,
     Progress,
     StepTimes,
@@ -412,6 +414,45 @@ def test_what_cannot_be_written_is_told(tmp_path):
     for name, line in zip(names, told, strict=False):
         assert re.fullmatch(rf"{tmp_path}/{name}: cannot be written \(.*\); free space .*", line)
     assert told[len(names) :] == ["closed"]
+
+
+def test_logs_that_were_cleared_away_go_on(tmp_path):
+    say = Log(tmp_path / "run", 0)
+    say.keep("before")
+    shutil.rmtree(tmp_path / "run" / "logs")
+    say.keep("after \udcff")
+    assert "after \\udcff" in (tmp_path / "run/logs/process_0.log").read_text("utf-8")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(InputError, match="No such file"):
+        say.keep("nobody brings a whole workdir back")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_enable_x64", True),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_threefry_partitionable", False),
+        ("jax_random_seed_offset", 1),
+    ],
+)
+def test_jax_s_settings_that_change_numbers_are_refused(tmp_path, monkeypatch, name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(InputError, match=f"{name.upper()}: found {value}, expected .*; unset"):
+            run(small(), tmp_path / "run")
+    finally:
+        jax.config.update(name, getattr(before, "value", before))
+    assert not (tmp_path / "run").exists()
+    assert check_jax_settings() == ""
+
+
+@pytest.mark.parametrize("name", ["JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE"])
+def test_settings_that_change_rounding_are_told(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    assert f"{name}=1" in check_jax_settings()
 
 
 def test_each_process_keeps_why_it_ended(tmp_path):

@@ -9,8 +9,14 @@ from typing import Any
 
 from voco_jax.errors import InputError
 
-COMPILATION_CACHE = "~/.cache/voco_jax/xla"  # as in launch/
-"""Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names a folder."""
+
+def compilation_cache() -> str:
+    """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names a folder.
+
+    "": nowhere, as there is no home folder.
+    """
+    folder = os.path.expanduser("~/.cache/voco_jax/xla")  # as in launch/
+    return folder if os.path.isabs(folder) else ""
 
 
 def write_atomically(path: Path, text: str) -> None:

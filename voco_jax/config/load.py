@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib.util
+import io
 import json
 import os
 import re
@@ -46,11 +47,16 @@ class _Parser(argparse.ArgumentParser):
 def command_parser(program: str, description: str | None, examples: str) -> argparse.ArgumentParser:
     """A parser whose mistakes are `InputError`s and whose --help ends with examples.
 
+    From now on nothing that this process prints can fail for its encoding.
+
     Args:
         program: as a user types it, without `python`: `main.py` or `-m package.module`.
         description: as a rule the module's docstring.
         examples: lines of arguments, one command each.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may not be in its encoding
+            stream.reconfigure(errors="backslashreplace")
     lines = "".join(f"  python {program} {line}\n" for line in examples.strip().splitlines())
     return _Parser(
         prog=f"python {program}",

@@ -55,10 +55,11 @@ from voco_jax.evaluation.journal import Journal
 from voco_jax.evaluation.masks import find, to_file_axes, write_mask
 from voco_jax.evaluation.sliding_window import Grid, Windows, segment
 from voco_jax.evaluation.statistics import statistics
-from voco_jax.files import COMPILATION_CACHE
+from voco_jax.files import compilation_cache
 from voco_jax.large_pages import restart_with_large_pages
 from voco_jax.models.attention import attend
 from voco_jax.models.encoders import build_segmentation_network
+from voco_jax.training.jax_settings import check_jax_settings
 
 JOURNAL = "journal.jsonl"
 PredictAll = Callable[[Mapping[str, Path], Journal], list[Done]]
@@ -309,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"--overlap: found {options.overlap}, expected 0 to 0.9")
         if set(options.mirror) - set("xyz") or len(set(options.mirror)) < len(options.mirror):
             raise InputError(f"--mirror: found {options.mirror!r}, expected some of x, y, z")
+        if note := check_jax_settings():
+            print(note, flush=True)
         experiment = read_experiments(options.weights, options.config, overrides)
         images = find(options.input)
         if options.format == "dicom-seg":
@@ -379,5 +382,5 @@ def _classifying(
 if __name__ == "__main__":
     restart_with_large_pages()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else JAX has read it
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILATION_CACHE))
+        jax.config.update("jax_compilation_cache_dir", compilation_cache())
     sys.exit(main())

@@ -28,6 +28,7 @@ from voco_jax.training.distributed import (
     should_stop,
     watch_preemption,
 )
+from voco_jax.training.jax_settings import check_jax_settings
 from voco_jax.training.metrics import (
     Log,
     MetricsWriter,
@@ -69,6 +70,7 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     for name, value in leaves(to_dict(experiment)).items():
         if WORKDIR in str(value):
             raise InputError(f"{name}: found {value!r}, expected the folder's name for {WORKDIR}")
+    note = check_jax_settings()
     mesh = meshes.make_mesh(experiment.mesh.fsdp)
     method.check(experiment)
     program = method.make_program(experiment, mesh)
@@ -76,6 +78,8 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     log = Log(folder, jax.process_index())
     try:
         log(f"devices: {meshes.describe(mesh)}; workdir: {folder}")
+        if note:
+            log(note)
         if message := run_on_process_0(lambda: set_damaged_aside(folder)):
             log(message)
         resumes = _newest_step(folder) is not None

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
@@ -137,6 +137,10 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"process_{process}.log"
 
+    def _open(self) -> TextIO:
+        self._path.parent.mkdir(exist_ok=True)  # somebody may have cleared the logs away
+        return self._path.open("a", encoding="utf-8", errors="backslashreplace")
+
     def __call__(self, text: str) -> None:
         """Writes one line or several.
 
@@ -150,7 +154,7 @@ class Log:
     def keep(self, text: str) -> None:
         """Writes to this process's file only; raises as above."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with written(self._path), self._path.open("a", encoding="utf-8") as file:
+        with written(self._path), self._open() as file:
             file.writelines(
                 f"{now} process {self._process}: {line}\n" for line in text.splitlines()
             )
