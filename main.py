@@ -5,7 +5,7 @@ command again resumes from the last checkpoint. On TPU pods and SLURM the proces
 each other; elsewhere start each with --coordinator, --processes and --process_id.
 
 Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the same command again,
-130 interrupted, other: a crash.
+130 interrupted (Ctrl-C) and saved likewise, other: a crash.
 """
 
 import faulthandler
@@ -23,6 +23,7 @@ from voco_jax.files import compilation_cache
 from voco_jax.large_pages import restart_with_large_pages
 
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
+_INTERRUPTED = 130  # as of shells: 128 + SIGINT
 _CRASHED = (
     "this process has crashed (above). Of a run of several processes the reason may be in another "
     "one's log: when one dies the others lose their connection. The same command resumes from the "
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail(error, 2))
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compilation_cache())
-    _leave_on_sigterm()
+    interrupted = _take_signals()
     from voco_jax.training import distributed
     from voco_jax.training.loop import DivergedError, PreemptedError, run
 
@@ -80,32 +81,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PreemptedError as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # more of them must not change the status
         print(error, flush=True)
-        sys.exit(_PREEMPTED)
-    except KeyboardInterrupt:
-        _leave(130)
+        sys.exit(_INTERRUPTED if interrupted.is_set() else _PREEMPTED)
     except Exception:
         traceback.print_exc()
         _leave(_fail(_CRASHED, 1))
 
 
-def _leave_on_sigterm() -> None:
-    """While a run starts there is nothing to save; then JAX takes the signal.
+def _take_signals() -> threading.Event:
+    """While a run starts there is nothing to save; then JAX takes SIGTERM.
 
-    A thread reads it: Python's own handlers wait for what the main thread does, as compiling. And
-    process 1 of a container, which a launcher's may be, does not end of a signal by itself.
+    A thread reads the signals: Python's own handlers wait for what the main thread does, as
+    compiling. And process 1 of a container, which a launcher's may be, does not end of a signal by
+    itself. The first Ctrl-C becomes a SIGTERM, so that as much is saved; the second ends at once.
+
+    Returns:
+        Set by Ctrl-C.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGTERM, lambda *_: None)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, lambda *_: None)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    interrupted = threading.Event()
 
     def read() -> None:
-        while os.read(reading, 1)[0] != signal.SIGTERM:
-            pass
-        print("preempted (SIGTERM) before the first step: nothing was lost", flush=True)
-        _leave(_PREEMPTED)
+        while (number := os.read(reading, 1)[0]) != signal.SIGTERM:
+            if number == signal.SIGINT and interrupted.is_set():
+                _leave(_INTERRUPTED)
+            elif number == signal.SIGINT:
+                interrupted.set()
+                print("interrupted: ends after this step; Ctrl-C again: at once", flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+        what = "interrupted" if interrupted.is_set() else "preempted (SIGTERM)"
+        print(f"{what} before the first step: nothing was lost", flush=True)
+        _leave(_INTERRUPTED if interrupted.is_set() else _PREEMPTED)
 
     threading.Thread(target=read, daemon=True).start()
+    return interrupted
 
 
 def _leave(status: int) -> NoReturn:

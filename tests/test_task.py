@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PREEMPTED = 75
+PREEMPTED, INTERRUPTED = 75, 130
 
 
 def _start(workdir, *flags):
@@ -73,18 +74,29 @@ def test_it_learns_and_validates(unbroken):
     assert saved == sorted({best, 35, 40})
 
 
-def test_killed_and_preempted_it_goes_on_bit_for_bit(unbroken, tmp_path):
+def test_killed_interrupted_and_preempted_it_goes_on_bit_for_bit(unbroken, tmp_path):
+    # What runs in the background of a script ignores Ctrl-C, and so does what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     workdir = tmp_path / "broken"
     killed = _start(workdir)
     _wait_for(workdir, 5, killed)
     killed.kill()
     killed.communicate()
 
+    interrupted = _start(workdir)
+    _wait_for(workdir, 10, interrupted)
+    interrupted.send_signal(signal.SIGINT)
+    output = _finish(interrupted, INTERRUPTED)
+    step = int(re.search(r"interrupted: ends after this step(?s:.*)saved step (\d+)", output)[1])
+    last = max(step for step, name in _rows(workdir) if name == "loss")
+    assert step in (last, last + 1)  # the last finished step, not only every fifth
+    signal.signal(signal.SIGINT, before)
+
     preempted = _start(workdir)
-    _wait_for(workdir, 15, preempted)
+    _wait_for(workdir, 20, preempted)
     preempted.send_signal(signal.SIGTERM)
     output = _finish(preempted, PREEMPTED)
-    assert "resuming at step" in output
+    assert f"resuming at step {step} of" in output
     assert "preempted (SIGTERM); saved step" in output
 
     assert "resuming at step" in _finish(_start(workdir))

@@ -139,10 +139,9 @@ def train(task: Task[S], run: Run, workdir: Path, log: LogLine) -> S:
             ) from error
         except KeyboardInterrupt:
             saved.wait()
-            log(
-                f"\ninterrupted; saved up to step {saved.latest_step()}: the same command resumes "
-                "there"
-            )
+            at = saved.latest_step()
+            good = "no step was saved" if at is None else f"saved up to step {at}"
+            log(f"\ninterrupted; {good}: the same command goes on from there")
             raise
 
 
