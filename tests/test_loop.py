@@ -1,7 +1,9 @@
 """The loop: resume, guards and errors, in this process and at the smallest size."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -146,6 +148,36 @@ def test_runtime_settings_may_change(finished, tmp_path):
     assert _losses(tmp_path / "run") == _losses(finished)
     assert saved_steps(tmp_path / "run") == [3, 4]
     assert (tmp_path / "run" / "again.safetensors").exists()
+
+
+def test_a_finished_run_can_be_prolonged(finished, tmp_path, capsys):
+    """Its optimizer goes on; the rate is that of the new total's schedule."""
+    workdir, config = tmp_path / "run", small()
+    shutil.copytree(finished, workdir)
+    config.total_steps = 6
+    run(config, workdir)
+    optimizer = config.optimizer
+
+    def rate(step):  # of the update after so many
+        progress = (step - optimizer.warmup_steps) / (6 - optimizer.warmup_steps)
+        return optimizer.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+    told = f"total_steps: 4 -> 6: .* at {rate(4):.2e}"
+    assert re.search(told, capsys.readouterr().out)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    assert sorted(rates) == [1, 2, 3, 4, 5, 6]
+    assert rates[5] == pytest.approx(rate(4), rel=1e-5)
+    assert rates[6] == pytest.approx(rate(5), rel=1e-5)
+    assert {k: v for k, v in _losses(workdir).items() if k <= 4} == _losses(finished)
+    assert json.loads((workdir / "voco_encoder.safetensors.json").read_text())["step"] == 6
+    abstract = METHOD.make_program(parse(config), make_mesh(1)).state
+    with contextlib.closing(Checkpoints(workdir, state=abstract)) as saved:
+        optimizer_state = jax.tree.leaves(saved.restore(6, abstract).optimizer)
+    assert {int(leaf) for leaf in optimizer_state if leaf.ndim == 0} == {6}  # updates it has seen
+    config.total_steps = 5
+    with pytest.raises(InputError, match=r"found 5, expected at least 6, .* longer, not shorter"):
+        run(config, workdir)
 
 
 def test_other_data_in_the_cache(finished):

@@ -283,10 +283,13 @@ class Experiment(Protocol):
 
         They change where, how fast and in how much memory the same experiment runs, or what is
         reported of it; its numbers at most by rounding (and by the draws of drop path, if any).
+        But for `total_steps`, which may grow: the learning rate is a function of the step and of
+        the total, and goes on along the new total's.
         """
 
 
 RUNTIME_FIELDS = (  # of the sections here and of `encoders`; "*": any source
+    "total_steps",
     "data.sources.*.cache",
     "data.sources.*.lists",
     "data.sources.*.roots",

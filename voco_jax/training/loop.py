@@ -156,7 +156,14 @@ def _first_state(
             state = task.warm_start(state)
         log("starting at step 0")
         return state, 0
-    found = saved.restore_info(latest)["data_fingerprint"]
+    info = saved.restore_info(latest)
+    before = info["config"].get("run", info["config"])["total_steps"]
+    if total_steps < before:
+        raise InputError(
+            f"total_steps: found {total_steps}, expected at least {before}, with which "
+            f"{saved.folder.parent} was begun: a run can be made longer, not shorter"
+        )
+    found = info["data_fingerprint"]
     if found != task.data_fingerprint:
         raise InputError(
             f"{saved.folder.parent}: found training data of fingerprint {task.data_fingerprint}, "
@@ -164,6 +171,11 @@ def _first_state(
         )
     state = saved.restore(latest, task.program.state)
     log(f"resuming at step {latest} of {total_steps}")
+    if total_steps > before and task.learning_rate is not None:
+        log(
+            f"total_steps: {before} -> {total_steps}: the learning rate goes on along the schedule "
+            f"of the new total, at {float(task.learning_rate(latest)):.2e}"
+        )
     return state, latest
 
 
