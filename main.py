@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distributed.start(options.coordinator, options.processes, options.process_id)
         run(experiment, options.workdir, methods()[experiment.task])
     except InputError as error:
-        _leave(_fail(error, 2))
+        _leave(_fail(error, error.status))
     except DivergedError as error:
         _leave(_fail(error, 3))
     except PreemptedError as error:

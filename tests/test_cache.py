@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -6,6 +7,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voco_jax.data.array import CHUNK, LARGEST, write_volume
-from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
+from voco_jax.data.cache import KEEP_SECONDS, Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.crops import draw_corner
 from voco_jax.data.manifest import Entry
 from voco_jax.data.verify import verify
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, TransientError
 
 CHAIN = dataclasses.replace(CHAIN_10K, volume_size=(8, 6, 4))
 
@@ -179,11 +181,25 @@ def test_damage_is_noticed(tmp_path):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     os.remove(chunk_file(cache.path, second.slot))
-    for entry in (first, second):
+    for entry, status in ((first, 2), (second, 1)):  # what is gone may come back: a mount
         with pytest.raises(
             InputError, match=rf"cannot read {entry.id} .*--verify --cache .*prepare again"
-        ):
+        ) as raised:
             cache.read(entry)
+        assert raised.value.status == status
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_disk_that_fails_now_is_worth_another_try(tmp_path, monkeypatch, number):
+    fill(tmp_path)
+    cache = Cache.open(tmp_path, CHAIN)
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(np, "fromfile", fails)
+    with pytest.raises(TransientError, match=os.strerror(number)):
+        cache.read(cache.entries[0])
 
 
 def test_memory_is_used_again_where_it_fits(tmp_path):
@@ -230,7 +246,46 @@ def test_a_changed_volume_moves_to_a_new_slot(tmp_path):
         new = add(writer, slot, "a", "validation")
     cache = Cache.open(tmp_path / "c", CHAIN)
     assert cache.entries[0] == new
-    assert not os.path.exists(chunk_file(cache.path, 0))
+
+
+@pytest.mark.parametrize("how", ["changed", "forgotten", "verified"])
+def test_what_a_run_reads_is_kept_while_prepare_runs(tmp_path, how, monkeypatch):
+    """And is deleted by the first prepare after a month."""
+    path = tmp_path / "c"
+    fill(path, "ab")
+    training = Cache.open(path, CHAIN)  # began before
+    old = training.entries[0]
+    with CacheWriter(path, CHAIN) as writer:
+        if how == "changed":
+            (slot,) = writer.reserve(1)
+            add(writer, slot, "a", "validation")
+        else:
+            writer.forget([old])
+    for _ in range(2):
+        verify(path, progress=False) if how == "verified" else CacheWriter(path, CHAIN).__exit__()
+        np.testing.assert_array_equal(training.read(old), voxels("a", CHAIN.dtype))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + KEEP_SECONDS - 100)
+    CacheWriter(path, CHAIN).__exit__()
+    assert os.path.exists(chunk_file(str(path), old.slot))
+    monkeypatch.setattr(time, "time", lambda: now + KEEP_SECONDS + 100)
+    CacheWriter(path, CHAIN).__exit__()
+    with pytest.raises(TransientError, match=r"c\.0\.0\.0\.0: cannot read a"):
+        training.read(old)
+    fresh = Cache.open(path, CHAIN)
+    assert [entry.id for entry in fresh.entries] == (["a", "b"] if how == "changed" else ["b"])
+    for entry in fresh.entries:
+        fresh.read(entry)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"c.0.0.0.0": "x"}', '{"c.0.0.0.0": 9e99}'])
+def test_a_strange_list_of_unused_files_deletes_nothing(tmp_path, content):
+    fill(tmp_path, "a")
+    with CacheWriter(tmp_path, CHAIN) as writer:
+        writer.forget(list(writer.entries.values()))
+    (tmp_path / "unused.json").write_text(content)
+    CacheWriter(tmp_path, CHAIN).__exit__()
+    assert os.path.exists(chunk_file(str(tmp_path), 0))
 
 
 def test_chunks_without_a_line_are_not_there(tmp_path):
@@ -240,7 +295,6 @@ def test_chunks_without_a_line_are_not_there(tmp_path):
         write_volume(writer.path, slot, voxels("x"))  # then killed
     assert len(Cache.open(tmp_path / "c", CHAIN).entries) == 2
     with CacheWriter(tmp_path / "c", CHAIN) as writer:
-        assert not os.path.exists(chunk_file(writer.path, slot))
         assert writer.reserve(1) == range(slot + 1, slot + 2)
 
 

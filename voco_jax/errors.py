@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""The kinds of error that are told in one line."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,11 @@ class InputError(ValueError):
 
     Commands print its message without a traceback and exit with status 2.
     """
+
+    status = 2  # of main.py: launchers do not start it again
+
+
+class TransientError(InputError):
+    """What may be well the next time, as a network file system that does not answer now."""
+
+    status = 1  # of main.py: launchers start it again, a few times

@@ -5,10 +5,12 @@
     CACHE/cache.json        format and chain settings
     CACHE/failures.jsonl    what the last `prepare` could not do
     CACHE/set_aside.jsonl   files that it saw and that are no part of a volume
+    CACHE/unused.json       since when `prepare` has seen files that no line names
 
-A volume is there if the manifest says so. Slots of the array are never used twice: a run that is
-killed leaves at most files that no line names, which the next run deletes, and a volume whose
-file changed moves to a new slot, so no line is ever beside other voxels than its own.
+A volume is there if the manifest says so. Slots of the array are never used twice: a volume whose
+file changed moves to a new slot, so no line is ever beside other voxels than its own. The old
+file, and what a run that was killed had written, stays for `KEEP_SECONDS`: training reads the
+volumes of the manifest as it was when it began.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,11 +40,17 @@ from voco_jax.data.manifest import (
     read_manifest,
 )
 from voco_jax.data.storage import UNFINISHED, Folder, as_os_error, is_remote
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, TransientError
+from voco_jax.files import parse_object
 from voco_jax.types import Size
 
 FORMAT = 2
 SETTINGS, FAILURES, ASIDE = "cache.json", "failures.jsonl", "set_aside.jsonl"
+UNUSED = "unused.json"
+KEEP_SECONDS = 30 * 24 * 3600  # files that no line names any more: longer than a run reads them
+# How TensorStore's errors of a file that is cut or changed begin; that of one that is not there.
+DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
+GONE = "NOT_FOUND"
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ class Cache:
             x y z of this size, in the stored dtype (uint8: 0..255; float16: 0..1).
 
         Raises:
-            InputError: the volume is damaged or gone.
+            InputError: the volume is damaged.
+            TransientError: it is gone, or cannot be read now.
         """
         part = tuple(
             slice(first, first + length)
@@ -150,7 +160,8 @@ class Cache:
             raise self._unreadable(entry, slot, error) from error
 
     def _unreadable(self, entry: Entry, slot: int, error: Exception) -> InputError:
-        return InputError(
+        kind = InputError if str(error).startswith(DAMAGE) else TransientError
+        return kind(
             f"{chunk_file(self.path, slot)}: cannot read {entry.id} ({error}); "
             "find all damage with: python -m voco_jax.data.prepare --verify --cache "
             f"{self.path}; then prepare again as before, which does those volumes anew"
@@ -218,15 +229,11 @@ class CacheWriter:
 
     def add(self, entry: Entry) -> None:
         """Makes a volume whose file is written part of the cache, instead of one with its id."""
-        safe = self._manifest.add(line_of(entry))
-        old = self.entries.get(entry.id)
+        self._manifest.add(line_of(entry))
         self.entries[entry.id] = entry
-        if safe and old is not None and old.slot != entry.slot:  # else the next run deletes it
-            for slot in old.slots:
-                self.folder.delete(f"{ARRAY}/{chunk_name(slot)}")
 
     def forget(self, entries: Sequence[Entry]) -> None:
-        """Takes volumes out of the cache; the next run deletes their files."""
+        """Takes volumes out of the cache; their files are deleted later."""
         self._manifest.add(*(line_of(entry.id) for entry in entries))
         for entry in entries:
             del self.entries[entry.id]
@@ -255,9 +262,7 @@ class CacheWriter:
         self._unused = max(used, default=-1) + 1
         self._array = open_array(self.folder, create=self.chain)
         present = {name for name in self.folder.names(ARRAY) if name.startswith("c.")}
-        named = {chunk_name(slot) for slot in used}
-        for name in present - named:
-            self.folder.delete(f"{ARRAY}/{name}")
+        self._clear_away(present - {chunk_name(slot) for slot in used})
         self.lost = tuple(
             entry
             for entry in self.entries.values()
@@ -265,6 +270,27 @@ class CacheWriter:
         )
         if self.lost:
             self.forget(self.lost)
+
+    def _clear_away(self, names: set[str]) -> None:
+        """Deletes files that no line names: unfinished ones, and others after `KEEP_SECONDS`.
+
+        By this machine's clock and first sight: object stores tell no times of their own.
+        """
+        now = int(time.time())
+        try:
+            known = parse_object(self.folder.read(UNUSED) or b"{}")
+        except ValueError:
+            known = {}
+        kept = {}
+        for name in names:
+            since = known.get(name, now)
+            since = min(since, now) if isinstance(since, int) else now
+            if since > now - KEEP_SECONDS and not name.endswith(UNFINISHED):
+                kept[name] = since
+        for name in names - kept.keys():
+            self.folder.delete(f"{ARRAY}/{name}")
+        if kept != known:
+            self.folder.write(UNUSED, json.dumps(kept, indent=1).encode())
 
 
 def checksum(voxels: np.ndarray) -> str:

@@ -184,12 +184,11 @@ class LocalManifest:
         path = Path(folder.path, MANIFEST)
         self._file: IO[str] = stack.enter_context(path.open("a", encoding="utf-8"))
 
-    def add(self, *lines: str) -> bool:
-        """Adds lines; returns whether they are safe on the disk by now: they are."""
+    def add(self, *lines: str) -> None:
+        """Adds lines; they are on the disk when it returns."""
         self._file.writelines(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
-        return True
 
 
 def _make_one_file(folder: Folder) -> None:
@@ -238,8 +237,8 @@ class RemoteManifest:
         self._thread.start()
         stack.callback(self._end)
 
-    def add(self, *lines: str) -> bool:
-        """Adds lines; returns whether they are safe in the store by now."""
+    def add(self, *lines: str) -> None:
+        """Adds lines; they are in the store 30 seconds or 500 lines later."""
         if self._failed is not None:
             raise self._failed
         with self._guard:
@@ -247,7 +246,6 @@ class RemoteManifest:
             full = len(self._lines) >= FLUSH_LINES
         if full:
             self._flush()
-        return full
 
     def _flush(self) -> None:
         with self._guard:

@@ -5,6 +5,7 @@ labels do not change with the number of workers, threads or hosts.
 """
 
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -261,7 +262,21 @@ def stream_batches(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
             worker_init_fn=_start_worker,
         )
-    return iter(stream)
+    return _with_room(iter(stream))
+
+
+def _with_room(stream: Iterator[Any]) -> Iterator[Any]:
+    """Batches; that the workers' shared memory is full is the user's to mend."""
+    try:
+        yield from stream
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"/dev/shm: no room for the batches of the data workers ({error}); make it larger "
+            "(Docker: --shm-size; Kubernetes: an emptyDir of medium Memory), or lower data.workers "
+            "or data.prefetch"
+        ) from error
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file, read_chain
+from voco_jax.data.cache import (
+    DAMAGE,
+    GONE,
+    Cache,
+    CacheWriter,
+    checksum,
+    chunk_file,
+    read_chain,
+)
 from voco_jax.data.jobs import run_on_cluster
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
 from voco_jax.data.workers import available_cores
 from voco_jax.errors import InputError
 
-# How TensorStore's errors of a file that is gone, cut or changed begin.
-_DAMAGE = ("NOT_FOUND", "DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _AHEAD = 4  # volumes waiting for each thread
 
 
@@ -108,7 +114,9 @@ def _check(job: _Check) -> str:
             found += [checksum(voxels[..., n]) for n in range(1, voxels.shape[-1])]
     except InputError as error:
         cause = str(error.__cause__)
-        if not cause.startswith(_DAMAGE):  # a disk or network that fails now says nothing of it
+        if not cause.startswith(
+            (GONE, *DAMAGE)
+        ):  # a disk or network that fails now says nothing of it
             raise InputError(
                 f"{_file(job.cache, job.entry)}: cannot be read now ({cause}); "
                 "nothing is taken out of the cache for that: verify again when it can"
