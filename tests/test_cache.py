@@ -309,6 +309,17 @@ def test_unfinished_files_of_a_kill_are_cleared_away(tmp_path):
     assert names == ["c.0.0.0.0", "c.1.0.0.0", "zarr.json"]
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "²00001.jsonl", "notes.jsonl", "000001.jsonl.part"])
+def test_what_lies_beside_a_series_is_no_manifest(tmp_path, name):
+    fill(tmp_path, "ab")
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / name).write_text("of somebody else\n")
+    assert len(Cache.open(tmp_path, CHAIN).entries) == 2
+    fill(tmp_path, "c")
+    assert len(Cache.open(tmp_path, CHAIN).entries) == 3
+    assert (tmp_path / "manifest" / name).exists()
+
+
 def test_a_damaged_line_is_an_error(tmp_path):
     fill(tmp_path / "c", "ab")
     manifest = tmp_path / "c/manifest.jsonl"

@@ -18,6 +18,7 @@ from voco_jax.errors import InputError
 from voco_jax.evaluation import evaluate as command
 from voco_jax.evaluation.cases import compare
 from voco_jax.evaluation.evaluate import evaluate, main
+from voco_jax.evaluation.journal import Journal
 from voco_jax.evaluation.masks import find, load_mask, parse_classes
 from voco_jax.evaluation.statistics import main as statistics_main
 from voco_jax.evaluation.statistics import statistics
@@ -367,6 +368,17 @@ def test_bad_files_of_classes(tmp_path, text, words):
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(InputError, match=words):
         parse_classes([str(tmp_path / "c.json")])
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "5", '{"name": "b"}', '{"name": [], "files": [], "done": 1}', "[" * 100_000]
+)
+def test_lines_of_others_in_a_journal_are_left_aside(tmp_path, line):
+    path, files = tmp_path / "journal.jsonl", [["a.nii", 1, 2]]
+    Journal(path, {"by": "us"}).add("a", files, "done a")
+    path.write_text(f"{path.read_text()}{line}\n")
+    journal = Journal(path, {"by": "us"})
+    assert (journal.find("a", files), journal.find("b", files)) == ("done a", None)
 
 
 def test_killed_processes_are_told():

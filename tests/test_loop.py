@@ -564,6 +564,15 @@ def test_step_times_have_their_own_clock():
     )
 
 
+@pytest.mark.parametrize("content", ["[]", '{"ct": [1]}', '{"ct": {"training": [1]}}', "[" * 10**5])
+def test_a_strange_list_of_volumes_is_an_error_in_words(finished, tmp_path, content):
+    (tmp_path / "volumes.json").write_text(content)
+    data = parse(small(), str(finished)).data
+    caches = {"ct": Cache.open(data.sources["ct"].cache, data.sources["ct"].chain)}
+    with pytest.raises(InputError, match=r"volumes\.json: cannot be read"):
+        read_volumes(caches, data, tmp_path)
+
+
 def test_a_cache_may_grow_but_not_change(finished):
     config = parse(small(), str(finished))
     source = config.data.sources["ct"]

@@ -1,6 +1,11 @@
 """The pipeline: what a batch holds depends on (seed, step) and the data alone."""
 
 import dataclasses
+import errno
+import functools
+import multiprocessing.synchronize
+import os
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -11,13 +16,21 @@ from hypothesis import strategies as st
 
 from configs import tiny
 from voco_jax.config.load import parse
+from voco_jax.data import pipeline
 from voco_jax.data.cache import Cache
 from voco_jax.data.collect import collect
 from voco_jax.data.crops import draw_corner, overlap_labels
 from voco_jax.data.phantom import make_phantoms
-from voco_jax.data.pipeline import Part, batches, fingerprint, held_out_sample, split
+from voco_jax.data.pipeline import (
+    Part,
+    batches,
+    fingerprint,
+    held_out_sample,
+    split,
+    stream_batches,
+)
 from voco_jax.data.prepare import prepare
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, TransientError
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +85,52 @@ def test_worker_count_changes_nothing(cache):
     for workers in (1, 2):
         found = _take(cache, 6, workers=workers)
         _assert_equal(found, expected)
+
+
+def _end(number, *_, **options):
+    os.kill(os.getpid(), number)
+
+
+def test_a_worker_that_finds_no_room_is_told(cache):
+    """SIGBUS is what a full /dev/shm makes of a write."""
+    part, end = Part("ct", cache, cache.entries, 1.0), functools.partial(_end, signal.SIGBUS)
+    with pytest.raises(InputError, match=r"^/dev/shm: .* -7.*--shm-size.*data\.workers"):
+        next(stream_batches([part], end, list, seed=0, batch_size=2, workers=1))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "words"),
+    [
+        ("Worker process was terminated unexpectedly with exit code -9.", TransientError, "memory"),
+        ("Worker process was terminated unexpectedly with exit code -11.", TransientError, "11"),
+        ("Worker process was terminated unexpectedly with exit code 1.", RuntimeError, "code 1"),
+        ("anything else", RuntimeError, "anything else"),
+    ],
+)
+def test_how_a_worker_ended(text, kind, words):
+    def stream():
+        yield "a batch"
+        raise RuntimeError(text)
+
+    told = pipeline._in_words(stream())
+    assert next(told) == "a batch"
+    with pytest.raises(kind, match=words):
+        next(told)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_no_room_for_semaphores_is_told(cache, monkeypatch, number):
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fails)
+    told, words = (
+        (InputError, "^/dev/shm: no room .*No space left")
+        if number == errno.ENOSPC
+        else (PermissionError, "denied")
+    )
+    with pytest.raises(told, match=words):
+        _take(cache, 1, workers=1)
 
 
 def test_any_start_step_continues_the_same_stream(cache):

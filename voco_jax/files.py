@@ -65,7 +65,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     if not isinstance(found, dict):
-        raise ValueError(f"found a {type(found).__name__}, expected an object")
+        raise ValueError(f"a {type(found).__name__}, no object")
     return found
 
 

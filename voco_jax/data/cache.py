@@ -325,7 +325,7 @@ def _read_settings(path: str | Path) -> dict[str, Any]:
         what = "no prepared cache here" if there else "no such folder"
         raise InputError(f"{folder.path}: {what} (no {SETTINGS}); {_HOW_TO_FILL}")
     try:
-        plain = json.loads(content)
+        plain = parse_object(content)
         found, chain = plain["format"], dict(plain["chain"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: damaged; delete {folder.path} and prepare again") from error

@@ -28,6 +28,7 @@ from voco_jax.data.formats.stored import Aside
 from voco_jax.data.storage import Folder
 from voco_jax.data.volumes import Box
 from voco_jax.errors import InputError
+from voco_jax.files import parse_object
 
 MANIFEST, SERIES, LOCK = "manifest.jsonl", "manifest", "prepare.lock"
 FLUSH_SECONDS, FLUSH_LINES = 30.0, 500  # of the series
@@ -103,7 +104,7 @@ def read_manifest(folder: Folder) -> dict[str, Entry]:
     Raises:
         InputError: it cannot be read, or a line of it is damaged.
     """
-    names = [MANIFEST, *(f"{SERIES}/{name}" for name in sorted(folder.names(SERIES)))]
+    names = [MANIFEST, *_series(folder)]
     try:
         with ThreadPoolExecutor(16) as threads:
             contents = list(threads.map(folder.read, names))
@@ -115,7 +116,7 @@ def read_manifest(folder: Folder) -> dict[str, Entry]:
         for number, line in enumerate(lines[:-1], 1):  # after the last newline: cut off by a kill
             try:
                 if line.startswith(_FORGET):
-                    entries.pop(json.loads(line)["forget"], None)
+                    entries.pop(parse_object(line)["forget"], None)
                     continue
                 entry = _read_entry(line)
             except (ValueError, TypeError) as error:  # pydantic's too
@@ -145,6 +146,15 @@ def _read_entry(line: bytes) -> Entry:
 
 
 _ENTRY = pydantic.TypeAdapter(Entry)
+
+
+def _series(folder: Folder) -> list[str]:
+    """The objects of a manifest that is a series, in order; not what else lies beside them."""
+    return sorted(
+        f"{SERIES}/{name}"
+        for name in folder.names(SERIES)
+        if re.fullmatch(r"[0-9]{6,18}\.jsonl", name)
+    )
 
 
 def line_of(volume: Entry | str) -> str:
@@ -197,7 +207,7 @@ def _make_one_file(folder: Folder) -> None:
     A manifest that was copied here from an object store is a series; its lines are older than those
     that are added here, but a reader takes them last. A kill may have cut the last line off.
     """
-    series = sorted(f"{SERIES}/{name}" for name in folder.names(SERIES))
+    series = _series(folder)
     parts = [folder.read(name) or b"" for name in (MANIFEST, *series)]
     complete = b"".join(part[: part.rfind(b"\n") + 1] for part in parts)
     if complete != parts[0]:
@@ -227,7 +237,7 @@ class RemoteManifest:
         self.owner = _owner()
         self._lock()
         stack.callback(self._unlock)
-        numbers = [int(name.partition(".")[0]) for name in folder.names(SERIES)]
+        numbers = [int(Path(name).stem) for name in _series(folder)]
         self._next = max(numbers, default=0) + 1
         self._lines: list[str] = []
         self._guard = threading.Lock()
@@ -260,7 +270,7 @@ class RemoteManifest:
             return
         found = (self._folder.read(LOCK) or b"").decode(errors="replace")
         try:
-            age = time.time() - json.loads(found)["time"]
+            age = time.time() - parse_object(found)["time"]
         except (ValueError, KeyError, TypeError):
             age = STALE_SECONDS + 1  # not ours; nothing says that it lives
         if age < STALE_SECONDS:

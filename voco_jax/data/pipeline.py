@@ -9,6 +9,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import zlib
@@ -24,7 +25,7 @@ from voco_jax.config.common import ClassifiedChain
 from voco_jax.config.pretraining import Crops
 from voco_jax.data.cache import Cache, Entry
 from voco_jax.data.crops import base_origins, cut, draw_corner, draw_origins, overlap_labels
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, TransientError
 
 
 class CropBatch(TypedDict):
@@ -262,21 +263,35 @@ def stream_batches(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
             worker_init_fn=_start_worker,
         )
-    return _with_room(iter(stream))
+    return _in_words(iter(stream))
 
 
-def _with_room(stream: Iterator[Any]) -> Iterator[Any]:
-    """Batches; that the workers' shared memory is full is the user's to mend."""
+def _in_words(stream: Iterator[Any]) -> Iterator[Any]:
+    """Batches; what their workers lack is told as what it is."""
     try:
         yield from stream
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            raise _no_room(error) from error
+        raise
+    except RuntimeError as error:
+        ended = re.search(r"terminated unexpectedly with exit code -(\d+)", str(error))
+        if ended is None:
             raise
-        raise InputError(
-            f"/dev/shm: no room for the batches of the data workers ({error}); make it larger "
-            "(Docker: --shm-size; Kubernetes: an emptyDir of medium Memory), or lower data.workers "
-            "or data.prefetch"
+        if int(ended[1]) == signal.SIGBUS:  # memory that it had been promised
+            raise _no_room(error) from error
+        raise TransientError(
+            f"data: a worker was ended by signal {ended[1]}; as a rule for want of memory: lower "
+            "data.workers or data.prefetch if it happens again"
         ) from error
+
+
+def _no_room(error: Exception) -> InputError:
+    return InputError(
+        f"/dev/shm: no room for the batches of the data workers ({error}); make it larger (Docker: "
+        "--shm-size; Kubernetes: an emptyDir of medium Memory), or lower data.workers or "
+        "data.prefetch"
+    )
 
 
 def _start_worker(index: int, count: int) -> None:

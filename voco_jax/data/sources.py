@@ -16,7 +16,7 @@ from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.pipeline import Part, split
 from voco_jax.data.prepare import prepare
 from voco_jax.errors import InputError
-from voco_jax.files import write_atomically
+from voco_jax.files import parse_object, write_atomically
 
 VOLUMES = "volumes.json"
 _PARTS = ("training", "held_out")
@@ -136,8 +136,8 @@ def read_volumes(
     """
     path = workdir / VOLUMES
     try:
-        old = json.loads(path.read_text("utf-8"))
-        wanted = {name: [old[name][part] for part in _PARTS] for name in sorted(caches)}
+        old = parse_object(path.read_bytes())
+        wanted = {name: [dict(old[name][part]) for part in _PARTS] for name in sorted(caches)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: cannot be read ({error!r}), so it is not known which volumes this run began "

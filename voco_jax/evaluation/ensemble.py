@@ -76,7 +76,7 @@ def _of_card(weights: Path) -> FineTuned:
     if not weights.is_file():
         raise InputError(f"{weights}: no such file, expected fine-tuned weights")
     card = read_card(weights)
-    if card is None or "config" not in card:
+    if card is None or not isinstance(card.get("config"), dict):
         raise InputError(
             f"{weights}: found no card beside it ({weights.name}.json), which says how images are "
             "prepared; name the config file that made it with --config"

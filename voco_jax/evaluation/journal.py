@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from voco_jax.data.formats.readers import file_signature
-from voco_jax.files import write_atomically
+from voco_jax.files import parse_object, write_atomically
 
 Signatures = list[list[Any]]
 """Of each file its path, size and time of change."""
+_ENTRY = ("name", "files", "done")  # of a line
 
 
 class Journal:
@@ -32,14 +33,14 @@ class Journal:
         self._path = path
         self._head = json.dumps(made_by, sort_keys=True)
         self._known: dict[str, dict[str, Any]] = {}
-        lines = path.read_text("utf-8").split("\n") if path.exists() else [""]
+        lines = path.read_text("utf-8", "replace").split("\n") if path.exists() else [""]
         ours = lines[0] == self._head
         # The last line is empty, but where the process was killed while it wrote.
         self._appendable = ours and not lines[-1]
         for line in lines[1:-1] if ours else []:
-            with contextlib.suppress(ValueError):  # not ours: that image is done again
-                entry = json.loads(line)
-                self._known[entry["name"]] = entry
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # not ours: done again
+                entry = parse_object(line)
+                self._known[entry["name"]] = {what: entry[what] for what in _ENTRY}
 
     def find(self, name: str, files: Signatures) -> Any:
         """What was done with an image, if its files are still those; else None."""
@@ -56,7 +57,7 @@ class Journal:
         Raises:
             OSError: it cannot be written.
         """
-        self._known[name] = {"name": name, "files": files, "done": done}
+        self._known[name] = dict(zip(_ENTRY, (name, files, done), strict=True))
         if self._appendable:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self._known[name]) + "\n")

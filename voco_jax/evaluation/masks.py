@@ -155,7 +155,7 @@ def parse_classes(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
                 f"--classes: found {arguments[0]!r}, expected NAME=1 ... or a JSON file: "
                 f"{error.strerror or error}"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"--classes: {arguments[0]}: not JSON ({error})") from error
         if not isinstance(content, dict):
             raise InputError(

@@ -1,12 +1,12 @@
 """The JSON card beside an exported weight file: what the shapes of its tensors cannot say."""
 
 import hashlib
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from voco_jax.errors import InputError
+from voco_jax.files import parse_object
 from voco_jax.interop.match import printable
 from voco_jax.models.encoder import Settings
 from voco_jax.models.encoders import find_encoder
@@ -34,12 +34,10 @@ def read_card(weights: str | PathLike[str]) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes")
-        card = json.loads(path.read_text("utf-8"))
-        if not isinstance(card, dict):
-            raise ValueError(f"a {type(card).__name__}")
+        card = parse_object(path.read_bytes())
         if _is_deeper(card, MAX_DEPTH):
             raise ValueError(f"values nested deeper than {MAX_DEPTH}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(
             f"{path}: found {printable(str(error))[:200]}, expected the JSON card of "
             f"{Path(weights).name}; delete it if it is not that file's"

@@ -140,8 +140,8 @@ def train(task: Task[S], run: Run, workdir: Path, log: LogLine) -> S:
         except KeyboardInterrupt:
             saved.wait()
             at = saved.latest_step()
-            good = "no step was saved" if at is None else f"saved up to step {at}"
-            log(f"\ninterrupted; {good}: the same command goes on from there")
+            what = "no step was saved" if at is None else f"saved up to step {at}"
+            log(f"\ninterrupted; {what}: the same command goes on from there")
             raise
 
 
