@@ -15,7 +15,7 @@ from chains import CHAIN_10K
 
 from voco_jax.data import manifest
 from voco_jax.data.array import write_volume
-from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
+from voco_jax.data.cache import KEEP_SECONDS, Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.collect import collect, scan
 from voco_jax.data.datalists import read_list
 from voco_jax.data.formats.remote import local_copy, remote_signature
@@ -157,10 +157,17 @@ def test_what_is_not_written_by_the_end_is_done_again(bucket, files, monkeypatch
             two.id: two.slot,
             three.id: three.slot,
         }
-        assert set(after.folder.names("volumes")) == {"zarr.json"} | {
-            f"c.{slot}.0.0.0" for slot in (3, two.slot, three.slot)
-        }
+        unused = {f"c.{slot}.0.0.0" for slot in (one.slot, 4)}
+        assert json.loads(after.folder.read("unused.json")).keys() == unused
+        named = {f"c.{slot}.0.0.0" for slot in (3, two.slot, three.slot)}
+        assert set(after.folder.names("volumes")) == {"zarr.json"} | named | unused
         assert after.reserve(1) == range(5, 6)
+    month = time.time() + KEEP_SECONDS + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: month)
+        with CacheWriter(path, CHAIN) as later:
+            assert set(later.folder.names("volumes")) == {"zarr.json"} | named
+            assert json.loads(later.folder.read("unused.json")) == {}
     # The first one, still alive after all, notices and writes nothing more.
     writer._manifest._ended.clear()
     writer._manifest._now_and_then()
