@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -446,6 +448,35 @@ def test_what_cannot_be_written_is_told(tmp_path):
     for name, line in zip(names, told, strict=False):
         assert re.fullmatch(rf"{tmp_path}/{name}: cannot be written \(.*\); free space .*", line)
     assert told[len(names) :] == ["closed"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2),
+        (PermissionError(errno.EACCES, "Permission denied"), 2),
+        (OSError(errno.EIO, "Input/output error"), 1),
+        (OSError(errno.ESTALE, "Stale file handle"), 1),
+        (ValueError("UNKNOWN: Failed to write: [OS error 5: Input/output error]"), 1),
+        (ValueError("RESOURCE_EXHAUSTED: [OS error 28: No space left on device]"), 2),
+    ],
+)
+def test_launchers_try_again_what_may_pass_alone(tmp_path, monkeypatch, error, status):
+    def fails(*_, **__):
+        raise error
+
+    checkpoints = Checkpoints(tmp_path / "a", parse(small()).checkpoint)
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fails)
+    with pytest.raises(InputError, match=r"cannot save a checkpoint .*free space") as raised:
+        checkpoints.wait()
+    assert raised.value.status == status
+    if isinstance(error, OSError):
+        say = Log(tmp_path / "b", 0)
+        monkeypatch.setattr(Path, "open", fails)
+        with pytest.raises(InputError, match="cannot be written") as raised:
+            say.keep("words")
+        assert raised.value.status == status
 
 
 def test_logs_that_were_cleared_away_go_on(tmp_path):

@@ -40,7 +40,7 @@ from voco_jax.data.manifest import (
     read_manifest,
 )
 from voco_jax.data.storage import UNFINISHED, Folder, as_os_error, is_remote
-from voco_jax.errors import InputError, TransientError
+from voco_jax.errors import InputError, TransientError, kind_of
 from voco_jax.files import parse_object
 from voco_jax.types import Size
 
@@ -200,7 +200,7 @@ class CacheWriter:
             try:
                 self._open(stack)
             except OSError as error:
-                raise InputError(
+                raise kind_of(error)(
                     f"{self.path}: cannot write this cache: {error.strerror or error}"
                 ) from error
             self._stack = stack.pop_all()
@@ -319,7 +319,7 @@ def _read_settings(path: str | Path) -> dict[str, Any]:
     try:
         content = folder.read(SETTINGS)
     except OSError as error:
-        raise InputError(f"{file}: cannot read: {error}") from error
+        raise kind_of(error)(f"{file}: cannot read: {error}") from error
     if content is None:
         there = folder.remote or os.path.isdir(folder.path)
         what = "no prepared cache here" if there else "no such folder"

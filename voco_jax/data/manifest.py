@@ -27,7 +27,7 @@ from voco_jax.data.datalists import Section
 from voco_jax.data.formats.stored import Aside
 from voco_jax.data.storage import Folder
 from voco_jax.data.volumes import Box
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, TransientError, kind_of
 from voco_jax.files import parse_object
 
 MANIFEST, SERIES, LOCK = "manifest.jsonl", "manifest", "prepare.lock"
@@ -109,7 +109,7 @@ def read_manifest(folder: Folder) -> dict[str, Entry]:
         with ThreadPoolExecutor(16) as threads:
             contents = list(threads.map(folder.read, names))
     except OSError as error:
-        raise InputError(f"{folder.path}/{MANIFEST}: cannot read: {error}") from error
+        raise kind_of(error)(f"{folder.path}/{MANIFEST}: cannot read: {error}") from error
     entries: dict[str, Entry] = {}
     for name, content in zip(names, contents, strict=True):
         lines = (content or b"").split(b"\n")
@@ -170,7 +170,7 @@ class LocalManifest:
         stack: closes it and lets other processes in.
 
     Raises:
-        InputError: another process fills this cache.
+        TransientError: another process fills this cache.
         OSError: no permission.
     """
 
@@ -182,7 +182,7 @@ class LocalManifest:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise InputError(
+            raise TransientError(
                 f"{folder.path}: another prepare is filling this cache; wait for it or stop it"
             ) from error
         self.owner = _owner()
@@ -228,7 +228,7 @@ class RemoteManifest:
         stack: writes what is left and lets other processes in.
 
     Raises:
-        InputError: another process fills this cache.
+        TransientError: another process fills this cache.
         OSError: the store cannot be written.
     """
 
@@ -274,7 +274,7 @@ class RemoteManifest:
         except (ValueError, KeyError, TypeError):
             age = STALE_SECONDS + 1  # not ours; nothing says that it lives
         if age < STALE_SECONDS:
-            raise InputError(
+            raise TransientError(
                 f"{self._folder.path}: another prepare is filling this cache ({found}); wait for "
                 f"it or stop it. If it was killed: its lock ends {STALE_SECONDS / 60:.0f} minutes "
                 f"after its last sign of life, {age:.0f} seconds ago, or delete {LOCK} there"

@@ -8,15 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from voco_jax.data.cache import (
-    DAMAGE,
-    GONE,
-    Cache,
-    CacheWriter,
-    checksum,
-    chunk_file,
-    read_chain,
-)
+from voco_jax.data.cache import DAMAGE, GONE, Cache, CacheWriter, checksum, chunk_file, read_chain
 from voco_jax.data.jobs import run_on_cluster
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
@@ -114,9 +106,7 @@ def _check(job: _Check) -> str:
             found += [checksum(voxels[..., n]) for n in range(1, voxels.shape[-1])]
     except InputError as error:
         cause = str(error.__cause__)
-        if not cause.startswith(
-            (GONE, *DAMAGE)
-        ):  # a disk or network that fails now says nothing of it
+        if not cause.startswith((GONE, *DAMAGE)):  # what fails now says nothing of the volume
             raise InputError(
                 f"{_file(job.cache, job.entry)}: cannot be read now ({cause}); "
                 "nothing is taken out of the cache for that: verify again when it can"

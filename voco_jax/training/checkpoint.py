@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preservation
 
 from voco_jax.config.common import Checkpoint as Keep
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, kind_of
 from voco_jax.files import parse_object
 from voco_jax.training.task import S
 
@@ -211,7 +211,7 @@ class Checkpoints:
             raise
         except (ValueError, KeyError, TypeError, OSError) as error:
             earlier = [s for s in self.steps() if s < step]
-            raise InputError(
+            raise kind_of(error)(
                 f"{self.folder / str(step)}: this checkpoint cannot be restored "
                 f"({type(error).__name__}: {error}); move it away to "
                 + (f"resume from step {earlier[-1]}" if earlier else "start again")
@@ -220,7 +220,7 @@ class Checkpoints:
     def _unwritable(self, error: Exception) -> InputError:
         self._manager.reload()  # it has forgotten those that were to make room
         last = self.latest_step()
-        return InputError(
+        return kind_of(error)(
             f"{self.folder}: cannot save a checkpoint ({error}); free space or mend permissions, "
             "then run the same command: it resumes from "
             + (f"step {last}" if last is not None else "the start")

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image
 
-from voco_jax.errors import InputError
+from voco_jax.errors import kind_of
 from voco_jax.files import parse_object, write_atomically
 
 # Where PyTorch is installed, tensorboardX imports it: seconds of every start, and not needed here.
@@ -33,7 +33,7 @@ def written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
+        raise kind_of(error)(
             f"{path}: cannot be written ({error}); free space or mend permissions, then run the "
             "same command: it resumes from the newest checkpoint"
         ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from voco_jax.config.common import Experiment
 from voco_jax.config.load import differences, may_change, to_dict
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, kind_of
 from voco_jax.files import parse_object, write_atomically
 from voco_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from voco_jax.training.checkpoint import OTHER_VERSION, saved_steps
@@ -38,7 +38,7 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> Path:
             _check_nothing_lost(workdir, experiment)
         write_atomically(path, json.dumps(to_dict(experiment), indent=2) + "\n")
     except OSError as error:
-        raise InputError(
+        raise kind_of(error)(
             f"{workdir}: cannot be used as --workdir ({error}); choose another"
         ) from error
     return workdir.resolve()
