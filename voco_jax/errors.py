@@ -6,3 +6,10 @@ class InputError(ValueError):
 
     Commands print its message without a traceback and exit with status 2.
     """
+
+
+class InUseError(InputError):
+    """Another process is at work there: nothing to mend, and it may end.
+
+    The run that meets it ends with status 4, so that launchers try again a few times.
+    """

@@ -7,14 +7,10 @@ Reading takes both, so that a cache may be copied from one kind of place to the 
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
-import socket
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +21,8 @@ import pydantic
 from voco_jax.data.datalists import Section
 from voco_jax.data.storage import Folder
 from voco_jax.data.volumes import Box
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, InUseError
+from voco_jax.locks import locked, this_process
 
 MANIFEST, SERIES, LOCK = "manifest.jsonl", "manifest", "prepare.lock"
 FLUSH_SECONDS, FLUSH_LINES = 30.0, 500  # of the series
@@ -142,27 +139,24 @@ class LocalManifest:
     """
 
     def __init__(self, folder: Folder, stack: contextlib.ExitStack) -> None:
+        self.owner = this_process()
+        self._lost: list[str] = []
         path = Path(folder.path, LOCK)
-        lock = stack.enter_context(path.open("a"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+            stack.enter_context(locked(path, self.owner, lost=self._lost.append))
+        except InUseError as error:
             raise InputError(
-                f"{folder.path}: another prepare is filling this cache; wait for it or stop it"
+                f"{folder.path}: another prepare is filling this cache ({error}); wait for it or "
+                "stop it"
             ) from error
-        self.owner = _owner()
-        lock.truncate(0)
-        stack.callback(lock.truncate, 0)  # a copy of this folder looks as free as it is
-        lock.write(self.owner)
-        lock.flush()
         _make_one_file(folder)
         path = Path(folder.path, MANIFEST)
         self._file: IO[str] = stack.enter_context(path.open("a", encoding="utf-8"))
 
     def add(self, *lines: str) -> bool:
         """Adds lines; returns whether they are safe on the disk by now: they are."""
+        if self._lost:
+            raise OSError(f"another prepare has taken this cache over ({self._lost[0]})")
         self._file.writelines(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -202,7 +196,7 @@ class RemoteManifest:
 
     def __init__(self, folder: Folder, stack: contextlib.ExitStack) -> None:
         self._folder = folder
-        self.owner = _owner()
+        self.owner = this_process()
         self._lock()
         stack.callback(self._unlock)
         numbers = [int(name.partition(".")[0]) for name in folder.names(SERIES)]
@@ -276,8 +270,3 @@ class RemoteManifest:
 def token_of(owner: str) -> str:
     """What of an owner never changes."""
     return json.loads(owner)["token"]
-
-
-def _owner() -> str:
-    who = {"host": socket.gethostname(), "process": os.getpid()}
-    return json.dumps(who | {"token": uuid.uuid4().hex, "time": time.time()})
