@@ -4,23 +4,23 @@ Every setting of the config file can be overridden as --config.section.field=val
 command again resumes from the last checkpoint. On TPU pods and SLURM the processes of a run find
 each other; elsewhere start each with --coordinator, --processes and --process_id.
 
-Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the same command again,
-130 interrupted, other: a crash.
+Exit status: 0 done, 2 bad input, 3 diverged, 4 another run has this workdir, 75 stopped by SIGTERM
+or SIGHUP and saved: run the same command again, 130 interrupted, other: a crash.
 """
 
+import contextlib
 import faulthandler
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from voco_jax.config.load import command_parser, load, parse_arguments
-from voco_jax.errors import InputError
-from voco_jax.files import COMPILATION_CACHE
+from voco_jax.errors import InputError, InUseError
+from voco_jax.files import COMPILATION_CACHE, say
 from voco_jax.large_pages import restart_with_large_pages
+from voco_jax.training import signals
 
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _CRASHED = (
@@ -66,20 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail(error, 2))
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(COMPILATION_CACHE))
-    _leave_on_sigterm()
+    signals.listen(_leave_early)
     from voco_jax.training import distributed
     from voco_jax.training.loop import DivergedError, PreemptedError, run
+    from voco_jax.training.workdir import IN_USE
 
     try:
         distributed.start(options.coordinator, options.processes, options.process_id)
         run(experiment, options.workdir, methods()[experiment.task])
     except InputError as error:
-        _leave(_fail(error, 2))
+        _leave(_fail(error, IN_USE if isinstance(error, InUseError) else 2))
     except DivergedError as error:
         _leave(_fail(error, 3))
     except PreemptedError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # more of them must not change the status
-        print(error, flush=True)
+        signals.ignore()  # more of them must not change the status
+        say(error)
+        if error.stuck:
+            distributed.shutdown()
+            _leave(_PREEMPTED)
         sys.exit(_PREEMPTED)
     except KeyboardInterrupt:
         _leave(130)
@@ -88,30 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(_fail(_CRASHED, 1))
 
 
-def _leave_on_sigterm() -> None:
-    """While a run starts there is nothing to save; then JAX takes the signal.
-
-    A thread reads it: Python's own handlers wait for what the main thread does, as compiling. And
-    process 1 of a container, which a launcher's may be, does not end of a signal by itself.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-
-    def read() -> None:
-        while os.read(reading, 1)[0] != signal.SIGTERM:
-            pass
-        print("preempted (SIGTERM) before the first step: nothing was lost", flush=True)
-        _leave(_PREEMPTED)
-
-    threading.Thread(target=read, daemon=True).start()
+def _leave_early(name: str) -> None:
+    """While a run starts there is nothing to save."""
+    say(f"preempted ({name}) before the first step: nothing was lost")
+    _leave(_PREEMPTED)
 
 
 def _leave(status: int) -> NoReturn:
     """Ends this process at once: one of several must not wait for the others, nor they for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a closed terminal
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

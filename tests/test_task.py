@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PREEMPTED = 75
+IN_USE, PREEMPTED = 4, 75
 
 
-def _start(workdir, *flags):
+def _start(workdir, *flags, terminal=None):
+    """With a terminal: in a session of its own, as after a login, where closing it is SIGHUP."""
     script = "tests/toy_main.py"
     command = [sys.executable, script, f"--config={script}", f"--workdir={workdir}", *flags]
+    if terminal:
+        command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', terminal, *command]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -26,6 +30,7 @@ def _start(workdir, *flags):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=bool(terminal),
     )
 
 
@@ -73,19 +78,26 @@ def test_it_learns_and_validates(unbroken):
     assert saved == sorted({best, 35, 40})
 
 
-def test_killed_and_preempted_it_goes_on_bit_for_bit(unbroken, tmp_path):
+def test_killed_frozen_and_hung_up_it_goes_on_bit_for_bit(unbroken, tmp_path):
     workdir = tmp_path / "broken"
     killed = _start(workdir)
     _wait_for(workdir, 5, killed)
     killed.kill()
     killed.communicate()
 
-    preempted = _start(workdir)
+    terminal, inside = pty.openpty()
+    preempted = _start(workdir, terminal=os.ttyname(inside))
     _wait_for(workdir, 15, preempted)
-    preempted.send_signal(signal.SIGTERM)
-    output = _finish(preempted, PREEMPTED)
-    assert "resuming at step" in output
-    assert "preempted (SIGTERM); saved step" in output
+    preempted.send_signal(signal.SIGSTOP)  # while it is frozen, too, the workdir is its own
+    double = _finish(_start(workdir), IN_USE)
+    assert f"broken: another run is at work in it (process {preempted.pid} on " in double
+    preempted.send_signal(signal.SIGCONT)
+    os.close(inside)
+    os.close(terminal)
+    _finish(preempted, PREEMPTED)
+    log = (workdir / "logs" / "process_0.log").read_text()
+    assert "resuming at step" in log
+    assert "preempted (SIGHUP); saved step" in log
 
     assert "resuming at step" in _finish(_start(workdir))
     assert _rows(workdir) == _rows(unbroken)

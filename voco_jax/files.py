@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from os import PathLike
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def say(text: object) -> None:
+    """Prints a line; that its reader has gone, as with a closed terminal, ends nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def local_path(field: str, path: str | PathLike[str]) -> Path:

@@ -15,9 +15,10 @@ import numpy as np
 
 from voco_jax.config.common import WORKDIR, Experiment, Profile, Run
 from voco_jax.config.load import leaves, to_dict
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, InUseError
 from voco_jax.files import local_path
 from voco_jax.training import mesh as meshes
+from voco_jax.training import signals
 from voco_jax.training.checkpoint import Checkpoints, saved_steps, set_damaged_aside
 from voco_jax.training.distributed import (
     barrier,
@@ -25,8 +26,6 @@ from voco_jax.training.distributed import (
     gather,
     is_process_0,
     run_on_process_0,
-    should_stop,
-    watch_preemption,
 )
 from voco_jax.training.metrics import (
     Log,
@@ -37,8 +36,9 @@ from voco_jax.training.metrics import (
     save_picture,
 )
 from voco_jax.training.steps import NotFiniteError, Steps
-from voco_jax.training.task import LogLine, Method, S, Task, Validation
-from voco_jax.training.workdir import claim_workdir
+from voco_jax.training.task import LogLine, Method, Program, S, Task, Validation
+from voco_jax.training.waiting import Batches, StopRequestedError, Watch
+from voco_jax.training.workdir import claim_workdir, lock_workdir
 
 
 class DivergedError(RuntimeError):
@@ -46,7 +46,16 @@ class DivergedError(RuntimeError):
 
 
 class PreemptedError(RuntimeError):
-    """A preemption signal came; everything is saved and the same command goes on."""
+    """A preemption signal came; everything is saved and the same command goes on.
+
+    Args:
+        message: for people.
+        stuck: whether a thread still waits for input, which Python's own exit would wait for.
+    """
+
+    def __init__(self, message: str, stuck: bool) -> None:
+        super().__init__(message)
+        self.stuck = stuck
 
 
 def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> None:
@@ -62,7 +71,8 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     Raises:
         InputError: anything the user has to mend.
         DivergedError: NaN or infinite loss.
-        PreemptedError: SIGTERM reached a process; saved everywhere.
+        PreemptedError: SIGTERM or SIGHUP reached a process; saved everywhere.
+        InUseError: another run has this workdir.
     """
     start_time = time.monotonic()
     folder = local_path("--workdir", workdir)
@@ -72,10 +82,21 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     mesh = meshes.make_mesh(experiment.mesh.fsdp)
     method.check(experiment)
     program = method.make_program(experiment, mesh)
-    folder = Path(run_on_process_0(lambda: str(claim_workdir(folder, experiment))))
-    log = Log(folder, jax.process_index())
+    with contextlib.ExitStack() as stack:
+        if in_use := run_on_process_0(lambda: lock_workdir(folder, stack)):
+            raise InUseError(in_use)
+        folder = Path(run_on_process_0(lambda: str(claim_workdir(folder, experiment))))
+        log = Log(folder, jax.process_index())
+        _run(experiment, folder, method, program, log)
+    log(f"done in {duration(time.monotonic() - start_time)}; everything is in {folder}")
+
+
+def _run(
+    experiment: Experiment, folder: Path, method: Method[Any], program: Program[Any], log: Log
+) -> None:
+    """In a workdir that is this run's own; why it ends is kept in the log."""
     try:
-        log(f"devices: {meshes.describe(mesh)}; workdir: {folder}")
+        log(f"devices: {meshes.describe(program.mesh)}; workdir: {folder}")
         if message := run_on_process_0(lambda: set_damaged_aside(folder)):
             log(message)
         resumes = _newest_step(folder) is not None
@@ -88,7 +109,6 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
         with contextlib.suppress(InputError):  # of a full disk
             log.keep(f"ended: {error}" if expected else traceback.format_exc())
         raise
-    log(f"done in {duration(time.monotonic() - start_time)}; everything is in {folder}")
 
 
 def _newest_step(workdir: Path) -> int | None:
@@ -179,16 +199,35 @@ def _train(
         "networks": list(task.networks),
         "data_fingerprint": task.data_fingerprint,
     }
-    with contextlib.closing(_Report(task, run, workdir, log, first_step)) as report:
+    with (
+        contextlib.closing(_Report(task, run, workdir, log, first_step)) as report,
+        contextlib.closing(Watch(log)) as watch,
+    ):
         log("compiling the step (minutes for a large model; the next time it is kept) ...")
         with log_while_running(log, "compiling"):
             compiled = compile_on_all(program.step, program.state, program.batch)
-        watch_preemption()
-        batches = meshes.prefetch_to_device(task.batches(first_step), program.batch)
-        steps = Steps(compiled, batches, state, first_step)
+        signals.defer()
+        batches = Batches(task.batches(first_step), watch)
+        on_devices = meshes.prefetch_to_device(batches, program.batch)
+        steps = Steps(compiled, on_devices, state, first_step)
+        score: float | None = None
         for step in range(first_step + 1, run.total_steps + 1):
             _profile(run, workdir, steps, first_step, step)
-            steps.advance()
+            try:
+                steps.advance()
+            except StopRequestedError as stop:
+                watch.at(f"saving step {step - 1}")
+                if step - 1 not in (first_step, saved.latest_step()):
+                    steps.fetch()
+                    saved.save(steps.state, info, score)
+                saved.wait()
+                gather(np.zeros(1))  # a launcher may end the others when the first leaves
+                raise PreemptedError(
+                    f"preempted ({stop.signal}); saved step {step - 1}: the same command resumes "
+                    "there",
+                    stop.stuck,
+                ) from None
+            watch.at(f"at step {step}")
             last = step == run.total_steps
             if last or step == first_step + 1 or _due(step, run.log_every_steps):
                 report.training(step, steps)
@@ -200,24 +239,21 @@ def _train(
             validating = run.validate_every_steps and (last or _due(step, run.validate_every_steps))
             if saving or validating:
                 steps.fetch()  # never validate or save what a NaN has reached
-            score: float | None = None
+            score = None
             with report.pause(step, steps):
                 if task.validate is not None and validating:
+                    watch.at(f"validating step {step}")
                     score = report.validation(step, task.validate(steps.state, step))
+                    watch.at("waiting for the validation of the other processes")
                     barrier()  # all wait for process 0 and its pictures here, not in the next step
                 is_best = run.checkpoint.keep_best > 0 and _better(score, best)
-                preempted = should_stop(step - first_step)
                 # After validation: what is saved lacks nothing when the run is resumed.
-                if saving or is_best or preempted:
+                if saving or is_best:
+                    watch.at(f"saving step {step}")
                     steps.fetch()
                     saved.save(steps.state, info, score)
                     best = score if is_best else best
-                if preempted and not last:
-                    saved.wait()
-                    gather(np.zeros(1))  # a launcher may end the others when the first leaves
-                    raise PreemptedError(
-                        f"preempted (SIGTERM); saved step {step}: the same command resumes there"
-                    )
+        watch.at(f"saving step {run.total_steps}")
         saved.wait()
     return steps.state
 

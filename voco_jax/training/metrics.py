@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.errors import InputError
+from voco_jax.files import say
 
 # Where PyTorch is installed, tensorboardX imports it: seconds of every start, and not needed here.
 _torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # "not to be found"
@@ -145,7 +146,7 @@ class Log:
             InputError: the file cannot be written.
         """
         if self._process == 0:
-            print(text, flush=True)
+            say(text)
         self.keep(text)
 
     def keep(self, text: str) -> None:
