@@ -1,5 +1,6 @@
 """What a run waits for is told and can be given up; signals are not lost meanwhile."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -70,8 +71,29 @@ def test_a_read_that_never_returns_is_told_and_left(told, stop, name):
     with pytest.raises(StopRequestedError) as raised:
         next(stream)
     assert (raised.value.signal, raised.value.stuck) == (name, True)
-    assert lines[0].startswith("still waiting for input (a batch from the data workers): 0:00:0")
+    assert lines[0].startswith("still waiting for input: 0:00:0")
     never.set()
+
+
+def test_the_files_that_the_data_workers_have_open_are_named(told, monkeypatch, tmp_path):
+    """As that of a read from a server that is gone."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("need /proc")
+    lines, watch = told
+    volume, never = tmp_path / "c.7.0.0.0", threading.Event()
+    volume.touch()
+    with subprocess.Popen(["tail", "-f", volume]) as reader:
+        _until(
+            lambda: str(volume) in map(os.path.realpath, Path(f"/proc/{reader.pid}/fd").iterdir())
+        )
+        monkeypatch.setattr(multiprocessing, "active_children", lambda: [reader])
+        stream = Batches((never.wait() for _ in range(1)), watch)
+        threading.Thread(target=lambda: next(stream), daemon=True).start()
+        _until(lambda: lines)
+        reader.kill()
+    never.set()
+    where = f"process {reader.pid} with {volume}"
+    assert lines[0].startswith(f"still waiting for input of the data workers ({where}): 0:00:0")
 
 
 def test_a_signal_between_two_steps(told, stop):

@@ -1,6 +1,8 @@
 """What a run waits for: told when it takes long, and given up when the run is to stop."""
 
 import contextlib
+import multiprocessing
+import os
 import queue
 import threading
 import time
@@ -115,6 +117,24 @@ class Batches:
 
     def _waiting(self) -> str:
         if not self._arrived.is_set():
-            return "waiting for input (a batch from the data workers)"
+            return f"waiting for input{_workers()}"
         missing = ", ".join(map(str, distributed.late_for(self._number)))
         return f"waiting for the input of process {missing}" if missing else "waiting for process 0"
+
+
+def _workers() -> str:
+    """The data workers, and which files each has open: one of those reads does not return.
+
+    What /proc says of them asks no file server.
+    """
+    lines = []
+    for worker in multiprocessing.active_children():
+        files = []
+        with contextlib.suppress(OSError):  # it has just ended, or this is not Linux
+            for number in os.listdir(f"/proc/{worker.pid}/fd"):
+                path = os.readlink(f"/proc/{worker.pid}/fd/{number}")
+                if int(number) > 2 and path.startswith("/") and not path.startswith("/dev/"):
+                    files.append(path)
+        reads = f" with {' '.join(sorted(files))}" if files else ""
+        lines.append(f"process {worker.pid}{reads}")
+    return f" of the data workers ({', '.join(lines)})" if lines else ""
