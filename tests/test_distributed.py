@@ -244,7 +244,7 @@ def batches():
 
 watch = waiting.Watch(lambda text: print(text, flush=True))
 try:
-    for batch in waiting.Batches(batches(), watch):
+    for batch in waiting.batches_in_step(batches(), waiting.Reader(), watch):
         taken = batch["number"]
 except waiting.StopRequestedError as stop:
     print("stopped", taken, stop.signal, stop.stuck, flush=True)

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,6 @@ from voco_jax.training.metrics import (
     Progress,
     StepTimes,
     duration,
-    log_while_running,
 )
 from voco_jax.training.workdir import claim_workdir, lock_workdir
 from voco_jax.voco import task
@@ -513,23 +511,6 @@ def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch):
         match=r"step 3: .* is not finite.*Last good checkpoint: .*checkpoints/2",
     ):
         run(config, tmp_path)
-
-
-def test_long_waits_are_told():
-    lines: list[str] = []
-    told = threading.Event()
-
-    def say(line: str) -> None:
-        lines.append(line)
-        told.set()
-
-    with log_while_running(say, "compiling", every=0.001):
-        assert told.wait(10)
-    count = len(lines)
-    assert lines[0].startswith("still compiling: 0:00:0")
-    told.clear()
-    assert not told.wait(0.05)
-    assert len(lines) == count
 
 
 def test_progress_has_its_own_clock():

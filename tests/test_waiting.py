@@ -13,7 +13,13 @@ import pytest
 
 from voco_jax.errors import InputError
 from voco_jax.training import signals, waiting
-from voco_jax.training.waiting import Batches, StopRequestedError, Watch
+from voco_jax.training.waiting import (
+    Reader,
+    StopRequestedError,
+    Watch,
+    batches_in_step,
+    within_grace,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,8 +49,12 @@ def _until(condition):
         time.sleep(0.005)
 
 
+def _stream(batches, told):
+    return batches_in_step(batches, Reader(), told[1])
+
+
 def test_batches_come_in_order(told):
-    stream = Batches(iter([{"x": 1}, {"x": 2}]), told[1])
+    stream = _stream(iter([{"x": 1}, {"x": 2}]), told)
     assert [next(stream), next(stream)] == [{"x": 1}, {"x": 2}]
     assert told[0] == []
 
@@ -55,7 +65,7 @@ def test_what_reading_raises_arrives(told, error):
         yield {}
         raise error
 
-    stream = Batches(fails(), told[1])
+    stream = _stream(fails(), told)
     next(stream)
     with pytest.raises(type(error)) as raised:
         next(stream)
@@ -64,9 +74,9 @@ def test_what_reading_raises_arrives(told, error):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_read_that_never_returns_is_told_and_left(told, stop, name):
-    lines, watch = told
+    lines, _ = told
     never = threading.Event()
-    stream = Batches((never.wait() for _ in range(1)), watch)
+    stream = _stream((never.wait() for _ in range(1)), told)
     threading.Thread(target=lambda: _until(lambda: len(lines) > 1) or stop(name)).start()
     with pytest.raises(StopRequestedError) as raised:
         next(stream)
@@ -79,7 +89,7 @@ def test_the_files_that_the_data_workers_have_open_are_named(told, monkeypatch, 
     """As that of a read from a server that is gone."""
     if not Path("/proc/self/fd").exists():
         pytest.skip("need /proc")
-    lines, watch = told
+    lines, _ = told
     volume, never = tmp_path / "c.7.0.0.0", threading.Event()
     volume.touch()
     with subprocess.Popen(["tail", "-f", volume]) as reader:
@@ -87,7 +97,7 @@ def test_the_files_that_the_data_workers_have_open_are_named(told, monkeypatch, 
             lambda: str(volume) in map(os.path.realpath, Path(f"/proc/{reader.pid}/fd").iterdir())
         )
         monkeypatch.setattr(multiprocessing, "active_children", lambda: [reader])
-        stream = Batches((never.wait() for _ in range(1)), watch)
+        stream = _stream((never.wait() for _ in range(1)), told)
         threading.Thread(target=lambda: next(stream), daemon=True).start()
         _until(lambda: lines)
         reader.kill()
@@ -96,8 +106,23 @@ def test_the_files_that_the_data_workers_have_open_are_named(told, monkeypatch, 
     assert lines[0].startswith(f"still waiting for input of the data workers ({where}): 0:00:0")
 
 
+def test_a_validation_that_never_ends_is_left_some_time_after_a_signal(stop, monkeypatch):
+    monkeypatch.setattr(waiting, "GRACE", 0.1)
+    reader, never, asked = Reader(), threading.Event(), threading.Event()
+    assert within_grace(lambda: 7, reader) == 7
+    with pytest.raises(InputError, match="damaged"):
+        within_grace(lambda: (_ for _ in ()).throw(InputError("damaged")), reader)
+    threading.Thread(target=lambda: asked.wait() and stop("SIGTERM")).start()
+    with pytest.raises(StopRequestedError) as raised:
+        within_grace(lambda: asked.set() or never.wait(), reader)
+    assert (raised.value.signal, raised.value.stuck) == ("SIGTERM", True)
+    never.set()
+    monkeypatch.setattr(waiting, "GRACE", 60)
+    assert within_grace(lambda: time.sleep(0.6) or 8, Reader()) == 8  # it ended in time
+
+
 def test_a_signal_between_two_steps(told, stop):
-    stream = Batches(iter([{}, {}]), told[1])
+    stream = _stream(iter([{}, {}]), told)
     next(stream)
     stop("SIGTERM")
     with pytest.raises(StopRequestedError):

@@ -80,6 +80,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
                 cluster_detection_method="deactivate",
                 initialization_timeout=JOIN_TIMEOUT + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=_LONGEST_WAIT,
             )
     except RuntimeError as error:
         raise InputError(

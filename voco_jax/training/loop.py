@@ -7,6 +7,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,17 @@ from voco_jax.training.metrics import (
     MetricsWriter,
     Progress,
     duration,
-    log_while_running,
     save_picture,
 )
 from voco_jax.training.steps import NotFiniteError, Steps
 from voco_jax.training.task import LogLine, Method, Program, S, Task, Validation
-from voco_jax.training.waiting import Batches, StopRequestedError, Watch
+from voco_jax.training.waiting import (
+    Reader,
+    StopRequestedError,
+    Watch,
+    batches_in_step,
+    within_grace,
+)
 from voco_jax.training.workdir import claim_workdir, lock_workdir
 
 
@@ -204,55 +210,58 @@ def _train(
         contextlib.closing(Watch(log)) as watch,
     ):
         log("compiling the step (minutes for a large model; the next time it is kept) ...")
-        with log_while_running(log, "compiling"):
-            compiled = compile_on_all(program.step, program.state, program.batch)
+        watch.at("compiling")
+        compiled = compile_on_all(program.step, program.state, program.batch)
         signals.defer()
-        batches = Batches(task.batches(first_step), watch)
+        reader = Reader()
+        batches = batches_in_step(task.batches(first_step), reader, watch)
         on_devices = meshes.prefetch_to_device(batches, program.batch)
         steps = Steps(compiled, on_devices, state, first_step)
         score: float | None = None
-        for step in range(first_step + 1, run.total_steps + 1):
-            _profile(run, workdir, steps, first_step, step)
-            try:
+        try:
+            for step in range(first_step + 1, run.total_steps + 1):
+                _profile(run, workdir, steps, first_step, step)
                 steps.advance()
-            except StopRequestedError as stop:
-                watch.at(f"saving step {step - 1}")
-                if step - 1 not in (first_step, saved.latest_step()):
-                    steps.fetch()
-                    saved.save(steps.state, info, score)
-                saved.wait()
-                gather(np.zeros(1))  # a launcher may end the others when the first leaves
-                raise PreemptedError(
-                    f"preempted ({stop.signal}); saved step {step - 1}: the same command resumes "
-                    "there",
-                    stop.stuck,
-                ) from None
-            watch.at(f"at step {step}")
-            last = step == run.total_steps
-            if last or step == first_step + 1 or _due(step, run.log_every_steps):
-                report.training(step, steps)
-            saving = (
-                last
-                or _due(step, run.checkpoint.every_steps)
-                or _due(step, run.checkpoint.keep_every_steps)
-            )
-            validating = run.validate_every_steps and (last or _due(step, run.validate_every_steps))
-            if saving or validating:
-                steps.fetch()  # never validate or save what a NaN has reached
-            score = None
-            with report.pause(step, steps):
-                if task.validate is not None and validating:
-                    watch.at(f"validating step {step}")
-                    score = report.validation(step, task.validate(steps.state, step))
-                    watch.at("waiting for the validation of the other processes")
-                    barrier()  # all wait for process 0 and its pictures here, not in the next step
-                is_best = run.checkpoint.keep_best > 0 and _better(score, best)
-                # After validation: what is saved lacks nothing when the run is resumed.
-                if saving or is_best:
-                    watch.at(f"saving step {step}")
-                    steps.fetch()
-                    saved.save(steps.state, info, score)
-                    best = score if is_best else best
+                watch.at(f"at step {step}")
+                last = step == run.total_steps
+                if last or step == first_step + 1 or _due(step, run.log_every_steps):
+                    report.training(step, steps)
+                saving = (
+                    last
+                    or _due(step, run.checkpoint.every_steps)
+                    or _due(step, run.checkpoint.keep_every_steps)
+                )
+                validating = run.validate_every_steps and (
+                    last or _due(step, run.validate_every_steps)
+                )
+                if saving or validating:
+                    steps.fetch()  # never validate or save what a NaN has reached
+                score = None
+                with report.pause(step, steps):
+                    if task.validate is not None and validating:
+                        watch.at(f"validating step {step}")
+                        validate = partial(task.validate, steps.state, step)
+                        score = report.validation(step, within_grace(validate, reader))
+                        watch.at("waiting for the validation of the other processes")
+                        barrier()  # for process 0 and its pictures; not in the next step
+                    is_best = run.checkpoint.keep_best > 0 and _better(score, best)
+                    # After validation: what is saved lacks nothing when the run is resumed.
+                    if saving or is_best:
+                        watch.at(f"saving step {step}")
+                        steps.fetch()
+                        saved.save(steps.state, info, score)
+                        best = score if is_best else best
+        except StopRequestedError as stop:
+            watch.at(f"saving step {steps.number}")
+            if steps.number not in (first_step, saved.latest_step()):
+                steps.fetch()
+                saved.save(steps.state, info, score)
+            saved.wait()
+            barrier()  # a launcher may end the others when the first leaves
+            reached = f"saved step {steps.number}" if steps.number else "nothing to save yet"
+            raise PreemptedError(
+                f"preempted ({stop.signal}); {reached}: the same command resumes there", stop.stuck
+            ) from None
         watch.at(f"saving step {run.total_steps}")
         saved.wait()
     return steps.state

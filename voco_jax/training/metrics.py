@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -204,30 +203,6 @@ class Progress:
         self._last = (step, now)
         rate = (step - last_step) / max(now - last_time - paused, 1e-9)
         return rate, duration((self._total - step) / rate if rate else 0.0)
-
-
-@contextlib.contextmanager
-def log_while_running(log: Callable[[str], None], what: str, every: float = 15.0) -> Iterator[None]:
-    """Logs now and then that something long, which cannot tell how far it is, goes on.
-
-    Args:
-        log: takes a line.
-        what: goes on.
-        every: seconds.
-    """
-    start, done = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        while not done.wait(every):
-            log(f"still {what}: {duration(time.monotonic() - start)} so far")
-
-    reporter = threading.Thread(target=tell, daemon=True)
-    reporter.start()
-    try:
-        yield
-    finally:
-        done.set()
-        reporter.join()
 
 
 def duration(seconds: float) -> str:

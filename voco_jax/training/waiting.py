@@ -1,22 +1,28 @@
 """What a run waits for: told when it takes long, and given up when the run is to stop."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
 
 from voco_jax.errors import InputError
-from voco_jax.training import distributed
+from voco_jax.training import distributed, signals
 from voco_jax.training.metrics import duration
 from voco_jax.training.task import LogLine
 from voco_jax.types import Batch
 
+Result = TypeVar("Result")
 FIRST_WORD = 30.0  # seconds of waiting after which it is told; again after twice as long
 LONGEST_SILENCE = 600.0
+GRACE = 120.0  # of the five minutes that launchers give to save
 
 
 class StopRequestedError(Exception):
@@ -24,7 +30,7 @@ class StopRequestedError(Exception):
 
     Args:
         signal: its name.
-        stuck: whether this process's input still waits for its data.
+        stuck: whether this process still reads.
     """
 
     def __init__(self, signal: str, stuck: bool) -> None:
@@ -62,64 +68,98 @@ class Watch:
         self._thread.join()
 
 
-class Batches:
-    """A task's batches, each taken when all processes have theirs; a thread reads them.
+class Reader:
+    """Reads in a thread of its own, so that the main thread can leave a read that never returns."""
 
-    So that the main thread can leave a read that never returns, as of a server that is gone.
-    """
-
-    def __init__(self, batches: Iterator[Batch], watch: Watch) -> None:
-        """Reads nothing yet.
-
-        Args:
-            batches: endless; this process's rows.
-            watch: told of the waiting.
-        """
-        self._batches, self._watch, self._number = batches, watch, 0
-        self._asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._arrived = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._run, daemon=True).start()
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+    def read(
+        self, function: Callable[[], Result], stop: Callable[[Callable[[float], bool]], str]
+    ) -> Result:
+        """What a function returns, or raises.
 
-    def __next__(self) -> Batch:
-        """The next batch.
+        Args:
+            function: runs in the other thread.
+            stop: given (seconds -> whether the function has ended by then), waits for that; or
+                returns the name of the signal for which it is left.
 
         Raises:
-            StopRequestedError: the run is to stop instead.
-            Exception: whatever reading raised.
+            StopRequestedError: it was left.
         """
-        self._number += 1
         self._arrived.clear()
-        self._asked.put(None)
-        self._watch.at(self._waiting)
-        if signal := distributed.stop_before(self._number, self._arrived.wait):
+        self._asked.put(function)
+        if signal := stop(self._arrived.wait):
             raise StopRequestedError(signal, stuck=not self._arrived.is_set())
-        batch, error = self._answers.get()
-        self._watch.at("computing a step")
+        result, error = self._answers.get()
         if error is not None:
             raise error
-        return batch
+        return result
 
-    def _read(self) -> None:
+    @property
+    def waits(self) -> bool:
+        """Whether a read has not ended."""
+        return not self._arrived.is_set()
+
+    def _run(self) -> None:
         while True:
-            self._asked.get()
-            self._answers.put(self._take())
+            self._answers.put(_outcome(self._asked.get()))
             self._arrived.set()
 
-    def _take(self) -> tuple[Batch | None, Exception | None]:
-        try:
-            return next(self._batches), None
-        except Exception as error:
-            return None, error
 
-    def _waiting(self) -> str:
-        if not self._arrived.is_set():
-            return f"waiting for input{_workers()}"
-        missing = ", ".join(map(str, distributed.late_for(self._number)))
-        return f"waiting for the input of process {missing}" if missing else "waiting for process 0"
+def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def batches_in_step(batches: Iterator[Batch], reader: Reader, watch: Watch) -> Iterator[Batch]:
+    """A task's batches, each taken when all processes have theirs.
+
+    Args:
+        batches: endless; this process's rows.
+        reader: reads them.
+        watch: told of the waiting.
+
+    Raises:
+        StopRequestedError: the run is to stop instead.
+        Exception: whatever reading raised.
+    """
+    for number in itertools.count(1):
+        watch.at(partial(_missing, number, reader))
+        batch = reader.read(partial(next, batches), partial(distributed.stop_before, number))
+        watch.at("computing a step")
+        yield batch
+
+
+def _missing(number: int, reader: Reader) -> str:
+    if reader.waits:
+        return f"waiting for input{_workers()}"
+    late = ", ".join(map(str, distributed.late_for(number)))
+    return f"waiting for the input of process {late}" if late else "waiting for process 0"
+
+
+def within_grace(function: Callable[[], Result], reader: Reader) -> Result:
+    """What a function returns that need not be waited for once a signal has come.
+
+    Of several processes each waits for its end: all take part in it.
+
+    Raises:
+        StopRequestedError: it has not ended `GRACE` after the signal.
+        Exception: whatever the function raised.
+    """
+
+    def stop(ended: Callable[[float], bool]) -> str:
+        while not ended(0.5):
+            if signals.received() and not ended(GRACE):
+                return signals.received()
+        return ""
+
+    return function() if jax.process_count() > 1 else reader.read(function, stop)
 
 
 def _workers() -> str:
