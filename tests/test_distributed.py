@@ -119,7 +119,7 @@ SEVERAL_PROXIES = {
 }
 
 
-@pytest.mark.parametrize("flags", [(None, None, None), ("127.0.0.1:1", 1, 0), ("node7:1", 1, 0)])
+@pytest.mark.parametrize("flags", [(None, None, None), ("127.0.0.1:1", 1, 0), ("node7", 1, 0)])
 def test_one_process_joins_nothing(flags, monkeypatch):
     """So no proxy is asked, and no heartbeat is missed by a run that was stopped for a while."""
     for name, value in SEVERAL_PROXIES.items():

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from voco_jax.errors import InputError
+from voco_jax.files import say
 from voco_jax.training import signals
 
 Result = TypeVar("Result")
@@ -62,7 +63,7 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     devices = tuple(int(number) for number in local.split(",")) if local else None
     if coordinator is None:
         coordinator, processes, process_id, devices = _detect(devices)
-    elif process_id == 0:
+    elif processes != 1 and process_id == 0:
         _check_port(coordinator)
     if processes == 1:
         for kind in ("cuda", "rocm") if local else ():  # as `jax.distributed.initialize` does
@@ -118,10 +119,9 @@ def _detect(
             "--processes=1 --process_id=0"
         )
     if problem:
-        print(
+        say(
             f"this looks like a cluster, but does not say of which job this is ({problem}): going "
-            "on as one process; for several give --coordinator, --processes and --process_id",
-            flush=True,
+            "on as one process; for several give --coordinator, --processes and --process_id"
         )
     return None, 1, 0, devices
 
@@ -208,7 +208,7 @@ def stop_before(number: int, ready: Callable[[float], bool]) -> str:
         "": take it; else the name of the signal that asks to stop instead.
     """
     client, mine, told = global_state.client, False, ""
-    while True:
+    for turn in itertools.count():
         mine = mine or ready(0.5)
         signal = signals.received()
         if client is None:
@@ -221,6 +221,8 @@ def stop_before(number: int, ready: Callable[[float], bool]) -> str:
         decided = _decide(client, number) if is_process_0() else _decided(client, number, mine)
         if decided:
             return "" if decided == _GO else decided
+        time.sleep(min(turn, 50) / 1000)
+    raise AssertionError
 
 
 def _decide(client: Any, number: int) -> str:
@@ -229,7 +231,6 @@ def _decide(client: Any, number: int) -> str:
     signal = next((signal for _, _, signal in states if signal), "")
     ready = [int(batch) >= number for batch, _, _ in states]
     if not signal and (len(ready) < global_state.num_processes or not all(ready)):
-        time.sleep(0.001)
         return ""
     client.key_value_set(f"{_DECIDED}{number}", signal or _GO)
     if not signal and number > 1:
