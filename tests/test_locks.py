@@ -1,5 +1,6 @@
 """Locks of folders: held by one process that lives, on whatever file system."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -50,16 +51,20 @@ def _no_locks(number):
     return flock
 
 
-def _hold(path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, path], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )
-    assert holder.stdout.readline() == "held\n"
-    return holder
+@contextlib.contextmanager
+def _held(path):
+    """By a process of its own."""
+    command = [sys.executable, "-c", HOLD, path]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
 
 
 def test_a_living_process_is_named(lock):
-    with _hold(lock) as holder:
+    with _held(lock) as holder:
         started = time.strftime("%Y-%m-%d %H:")
         for number in (signal.SIGCONT, signal.SIGSTOP):  # running, and frozen
             holder.send_signal(number)
@@ -69,12 +74,11 @@ def test_a_living_process_is_named(lock):
             ):
                 pass
         assert str(holder.pid) in lock.read_text()
-        holder.kill()
 
 
 def test_one_that_was_killed_leaves_nothing_behind(lock, capsys):
-    with _hold(lock) as holder:
-        holder.kill()
+    with _held(lock) as holder:
+        pass
     assert str(holder.pid) in lock.read_text()
     begin = time.monotonic()
     with locked(lock, this_process()):

@@ -65,7 +65,7 @@ class Watch:
     def close(self) -> None:
         """Says nothing more."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(timeout=5)  # the log may be on a server that is gone
 
 
 class Reader:
