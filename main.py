@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -81,9 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PreemptedError as error:
         signals.ignore()  # more of them must not change the status
         say(error)
-        if error.stuck:
-            distributed.shutdown()
-            _leave(_PREEMPTED)
+        distributed.shutdown()
+        # Python waits for its threads, and one may read what never comes.
+        leave = threading.Timer(5, _leave, [_PREEMPTED])
+        leave.daemon = True
+        leave.start()
         sys.exit(_PREEMPTED)
     except KeyboardInterrupt:
         _leave(130)

@@ -79,7 +79,7 @@ def test_a_read_that_never_returns_is_told_and_left(told, stop, name):
     threading.Thread(target=lambda: _until(lambda: len(lines) > 1) or stop(name)).start()
     with pytest.raises(StopRequestedError) as raised:
         next(stream)
-    assert (raised.value.signal, raised.value.stuck) == (name, True)
+    assert str(raised.value) == name
     assert lines[0].startswith("still waiting for input: 0:00:0")
     never.set()
 
@@ -114,7 +114,7 @@ def test_a_validation_that_never_ends_is_left_some_time_after_a_signal(stop, mon
     threading.Thread(target=lambda: asked.wait() and stop("SIGTERM")).start()
     with pytest.raises(StopRequestedError) as raised:
         within_grace(lambda: asked.set() or never.wait(), reader)
-    assert (raised.value.signal, raised.value.stuck) == ("SIGTERM", True)
+    assert str(raised.value) == "SIGTERM"
     never.set()
     monkeypatch.setattr(waiting, "GRACE", 60)
     assert within_grace(lambda: time.sleep(0.6) or 8, Reader()) == 8  # it ended in time

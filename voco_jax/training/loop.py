@@ -52,16 +52,7 @@ class DivergedError(RuntimeError):
 
 
 class PreemptedError(RuntimeError):
-    """A preemption signal came; everything is saved and the same command goes on.
-
-    Args:
-        message: for people.
-        stuck: whether a thread still waits for input, which Python's own exit would wait for.
-    """
-
-    def __init__(self, message: str, stuck: bool) -> None:
-        super().__init__(message)
-        self.stuck = stuck
+    """A preemption signal came; everything is saved and the same command goes on."""
 
 
 def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> None:
@@ -260,7 +251,7 @@ def _train(
             barrier()  # a launcher may end the others when the first leaves
             reached = f"saved step {steps.number}" if steps.number else "nothing to save yet"
             raise PreemptedError(
-                f"preempted ({stop.signal}); {reached}: the same command resumes there", stop.stuck
+                f"preempted ({stop}); {reached}: the same command resumes there"
             ) from None
         watch.at(f"saving step {run.total_steps}")
         saved.wait()

@@ -26,16 +26,7 @@ GRACE = 120.0  # of the five minutes that launchers give to save
 
 
 class StopRequestedError(Exception):
-    """A signal asks the run to stop; raised on all processes before the same step.
-
-    Args:
-        signal: its name.
-        stuck: whether this process still reads.
-    """
-
-    def __init__(self, signal: str, stuck: bool) -> None:
-        super().__init__(signal)
-        self.signal, self.stuck = signal, stuck
+    """A signal of this name asks the run to stop; raised on all processes before the same step."""
 
 
 class Watch:
@@ -93,7 +84,7 @@ class Reader:
         self._arrived.clear()
         self._asked.put(function)
         if signal := stop(self._arrived.wait):
-            raise StopRequestedError(signal, stuck=not self._arrived.is_set())
+            raise StopRequestedError(signal)
         result, error = self._answers.get()
         if error is not None:
             raise error
