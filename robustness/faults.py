@@ -250,10 +250,12 @@ def double(faults: Faults) -> str:
     """The same command while its first run is at work, twice; and after that was killed."""
     workdir = faults.folder / "double"
     settings: dict[str, object] = {"checkpoint.every_steps": 1}
-    started = faults.start(workdir, settings=settings)
+    started = faults.start(workdir, **ALONE, settings=settings)
     until(3, workdir, started)
+    started[0].send_signal(signal.SIGSTOP)  # so that it is still at work when the others come
     second = faults.run(workdir, settings=settings)
     third = faults.run(workdir, **ALONE, settings=settings)
+    started[0].send_signal(signal.SIGCONT)
     first = runs.finish(started)
     status = [process.returncode for process in started]
     line = (
