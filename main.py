@@ -4,13 +4,14 @@ Every setting of the config file can be overridden as --config.section.field=val
 command again resumes from the last checkpoint. On TPU pods and SLURM the processes of a run find
 each other; elsewhere start each with --coordinator, --processes and --process_id.
 
-Exit status: 0 done, 2 bad input, 3 diverged, 75 preempted and saved: run the same command again,
-130 interrupted (Ctrl-C) and saved likewise, other: a crash.
+Exit status: 0 done, 2 bad input, 3 diverged, 4 another run has this workdir, 75 stopped by SIGTERM
+or SIGHUP and saved: run the same command again, 130 interrupted (Ctrl-C) and saved likewise, other:
+a crash.
 """
 
+import contextlib
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -19,8 +20,9 @@ from typing import Any, NoReturn
 
 from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
-from voco_jax.files import compilation_cache
+from voco_jax.files import compilation_cache, say
 from voco_jax.large_pages import restart_with_large_pages
+from voco_jax.training import signals
 
 _PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _INTERRUPTED = 130  # as of shells: 128 + SIGINT
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail(error, 2))
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compilation_cache())
-    interrupted = _take_signals()
+    signals.listen(_leave_early, lambda: _leave(_INTERRUPTED))
     from voco_jax.training import distributed
     from voco_jax.training.loop import DivergedError, PreemptedError, run
 
@@ -79,52 +81,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DivergedError as error:
         _leave(_fail(error, 3))
     except PreemptedError as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # more of them must not change the status
-        print(error, flush=True)
-        sys.exit(_INTERRUPTED if interrupted.is_set() else _PREEMPTED)
+        signals.ignore()  # more of them must not change the status
+        say(error)
+        distributed.shutdown()
+        status = _status(signals.received())
+        # Python waits for its threads, and one may read what never comes.
+        leave = threading.Timer(5, _leave, [status])
+        leave.daemon = True
+        leave.start()
+        sys.exit(status)
     except Exception:
         traceback.print_exc()
         _leave(_fail(_CRASHED, 1))
 
 
-def _take_signals() -> threading.Event:
-    """While a run starts there is nothing to save; then JAX takes SIGTERM.
+def _leave_early(name: str) -> None:
+    """While a run starts there is nothing to save."""
+    say(f"{signals.describe(name)} before the first step: nothing was lost")
+    _leave(_status(name))
 
-    A thread reads the signals: Python's own handlers wait for what the main thread does, as
-    compiling. And process 1 of a container, which a launcher's may be, does not end of a signal by
-    itself. The first Ctrl-C becomes a SIGTERM, so that as much is saved; the second ends at once.
 
-    Returns:
-        Set by Ctrl-C.
-    """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as in the background of a script
-        signal.signal(signal.SIGINT, lambda *_: None)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    interrupted = threading.Event()
-
-    def read() -> None:
-        while (number := os.read(reading, 1)[0]) != signal.SIGTERM:
-            if number == signal.SIGINT and interrupted.is_set():
-                _leave(_INTERRUPTED)
-            elif number == signal.SIGINT:
-                interrupted.set()
-                print("interrupted: ends after this step; Ctrl-C again: at once", flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
-        what = "interrupted" if interrupted.is_set() else "preempted (SIGTERM)"
-        print(f"{what} before the first step: nothing was lost", flush=True)
-        _leave(_INTERRUPTED if interrupted.is_set() else _PREEMPTED)
-
-    threading.Thread(target=read, daemon=True).start()
-    return interrupted
+def _status(name: str) -> int:
+    """The exit status of a run that a signal has stopped; "": of another of its processes."""
+    return _INTERRUPTED if name == signals.INTERRUPT else _PREEMPTED
 
 
 def _leave(status: int) -> NoReturn:
     """Ends this process at once: one of several must not wait for the others, nor they for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # of a closed terminal
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 from robustness import runs
 
@@ -25,6 +26,16 @@ RUN: dict[str, object] = {
     "checkpoint.every_steps": 4,
     "checkpoint.keep": 4,
 }
+
+
+class Layout(TypedDict):
+    """Of a run's four devices."""
+
+    processes: int
+    devices: int
+
+
+ALONE, TWO = Layout(processes=1, devices=4), Layout(processes=2, devices=2)
 
 
 class Faults:
@@ -44,9 +55,16 @@ class Faults:
         processes: int = 2,
         devices: int = 2,
         settings: Mapping[str, object] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> list[str]:
         """A run to its end; each process's output, its exit status appended."""
-        started = self.start(workdir, processes=processes, devices=devices, settings=settings)
+        started = self.start(
+            workdir,
+            processes=processes,
+            devices=devices,
+            settings=settings,
+            environment=environment,
+        )
         outputs = runs.finish(started)
         return [f"{o}\nexit {p.returncode}" for o, p in zip(outputs, started, strict=True)]
 
@@ -57,10 +75,16 @@ class Faults:
         processes: int = 2,
         devices: int = 2,
         settings: Mapping[str, object] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> list[subprocess.Popen[str]]:
         """The processes of a run, each with its devices; `settings` besides `RUN`."""
-        changed = {**RUN, **(settings or {})}
-        return runs.start(workdir, processes=processes, devices=devices, settings=changed)
+        return runs.start(
+            workdir,
+            processes=processes,
+            devices=devices,
+            settings={**RUN, **(settings or {})},
+            environment=environment,
+        )
 
     def copy(self, name: str) -> Path:
         """The finished run's workdir, to be damaged."""
@@ -155,6 +179,102 @@ def _lose_one(faults: Faults, number: signal.Signals, what: str) -> str:
             f"{faults.same_losses(workdir)}"
         )
     return " // ".join(lines)
+
+
+def freeze(faults: Faults) -> str:
+    """SIGSTOP of a run of one process for 100 s: Ctrl-Z, a closed laptop, a paused container."""
+    workdir = faults.folder / "freeze"
+    started = faults.start(workdir, **ALONE)
+    until(5, workdir, started)
+    started[0].send_signal(signal.SIGSTOP)
+    time.sleep(100)
+    started[0].send_signal(signal.SIGCONT)
+    (output,) = runs.finish(started)
+    return (
+        f"exit {started[0].returncode} ({words(output, 'starting', 'resuming', 'error:')}); "
+        f"{faults.same_losses(workdir)}"
+    )
+
+
+def proxy(faults: Faults) -> str:
+    """Proxies in the environment that nobody answers at, of one process and of two."""
+    nobody = {
+        f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "grpc", "all", "HTTP")
+    }
+    lines = []
+    for layout in (ALONE, TWO):
+        workdir = faults.folder / f"proxy{layout['processes']}"
+        begin = time.monotonic()
+        outputs = faults.run(workdir, **layout, environment=nobody)
+        seconds = time.monotonic() - begin
+        lines.append(
+            f"{layout['processes']} processes: done after {seconds:.0f} s, "
+            f"{words(outputs[-1], 'exit')}; {faults.same_losses(workdir)}"
+        )
+    return " // ".join(lines)
+
+
+def stuck(faults: Faults) -> str:
+    """Reads of the cache that never return, and then SIGTERM; of one process and of two."""
+    lines = []
+    for layout, data_workers in ((ALONE, 1), (TWO, 0)):
+        workdir = faults.folder / f"stuck{layout['processes']}"
+        settings: dict[str, object] = {"data.workers": data_workers}
+        started = faults.start(workdir, **layout, settings=settings)
+        until(2, workdir, started)
+        volumes = sorted((workdir / "cache" / "volumes").glob("c.*"))
+        for volume in volumes:  # opening a pipe waits for its other end
+            volume.rename(volume.with_name(f"aside_{volume.name}"))
+            os.mkfifo(volume)
+        log = workdir / "logs" / "process_0.log"
+        while "still waiting for input" not in log.read_text():
+            assert all(p.poll() is None for p in started), runs.finish(started)
+            time.sleep(0.1)
+        done = max(runs.losses(workdir))
+        started[-1].send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        outputs = runs.finish(started)
+        seconds, status = time.monotonic() - begin, [p.returncode for p in started]
+        for volume in volumes:
+            volume.with_name(f"aside_{volume.name}").replace(volume)
+        again = faults.run(workdir, **layout, settings=settings)
+        lines.append(
+            f"{len(started)} processes: {words(outputs[0], 'still waiting')}; SIGTERM after step "
+            f"{done}: {words(outputs[0], 'preempted')} after {seconds:.0f} s, exit {status}. Same "
+            f"command: {words(again[0], 'resuming')}; {faults.same_losses(workdir)}"
+        )
+    return " // ".join(lines)
+
+
+def double(faults: Faults) -> str:
+    """The same command while its first run is at work, twice; and after that was killed."""
+    workdir = faults.folder / "double"
+    settings: dict[str, object] = {"checkpoint.every_steps": 1}
+    started = faults.start(workdir, **ALONE, settings=settings)
+    until(3, workdir, started)
+    started[0].send_signal(signal.SIGSTOP)  # so that it is still at work when the others come
+    second = faults.run(workdir, settings=settings)
+    third = faults.run(workdir, **ALONE, settings=settings)
+    started[0].send_signal(signal.SIGCONT)
+    first = runs.finish(started)
+    status = [process.returncode for process in started]
+    line = (
+        f"second: {words(second[0], 'error:', 'exit')} (process 1: {words(second[1], 'exit')}); "
+        f"third: {words(third[0], 'error:', 'exit')}; the first ended with {status}"
+        f"{words(first[0], 'error:')}; {faults.same_losses(workdir)}"
+    )
+    killed = faults.start(faults.folder / "killed")
+    until(5, faults.folder / "killed", killed)
+    for process in killed:
+        process.kill()
+    runs.finish(killed)
+    begin = time.monotonic()
+    again = faults.run(faults.folder / "killed")
+    return (
+        f"{line} // killed: the same command went on after {time.monotonic() - begin:.0f} s "
+        f"({words(again[0], 'resuming', 'watching')}); "
+        f"{faults.same_losses(faults.folder / 'killed')}"
+    )
 
 
 def saving(faults: Faults) -> str:
@@ -339,6 +459,10 @@ FAULTS: dict[str, Callable[[Faults], str]] = {
     "early": early,
     "sigkill": sigkill,
     "frozen": frozen,
+    "freeze": freeze,
+    "proxy": proxy,
+    "stuck": stuck,
+    "double": double,
     "saving": saving,
     "one_saving": one_saving,
     "bit": damaged("bit", _flip),

@@ -31,6 +31,7 @@ def start(
     processes: int = 1,
     devices: int = 1,
     settings: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Starts the processes of one run.
 
@@ -39,14 +40,16 @@ def start(
         processes: how many; one runs without flags.
         devices: of each process.
         settings: of the config, besides `SETTINGS`.
+        environment: variables besides this process's own.
 
     Returns:
         The processes; stdout and stderr together go to their `stdout`.
     """
     flags = [f"--config.{k}={v}" for k, v in {**SETTINGS, **(settings or {})}.items()]
     command = [sys.executable, "main.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
-    environment = {
+    variables = {
         **os.environ,
+        **(environment or {}),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
@@ -65,7 +68,7 @@ def start(
                 else []
             ),
             cwd=ROOT,
-            env=environment,
+            env=variables,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

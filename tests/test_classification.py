@@ -46,7 +46,7 @@ from voco_jax.finetune.class_validation import ClassValidator
 from voco_jax.finetune.classification import METHOD, describe_classes, make_program
 from voco_jax.interop.card import read_card
 from voco_jax.models.encoders import ENCODERS
-from voco_jax.training import loop
+from voco_jax.training import distributed, loop
 from voco_jax.training.mesh import make_mesh
 
 NAMES = ("Normal", "CP", "NCP")
@@ -491,7 +491,7 @@ def test_preempted_it_goes_on_bit_for_bit(ccii, unbroken, tmp_path, monkeypatch)
     root, lists = ccii
     experiment = _values(root, lists, tmp_path / "broken")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "should_stop", lambda steps: steps == 11)
+        patch.setattr(distributed, "stop_before", lambda batch, _: "SIGTERM" * (batch == 13))
         with pytest.raises(loop.PreemptedError):
             loop.run(experiment, tmp_path / "broken", METHOD)
     loop.run(experiment, tmp_path / "broken", METHOD)

@@ -264,6 +264,7 @@ def _slurm(stubs, state="RUNNING", job=123):
         ([1, 134, 0], "RUNNING", 0, 3, False),
         ([1, 75], "RUNNING", 75, 2, True),
         ([1], "RUNNING", 1, 4, False),
+        ([4, 4, 0], "RUNNING", 0, 3, False),  # the run before had not quite ended
     ],
 )
 def test_slurm_restarts_and_requeues(stubs, runs, state, status, calls, requeued):
@@ -459,7 +460,7 @@ def test_tpu_pod_asks_again_after_a_preemption(stubs):
 
 @pytest.mark.parametrize(
     ("runs", "status", "times"),
-    [([2], 2, 1), ([3], 3, 1), ([75, 75, 75, 75, 75, 0], 0, 6), ([1], 1, 4), ([1, 1, 0], 0, 3)],
+    [([2], 2, 1), ([3], 3, 1), ([75, 75, 75, 75, 75, 0], 0, 6), ([1], 1, 4), ([4, 1, 0], 0, 3)],
 )
 def test_tpu_pod_restarts_what_is_worth_it(stubs, runs, status, times):
     settings = _tpu(stubs, ["ACTIVE"], runs)

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -29,9 +28,9 @@ from voco_jax.config import encoders
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
 from voco_jax.data.sources import read_volumes
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, InUseError
 from voco_jax.models.encoders import ENCODERS
-from voco_jax.training import loop
+from voco_jax.training import distributed, loop
 from voco_jax.training.checkpoint import Checkpoints, read_network, saved_steps, set_damaged_aside
 from voco_jax.training.compile import compiler_options, has_option
 from voco_jax.training.jax_settings import check_jax_settings
@@ -43,15 +42,19 @@ from voco_jax.training.metrics import (
     StepTimes,
     duration,
     last_step,
-    log_while_running,
 )
-from voco_jax.training.workdir import claim_workdir
+from voco_jax.training.workdir import claim_workdir, lock_workdir
 from voco_jax.voco import task
 from voco_jax.voco.task import METHOD
 
 
 def run(config, workdir):
     loop.run(parse(config, str(workdir)), workdir, METHOD)
+
+
+def stop_after(step):
+    """As if SIGTERM had come then: a step begins with the batch of the next one already here."""
+    return lambda number, ready: "SIGTERM" if number == step + 2 else ""
 
 
 def _losses(workdir):
@@ -104,7 +107,7 @@ def test_stopped_and_killed_it_goes_on_bit_for_bit(finished, tmp_path, capsys):
 
     workdir = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "should_stop", lambda step: step == 1)
+        patch.setattr(distributed, "stop_before", stop_after(1))
         with pytest.raises(loop.PreemptedError, match=r"saved step 1: the same command res"):
             run(small(), workdir)
 
@@ -242,6 +245,24 @@ def test_a_workdir_that_cannot_be(tmp_path):
     (tmp_path / "old" / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(InputError, match=r"config.json: cannot be read .*not known whose"):
         run(small(), tmp_path / "old")
+
+
+@pytest.mark.parametrize("reached", [None, 2])
+def test_a_second_run_meets_the_first_in_words_and_harms_nothing(finished, tmp_path, reached):
+    workdir = tmp_path / "run"
+    if reached:
+        shutil.copytree(finished, workdir)
+        (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()  # the first one is saving
+    with contextlib.ExitStack() as first:
+        assert lock_workdir(workdir, first) == ""
+        before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        with pytest.raises(
+            InUseError, match=rf"another run is at work in it \(process {os.getpid()} "
+        ):
+            run(small(), workdir)
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+    with contextlib.ExitStack() as third:
+        assert lock_workdir(workdir, third) == ""
 
 
 def test_a_folder_that_was_not_filled_in(tmp_path, monkeypatch):
@@ -414,7 +435,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, InUseError
 from voco_jax.training.metrics import Log, MetricsWriter
 from voco_jax.training.metrics import save_picture
 folder = Path(sys.argv[1])
@@ -544,7 +565,7 @@ def test_a_window_of_steps_is_traced_even_when_resumed_inside_it(tmp_path, monke
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "should_stop", lambda step: step == 2)
+        patch.setattr(distributed, "stop_before", stop_after(2))
         with pytest.raises(loop.PreemptedError):
             run(config, tmp_path)
     assert not calls
@@ -664,23 +685,6 @@ def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch):
         match=r"step 3: .* is not finite.*Last good checkpoint: .*checkpoints/2",
     ):
         run(config, tmp_path)
-
-
-def test_long_waits_are_told():
-    lines: list[str] = []
-    told = threading.Event()
-
-    def say(line: str) -> None:
-        lines.append(line)
-        told.set()
-
-    with log_while_running(say, "compiling", every=0.001):
-        assert told.wait(10)
-    count = len(lines)
-    assert lines[0].startswith("still compiling: 0:00:0")
-    told.clear()
-    assert not told.wait(0.05)
-    assert len(lines) == count
 
 
 def test_progress_has_its_own_clock():

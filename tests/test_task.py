@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PREEMPTED, INTERRUPTED = 75, 130
+IN_USE, PREEMPTED, INTERRUPTED = 4, 75, 130
 
 
-def _start(workdir, *flags):
+def _start(workdir, *flags, terminal=None):
+    """With a terminal: in a session of its own, as after a login, where closing it is SIGHUP."""
     script = "tests/toy_main.py"
     command = [sys.executable, script, f"--config={script}", f"--workdir={workdir}", *flags]
+    if terminal:
+        command = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&0', terminal, *command]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -27,6 +31,7 @@ def _start(workdir, *flags):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=bool(terminal),
     )
 
 
@@ -74,30 +79,37 @@ def test_it_learns_and_validates(unbroken):
     assert saved == sorted({best, 35, 40})
 
 
-def test_killed_interrupted_and_preempted_it_goes_on_bit_for_bit(unbroken, tmp_path):
-    # What runs in the background of a script ignores Ctrl-C, and so does what it starts.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_killed_frozen_hung_up_and_interrupted_it_goes_on_bit_for_bit(unbroken, tmp_path):
     workdir = tmp_path / "broken"
     killed = _start(workdir)
     _wait_for(workdir, 5, killed)
     killed.kill()
     killed.communicate()
 
+    terminal, inside = pty.openpty()
+    preempted = _start(workdir, terminal=os.ttyname(inside))
+    _wait_for(workdir, 15, preempted)
+    preempted.send_signal(signal.SIGSTOP)  # while it is frozen, too, the workdir is its own
+    double = _finish(_start(workdir), IN_USE)
+    assert f"broken: another run is at work in it (process {preempted.pid} on " in double
+    preempted.send_signal(signal.SIGCONT)
+    os.close(inside)
+    os.close(terminal)
+    _finish(preempted, PREEMPTED)
+    log = (workdir / "logs" / "process_0.log").read_text()
+    assert "resuming at step" in log
+    assert "preempted (SIGHUP); saved step" in log
+
+    # What runs in the background of a script ignores Ctrl-C, and so does what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupted = _start(workdir)
-    _wait_for(workdir, 10, interrupted)
+    _wait_for(workdir, 25, interrupted)
     interrupted.send_signal(signal.SIGINT)
     output = _finish(interrupted, INTERRUPTED)
     step = int(re.search(r"interrupted: ends after this step(?s:.*)saved step (\d+)", output)[1])
     last = max(step for step, name in _rows(workdir) if name == "loss")
     assert step in (last, last + 1)  # the last finished step, not only every fifth
     signal.signal(signal.SIGINT, before)
-
-    preempted = _start(workdir)
-    _wait_for(workdir, 20, preempted)
-    preempted.send_signal(signal.SIGTERM)
-    output = _finish(preempted, PREEMPTED)
-    assert f"resuming at step {step} of" in output
-    assert "preempted (SIGTERM); saved step" in output
 
     assert "resuming at step" in _finish(_start(workdir))
     assert _rows(workdir) == _rows(unbroken)

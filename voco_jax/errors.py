@@ -25,6 +25,12 @@ class TransientError(InputError):
     status = 1  # of main.py: launchers start it again, a few times
 
 
+class InUseError(TransientError):
+    """Another process is at work there: nothing to mend, and it may end."""
+
+    status = 4
+
+
 def kind_of(error: Exception) -> type[InputError]:
     """Which of both a failed reading or writing is; by its words, as TensorStore gives no number.
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,14 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"a {type(found).__name__}, no object")
     return found
+
+
+def say(text: object) -> None:
+    """Prints a line; that its reader has gone, as with a closed terminal, ends nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def local_path(field: str, path: str | PathLike[str]) -> Path:

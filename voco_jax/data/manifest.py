@@ -7,15 +7,11 @@ Reading takes both, so that a cache may be copied from one kind of place to the 
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
-import socket
 import threading
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,8 +23,9 @@ from voco_jax.data.datalists import Section
 from voco_jax.data.formats.stored import Aside
 from voco_jax.data.storage import Folder
 from voco_jax.data.volumes import Box
-from voco_jax.errors import InputError, TransientError, kind_of
+from voco_jax.errors import InputError, InUseError, kind_of
 from voco_jax.files import parse_object
+from voco_jax.locks import locked, this_process
 
 MANIFEST, SERIES, LOCK = "manifest.jsonl", "manifest", "prepare.lock"
 FLUSH_SECONDS, FLUSH_LINES = 30.0, 500  # of the series
@@ -170,32 +167,29 @@ class LocalManifest:
         stack: closes it and lets other processes in.
 
     Raises:
-        TransientError: another process fills this cache.
+        InUseError: another process fills this cache.
         OSError: no permission.
     """
 
     def __init__(self, folder: Folder, stack: contextlib.ExitStack) -> None:
+        self.owner = this_process()
+        self._lost: list[str] = []
         path = Path(folder.path, LOCK)
-        lock = stack.enter_context(path.open("a"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise TransientError(
-                f"{folder.path}: another prepare is filling this cache; wait for it or stop it"
+            stack.enter_context(locked(path, self.owner, lost=self._lost.append))
+        except InUseError as error:
+            raise InUseError(
+                f"{folder.path}: another prepare is filling this cache ({error}); wait for it or "
+                "stop it"
             ) from error
-        self.owner = _owner()
-        lock.truncate(0)
-        stack.callback(lock.truncate, 0)  # a copy of this folder looks as free as it is
-        lock.write(self.owner)
-        lock.flush()
         _make_one_file(folder)
         path = Path(folder.path, MANIFEST)
         self._file: IO[str] = stack.enter_context(path.open("a", encoding="utf-8"))
 
     def add(self, *lines: str) -> None:
         """Adds lines; they are on the disk when it returns."""
+        if self._lost:
+            raise OSError(f"another prepare has taken this cache over ({self._lost[0]})")
         self._file.writelines(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -228,13 +222,13 @@ class RemoteManifest:
         stack: writes what is left and lets other processes in.
 
     Raises:
-        TransientError: another process fills this cache.
+        InUseError: another process fills this cache.
         OSError: the store cannot be written.
     """
 
     def __init__(self, folder: Folder, stack: contextlib.ExitStack) -> None:
         self._folder = folder
-        self.owner = _owner()
+        self.owner = this_process()
         self._lock()
         stack.callback(self._unlock)
         numbers = [int(Path(name).stem) for name in _series(folder)]
@@ -274,7 +268,7 @@ class RemoteManifest:
         except (ValueError, KeyError, TypeError):
             age = STALE_SECONDS + 1  # not ours; nothing says that it lives
         if age < STALE_SECONDS:
-            raise TransientError(
+            raise InUseError(
                 f"{self._folder.path}: another prepare is filling this cache ({found}); wait for "
                 f"it or stop it. If it was killed: its lock ends {STALE_SECONDS / 60:.0f} minutes "
                 f"after its last sign of life, {age:.0f} seconds ago, or delete {LOCK} there"
@@ -307,8 +301,3 @@ class RemoteManifest:
 def token_of(owner: str) -> str:
     """What of an owner never changes."""
     return json.loads(owner)["token"]
-
-
-def _owner() -> str:
-    who = {"host": socket.gethostname(), "process": os.getpid()}
-    return json.dumps(who | {"token": uuid.uuid4().hex, "time": time.time()})

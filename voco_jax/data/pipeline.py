@@ -297,12 +297,13 @@ def _no_room(error: Exception) -> InputError:
 def _start_worker(index: int, count: int) -> None:
     """Keeps a worker off the accelerator, and alive exactly as long as the main process.
 
-    A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) is for the main process.
+    A signal to the whole group (Ctrl-C, a scheduler's SIGTERM, a closed terminal's SIGHUP) is for
+    the main process.
     """
     del index, count
     os.environ["JAX_PLATFORMS"] = "cpu"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

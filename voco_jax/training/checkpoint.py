@@ -39,7 +39,9 @@ OTHER_VERSION = (
 _COMMITTED = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it, last of all
 # TensorStore reports a full disk as a ValueError. Not JAX's errors: another process has died.
 _WRITE_ERRORS = (OSError, ValueError)
-_SAVE_TIMEOUT = 300  # seconds that processes wait for each other in a save
+# Seconds that processes wait for each other in a save, however large or slow its disk: one that is
+# dead is known by its heartbeat.
+_SAVE_TIMEOUT = 7 * 24 * 3600
 
 
 class Checkpoints:
@@ -79,12 +81,14 @@ class Checkpoints:
                 preservation_policy=preservation.AnyPreservationPolicy(policies),
                 best_fn=_score,
                 async_options=ocp.AsyncOptions(
-                    timeout_secs=_SAVE_TIMEOUT, post_finalization_callback=self._write_digests
+                    timeout_secs=_SAVE_TIMEOUT,
+                    post_finalization_callback=self._write_digests,
+                    create_directories_asynchronously=False,  # that has a limit of its own
                 ),
             )
         items = ("info",) if state is None else ("info", *_saved_fields(state))
         self._manager = ocp.CheckpointManager(self.folder, item_names=items, options=options)
-        # JAX's counter of steps until a preemption is the loop's: Orbax would set it back.
+        # Signals are the loop's: Orbax would ask JAX, which does not take them here.
         self._manager.reached_preemption = lambda step: False
 
     def latest_step(self) -> int | None:

@@ -15,11 +15,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # nothing public creates JAX's preemption notice
+from jax._src.clusters import ClusterEnv  # nothing public tells before it joins
+from jax._src.distributed import global_state  # nor what the processes tell each other
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from voco_jax.errors import InputError
+from voco_jax.files import say
+from voco_jax.training import signals
 
 Result = TypeVar("Result")
 # Seconds without a sign of life after which the other processes end themselves.
@@ -27,13 +30,16 @@ HEARTBEAT_TIMEOUT = 60
 JOIN_TIMEOUT = 3600  # seconds for all processes to come: a cluster may still be making machines
 _LONGEST_WAIT = 7 * 24 * 3600  # seconds for one process to do something for all, as preparing data
 _barriers = itertools.count()
+_PAST_PROXY = "no_grpc_proxy"  # hosts, separated by commas; gRPC reads no upper case
+_HERE, _DECIDED, _GO = "voco/here/", "voco/decided/", "go"  # see `stop_before`
 
 
 def start(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     """Joins the processes of a run; call it before anything asks for devices.
 
-    With one process too: without it no preemption signal is noticed. That is what SIGTERM becomes
-    with `watch_preemption`. If not all have come after `JOIN_TIMEOUT`, this process ends.
+    One process joins nothing: it would have itself to wait for, and JAX's service ends a process
+    that was not heard of for a minute, as one that was stopped. If not all have come after
+    `JOIN_TIMEOUT`, this process ends.
 
     Args:
         coordinator: HOST:PORT of process 0; None: found by JAX on TPU pods, SLURM, Open MPI 4 and
@@ -53,56 +59,80 @@ def start(coordinator: str | None, processes: int | None, process_id: int | None
     if processes is not None and process_id is not None and not 0 <= process_id < processes:
         raise InputError(f"--process_id: found {process_id}, expected 0 to {processes - 1}")
     logging.getLogger("jax._src.distributed").setLevel(logging.ERROR)
-    jax.config.update("jax_enable_preemption_service", False)  # until `watch_preemption`
+    jax.config.update("jax_enable_preemption_service", False)  # `signals` takes SIGTERM
+    local = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+    devices = tuple(int(number) for number in local.split(",")) if local else None
+    if coordinator is None:
+        coordinator, processes, process_id, devices = _detect(devices)
+    elif processes != 1 and process_id == 0:
+        _check_port(coordinator)
+    if processes == 1:
+        for kind in ("cuda", "rocm") if local else ():  # as `jax.distributed.initialize` does
+            jax.config.update(f"jax_{kind}_visible_devices", local)
+        return
+    assert coordinator is not None
+    _go_past_proxies(coordinator)
     try:
-        if coordinator is None and not _detected():
-            alone = f"127.0.0.1:{_free_port()}"
-            _initialize(alone, 1, 0, bind_address=alone)
-        elif coordinator is not None:
-            if process_id == 0:
-                _check_port(coordinator)
-            with _waiting(f"process {process_id} of {processes} at {coordinator}"):
-                _initialize(coordinator, processes, process_id, _bind_address(coordinator))
+        with _waiting(f"process {process_id} of {processes} at {coordinator}"):
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process_id,
+                devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=JOIN_TIMEOUT + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                shutdown_timeout_seconds=_LONGEST_WAIT,
+                coordinator_bind_address=_bind_address(coordinator),
+            )
     except RuntimeError as error:
-        where = coordinator or "the detected coordinator"
         raise InputError(
-            f"--coordinator: the processes did not find each other at {where} ({error}); check "
-            "that process 0 runs there, that the port is open, and --processes"
+            f"--coordinator: the processes did not find each other at {coordinator} ({error}); "
+            "check that process 0 runs there, that the port is open, and --processes"
         ) from error
 
 
-def _initialize(
-    address: str, processes: int | None, process_id: int | None, bind_address: str | None = None
-) -> None:
-    jax.distributed.initialize(
-        address,
-        processes,
-        process_id,
-        cluster_detection_method="deactivate",
-        initialization_timeout=JOIN_TIMEOUT + 60,
-        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-        coordinator_bind_address=bind_address,
-    )
+def _detect(
+    devices: tuple[int, ...] | None,
+) -> tuple[str | None, int, int, tuple[int, ...] | None]:
+    """(coordinator, processes, number of this one, its devices) of a cluster's job.
 
-
-def _detected() -> bool:
+    Raises:
+        InputError: one of several, but JAX cannot tell which.
+    """
+    named, problem = os.environ.get("JAX_COORDINATOR_ADDRESS"), ""
     try:
-        with _waiting("the processes of this cluster's job"):
-            jax.distributed.initialize(
-                initialization_timeout=JOIN_TIMEOUT + 60,
-                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-            )
-    except ValueError as error:  # no cluster was detected
-        named = "JAX_COORDINATOR_ADDRESS" in os.environ
-        # Open MPI 5 and other MPIs say only this much.
-        ranks = [os.environ.get(f"{of}_SIZE", "1") for of in ("OMPI_COMM_WORLD", "PMI", "PALS")]
-        if named or os.environ.get("JOB_COMPLETION_INDEX", "0") != "0" or set(ranks) != {"1"}:
-            raise InputError(
-                "--coordinator: this seems to be one of several processes, but JAX cannot tell "
-                f"which ({error}); give --coordinator, --processes and --process_id"
-            ) from error
-        return False
-    return True
+        address, processes, process_id, found = ClusterEnv.auto_detect_unset_distributed_params(
+            named, None, None, devices, None, JOIN_TIMEOUT
+        )
+        if address is not None and processes is not None and process_id is not None:
+            return address, processes, process_id, tuple(found) if found else None
+    except Exception as error:  # of whatever asks the cluster, as Kubernetes' package
+        problem = f"{type(error).__name__}: {error}"
+    # Open MPI 5 and other MPIs say only this much; so does a pod that may not ask for more.
+    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_SIZE", "SLURM_STEP_NUM_TASKS")
+    several = any(os.environ.get(name, "1") != "1" for name in sizes)
+    index = os.environ.get("JOB_COMPLETION_INDEX", "0")
+    if named or several or index != "0" or (problem and "JOB_COMPLETION_INDEX" in os.environ):
+        raise InputError(
+            "--coordinator: this seems to be one of several processes, but JAX cannot tell "
+            f"which ({problem or 'it finds no cluster'}); give --coordinator=HOST:PORT of process "
+            "0, --processes and --process_id, for one alone --coordinator=127.0.0.1:1 "
+            "--processes=1 --process_id=0"
+        )
+    if problem:
+        say(
+            f"this looks like a cluster, but does not say of which job this is ({problem}): going "
+            "on as one process; for several give --coordinator, --processes and --process_id"
+        )
+    return None, 1, 0, devices
+
+
+def _go_past_proxies(coordinator: str) -> None:
+    """For gRPC alone: it would send even 127.0.0.1 to a proxy that the environment names."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    others = os.environ.get(_PAST_PROXY) or os.environ.get("no_proxy")
+    os.environ[_PAST_PROXY] = f"{others},{host}" if others else host
 
 
 @contextlib.contextmanager
@@ -165,12 +195,6 @@ def _bind_address(coordinator: str) -> str | None:
     return coordinator if loopback else None
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def is_process_0() -> bool:
     """Whether this process is the one that writes what is written once."""
     return jax.process_index() == 0
@@ -182,27 +206,70 @@ def label() -> str:
     return f"process {global_state.process_id} of {count}: " if count > 1 else ""
 
 
-def watch_preemption() -> None:
-    """From now on SIGTERM to any process is what `should_stop` tells all of them.
+def stop_before(number: int, ready: Callable[[float], bool]) -> str:
+    """Waits until every process has its batch of this number, or one of them was asked to stop.
 
-    To be called on all processes at about the same time. Until then SIGTERM is whatever this
-    process made of it: JAX would take it at once, and nobody would look for minutes.
-    """
-    if global_state.client is not None and global_state.preemption_sync_manager is None:
-        jax.config.update("jax_enable_preemption_service", True)
-        global_state.initialize_preemption_sync_manager()
-
-
-def should_stop(step: int) -> bool:
-    """Whether a preemption signal has reached any process; True at the same step on all.
-
-    To be called on every process at every step.
+    The answer is the same on all: nobody begins a step whose input another one still waits for, so
+    that the last finished step is everybody's and can be saved. Process 0 decides.
 
     Args:
-        step: counted from 1 since this run of the processes started: a signal that comes between
-            `watch_preemption` and the first call is answered at step 1.
+        number: of the batch, from 1; each is asked for once, in order.
+        ready: seconds -> whether this process has its batch by then.
+
+    Returns:
+        "": take it; else the name of the signal that asks to stop instead.
     """
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    client, mine, told = global_state.client, False, ""
+    for turn in itertools.count():
+        mine = mine or ready(0.5)
+        signal = signals.received()
+        if client is None:
+            if signal or mine:
+                return signal
+            continue
+        if (news := f"{number if mine else number - 1} {signal}") != told:
+            client.key_value_set(f"{_HERE}{global_state.process_id}", news, allow_overwrite=True)
+            told = news
+        decided = _decide(client, number) if is_process_0() else _decided(client, number, mine)
+        if decided:
+            return "" if decided == _GO else decided
+        time.sleep(min(turn, 50) / 1000)
+    raise AssertionError
+
+
+def _decide(client: Any, number: int) -> str:
+    """Process 0: all go on when all have their batch, and stop when one is asked to."""
+    states = [text.partition(" ") for _, text in client.key_value_dir_get(_HERE)]
+    signal = next((signal for _, _, signal in states if signal), "")
+    ready = [int(batch) >= number for batch, _, _ in states]
+    if not signal and (len(ready) < global_state.num_processes or not all(ready)):
+        return ""
+    client.key_value_set(f"{_DECIDED}{number}", signal or _GO)
+    if not signal and number > 1:
+        client.key_value_delete(f"{_DECIDED}{number - 1}")  # all here for this one have read it
+    return signal or _GO
+
+
+def _decided(client: Any, number: int, patient: bool) -> str:
+    """What process 0 has decided; "": nothing yet."""
+    try:
+        return str(client.blocking_key_value_get(f"{_DECIDED}{number}", 1000 if patient else 1))
+    except jax.errors.JaxRuntimeError:  # too early; where process 0 is dead, JAX ends this one
+        return ""
+
+
+def late_for(number: int) -> list[int]:
+    """The processes that have not got their batch of this number yet."""
+    if global_state.client is None:
+        return []
+    told = dict(global_state.client.key_value_dir_get(_HERE))
+    batches = {int(key.rpartition("/")[2]): int(text.split(" ")[0]) for key, text in told.items()}
+    return [i for i in range(global_state.num_processes) if batches.get(i, 0) < number]
+
+
+def shutdown() -> None:
+    """Leaves with the other processes, which otherwise take the end of this one for a crash."""
+    jax.distributed.shutdown()
 
 
 def gather(values: np.ndarray) -> np.ndarray:

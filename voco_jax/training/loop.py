@@ -7,6 +7,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import numpy as np
 
 from voco_jax.config.common import WORKDIR, Experiment, Profile, Run
 from voco_jax.config.load import leaves, to_dict
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, InUseError
 from voco_jax.files import local_path
 from voco_jax.training import mesh as meshes
+from voco_jax.training import signals
 from voco_jax.training.checkpoint import Checkpoints, saved_steps, set_damaged_aside
 from voco_jax.training.distributed import (
     barrier,
@@ -25,8 +27,6 @@ from voco_jax.training.distributed import (
     gather,
     is_process_0,
     run_on_process_0,
-    should_stop,
-    watch_preemption,
 )
 from voco_jax.training.jax_settings import check_jax_settings
 from voco_jax.training.metrics import (
@@ -34,12 +34,18 @@ from voco_jax.training.metrics import (
     MetricsWriter,
     Progress,
     duration,
-    log_while_running,
     save_picture,
 )
 from voco_jax.training.steps import NotFiniteError, Steps
-from voco_jax.training.task import LogLine, Method, S, Task, Validation
-from voco_jax.training.workdir import claim_workdir
+from voco_jax.training.task import LogLine, Method, Program, S, Task, Validation
+from voco_jax.training.waiting import (
+    Reader,
+    StopRequestedError,
+    Watch,
+    batches_in_step,
+    within_grace,
+)
+from voco_jax.training.workdir import claim_workdir, lock_workdir
 
 
 class DivergedError(RuntimeError):
@@ -63,7 +69,8 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     Raises:
         InputError: anything the user has to mend.
         DivergedError: NaN or infinite loss.
-        PreemptedError: SIGTERM reached a process; saved everywhere.
+        PreemptedError: SIGTERM or SIGHUP reached a process; saved everywhere.
+        InUseError: another run has this workdir.
     """
     start_time = time.monotonic()
     folder = local_path("--workdir", workdir)
@@ -74,12 +81,23 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     mesh = meshes.make_mesh(experiment.mesh.fsdp)
     method.check(experiment)
     program = method.make_program(experiment, mesh)
-    folder = Path(run_on_process_0(lambda: str(claim_workdir(folder, experiment))))
-    log = Log(folder, jax.process_index())
-    try:
-        log(f"devices: {meshes.describe(mesh)}; workdir: {folder}")
+    with contextlib.ExitStack() as stack:
+        if in_use := run_on_process_0(lambda: lock_workdir(folder, stack)):
+            raise InUseError(in_use)
+        folder = Path(run_on_process_0(lambda: str(claim_workdir(folder, experiment))))
+        log = Log(folder, jax.process_index())
         if note:
             log(note)
+        _run(experiment, folder, method, program, log)
+    log(f"done in {duration(time.monotonic() - start_time)}; everything is in {folder}")
+
+
+def _run(
+    experiment: Experiment, folder: Path, method: Method[Any], program: Program[Any], log: Log
+) -> None:
+    """In a workdir that is this run's own; why it ends is kept in the log."""
+    try:
+        log(f"devices: {meshes.describe(program.mesh)}; workdir: {folder}")
         if message := run_on_process_0(lambda: set_damaged_aside(folder)):
             log(message)
         resumes = _newest_step(folder) is not None
@@ -92,7 +110,6 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
         with contextlib.suppress(InputError):  # of a full disk
             log.keep(f"ended: {error}" if expected else traceback.format_exc())
         raise
-    log(f"done in {duration(time.monotonic() - start_time)}; everything is in {folder}")
 
 
 def _newest_step(workdir: Path) -> int | None:
@@ -194,45 +211,63 @@ def _train(
         "networks": list(task.networks),
         "data_fingerprint": task.data_fingerprint,
     }
-    with contextlib.closing(_Report(task, run, workdir, log, first_step)) as report:
+    with (
+        contextlib.closing(_Report(task, run, workdir, log, first_step)) as report,
+        contextlib.closing(Watch(log)) as watch,
+    ):
         log("compiling the step (minutes for a large model; the next time it is kept) ...")
-        with log_while_running(log, "compiling"):
-            compiled = compile_on_all(program.step, program.state, program.batch)
-        watch_preemption()
-        batches = meshes.prefetch_to_device(task.batches(first_step), program.batch)
-        steps = Steps(compiled, batches, state, first_step)
-        for step in range(first_step + 1, run.total_steps + 1):
-            _profile(run, workdir, steps, first_step, step)
-            steps.advance()
-            last = step == run.total_steps
-            if last or step == first_step + 1 or _due(step, run.log_every_steps):
-                report.training(step, steps)
-            saving = (
-                last
-                or _due(step, run.checkpoint.every_steps)
-                or _due(step, run.checkpoint.keep_every_steps)
-            )
-            validating = run.validate_every_steps and (last or _due(step, run.validate_every_steps))
-            if saving or validating:
-                steps.fetch()  # never validate or save what a NaN has reached
-            score: float | None = None
-            with report.pause(step, steps):
-                if task.validate is not None and validating:
-                    score = report.validation(step, task.validate(steps.state, step))
-                    barrier()  # all wait for process 0 and its pictures here, not in the next step
-                is_best = run.checkpoint.keep_best > 0 and _better(score, best)
-                preempted = should_stop(step - first_step)
-                # After validation: what is saved lacks nothing when the run is resumed.
-                if saving or is_best or preempted:
-                    steps.fetch()
-                    saved.save(steps.state, info, score)
-                    best = score if is_best else best
-                if preempted and not last:
-                    saved.wait()
-                    gather(np.zeros(1))  # a launcher may end the others when the first leaves
-                    raise PreemptedError(
-                        f"preempted (SIGTERM); saved step {step}: the same command resumes there"
-                    )
+        watch.at("compiling")
+        compiled = compile_on_all(program.step, program.state, program.batch)
+        signals.defer()
+        reader = Reader()
+        batches = batches_in_step(task.batches(first_step), reader, watch)
+        on_devices = meshes.prefetch_to_device(batches, program.batch)
+        steps = Steps(compiled, on_devices, state, first_step)
+        score: float | None = None
+        try:
+            for step in range(first_step + 1, run.total_steps + 1):
+                _profile(run, workdir, steps, first_step, step)
+                steps.advance()
+                watch.at(f"at step {step}")
+                last = step == run.total_steps
+                if last or step == first_step + 1 or _due(step, run.log_every_steps):
+                    report.training(step, steps)
+                saving = (
+                    last
+                    or _due(step, run.checkpoint.every_steps)
+                    or _due(step, run.checkpoint.keep_every_steps)
+                )
+                validating = run.validate_every_steps and (
+                    last or _due(step, run.validate_every_steps)
+                )
+                if saving or validating:
+                    steps.fetch()  # never validate or save what a NaN has reached
+                score = None
+                with report.pause(step, steps):
+                    if task.validate is not None and validating:
+                        watch.at(f"validating step {step}")
+                        validate = partial(task.validate, steps.state, step)
+                        score = report.validation(step, within_grace(validate, reader))
+                        watch.at("waiting for the validation of the other processes")
+                        barrier()  # for process 0 and its pictures; not in the next step
+                    is_best = run.checkpoint.keep_best > 0 and _better(score, best)
+                    # After validation: what is saved lacks nothing when the run is resumed.
+                    if saving or is_best:
+                        watch.at(f"saving step {step}")
+                        steps.fetch()
+                        saved.save(steps.state, info, score)
+                        best = score if is_best else best
+        except StopRequestedError as stop:
+            watch.at(f"saving step {steps.number}")
+            if steps.number not in (first_step, saved.latest_step()):
+                steps.fetch()
+                saved.save(steps.state, info, score)
+            saved.wait()
+            barrier()  # a launcher may end the others when the first leaves
+            reached = f"saved step {steps.number}" if steps.number else "nothing to save yet"
+            what = signals.describe(str(stop))
+            raise PreemptedError(f"{what}; {reached}: the same command resumes there") from None
+        watch.at(f"saving step {run.total_steps}")
         saved.wait()
     return steps.state
 

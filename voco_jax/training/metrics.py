@@ -3,7 +3,6 @@
 import contextlib
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.errors import kind_of
-from voco_jax.files import parse_object, write_atomically
+from voco_jax.files import parse_object, say, write_atomically
 
 # Where PyTorch is installed, tensorboardX imports it: seconds of every start, and not needed here.
 _torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # "not to be found"
@@ -148,7 +147,7 @@ class Log:
             InputError: the file cannot be written.
         """
         if self._process == 0:
-            print(text, flush=True)
+            say(text)
         self.keep(text)
 
     def keep(self, text: str) -> None:
@@ -206,30 +205,6 @@ class Progress:
         self._last = (step, now)
         rate = (step - last_step) / max(now - last_time - paused, 1e-9)
         return rate, duration((self._total - step) / rate if rate else 0.0)
-
-
-@contextlib.contextmanager
-def log_while_running(log: Callable[[str], None], what: str, every: float = 15.0) -> Iterator[None]:
-    """Logs now and then that something long, which cannot tell how far it is, goes on.
-
-    Args:
-        log: takes a line.
-        what: goes on.
-        every: seconds.
-    """
-    start, done = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        while not done.wait(every):
-            log(f"still {what}: {duration(time.monotonic() - start)} so far")
-
-    reporter = threading.Thread(target=tell, daemon=True)
-    reporter.start()
-    try:
-        yield
-    finally:
-        done.set()
-        reporter.join()
 
 
 def duration(seconds: float) -> str:

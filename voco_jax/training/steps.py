@@ -24,6 +24,7 @@ class Steps(Generic[S]):
     Attributes:
         state: after the steps so far.
         times: of the steps so far.
+        number: completed updates, the newest one's perhaps not yet.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Steps(Generic[S]):
             number: completed updates of it.
         """
         self.state, self.times = state, StepTimes()
-        self._step, self._batches, self._number = step, batches, number
+        self._step, self._batches, self.number = step, batches, number
         self._running: Any = None  # the newest step's loss; may still be pending
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._last: dict[str, float] = {}
@@ -56,8 +57,8 @@ class Steps(Generic[S]):
             self.times.wait(time.monotonic() - asked)
         with jax.transfer_guard("disallow"):  # nothing moves unseen: only input and fetch
             self.state, metrics = self._step(self.state, batch)
-        self._number += 1
-        self._pending.append((self._number, metrics))
+        self.number += 1
+        self._pending.append((self.number, metrics))
         self._running = metrics["loss"]
         if before is not None:
             before.block_until_ready()

@@ -1,24 +1,63 @@
 """The workdir: whose it is."""
 
+import contextlib
 import json
+import os
+import sys
 from pathlib import Path
 
 from voco_jax.config.common import Experiment
 from voco_jax.config.load import differences, may_change, to_dict
-from voco_jax.errors import InputError, kind_of
+from voco_jax.errors import InputError, InUseError, kind_of
 from voco_jax.files import parse_object, write_atomically
+from voco_jax.locks import locked, this_process
 from voco_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from voco_jax.training.checkpoint import OTHER_VERSION, saved_steps
 from voco_jax.training.metrics import last_step
 
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", "run.lock"
+
+
+def lock_workdir(workdir: Path, stack: contextlib.ExitStack) -> str:
+    """Keeps other runs out of a workdir; to be called on process 0.
+
+    Args:
+        workdir: made if missing.
+        stack: lets others in.
+
+    Returns:
+        "", or in words who is in it already.
+
+    Raises:
+        InputError: it is a file or cannot be written.
+    """
+
+    def leave(new: str) -> None:
+        print(f"error: {workdir}: taken over by another run ({new})", file=sys.stderr, flush=True)
+        os._exit(InUseError.status)  # nothing may be written any more
+
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(workdir / LOCK, this_process(), lost=leave))
+    except InUseError as owner:
+        return (
+            f"{workdir}: another run is at work in it ({owner}); wait for it, or stop it to go on "
+            "from what it has saved, or choose another --workdir"
+        )
+    except OSError as error:
+        raise _unusable(workdir, error) from error
+    return ""
+
+
+def _unusable(workdir: Path, error: OSError) -> InputError:
+    return kind_of(error)(f"{workdir}: cannot be used as --workdir ({error}); choose another")
 
 
 def claim_workdir(workdir: Path, experiment: Experiment) -> Path:
     """Makes the workdir this experiment's own, or checks that it is.
 
     Args:
-        workdir: made if missing.
+        workdir: locked by this run.
         experiment: compared with the one that the workdir was started with.
 
     Returns:
@@ -30,7 +69,6 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> Path:
     """
     path = workdir / CONFIG
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         # Before the first checkpoint there is nothing to resume: settings may still be mended.
         if saved_steps(workdir):
             _check_same_experiment(path, experiment)
@@ -38,9 +76,7 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> Path:
             _check_nothing_lost(workdir, experiment)
         write_atomically(path, json.dumps(to_dict(experiment), indent=2) + "\n")
     except OSError as error:
-        raise kind_of(error)(
-            f"{workdir}: cannot be used as --workdir ({error}); choose another"
-        ) from error
+        raise _unusable(workdir, error) from error
     return workdir.resolve()
 
 
