@@ -150,7 +150,7 @@ def leave(name):
     print("left by", name, flush=True)
     os._exit(75)
 
-signals.listen(leave)
+signals.listen(leave, lambda: leave("a second one"))
 if sys.argv[1] == "later":
     signals.defer()
 print("ready", flush=True)
@@ -186,6 +186,21 @@ def _signalled(when, *numbers, **options):
 def test_signals_end_at_once_or_wait_to_be_asked_for(number):
     assert _signalled("now", number) == (f"left by {number.name}", 75)
     assert _signalled("later", number, number) == (f"saved by {number.name}", 75)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    """The first one waits for a step that takes for ever."""
+    code = SIGNALS.replace("while not signals.received():", "while True:")
+    # What runs in the background of a script ignores Ctrl-C, and so does what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-c", code, "later"]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert "Ctrl-C again: at once" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "left by a second one\n"
+    signal.signal(signal.SIGINT, before)
 
 
 def test_nohup_stays_nohup():
