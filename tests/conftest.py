@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import signal
 from collections import Counter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,9 @@ import pytest
 from absl import flags
 
 flags.FLAGS.mark_as_parsed()
+# Under nohup, or in the background of a script, these are ignored, and so by what tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Of `jax.jit` for what computes for longer than it compiles.
 MUCH_TO_COMPUTE = {"xla_backend_optimization_level": 1}

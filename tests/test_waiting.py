@@ -91,7 +91,8 @@ def test_the_files_that_the_data_workers_have_open_are_named(told, monkeypatch, 
     lines, _ = told
     volume, never = tmp_path / "c.7.0.0.0", threading.Event()
     volume.touch()
-    with subprocess.Popen(["tail", "-f", volume]) as reader:
+    reader = subprocess.Popen(["tail", "-f", volume])
+    try:
         _until(
             lambda: str(volume) in map(os.path.realpath, Path(f"/proc/{reader.pid}/fd").iterdir())
         )
@@ -99,8 +100,10 @@ def test_the_files_that_the_data_workers_have_open_are_named(told, monkeypatch, 
         stream = _stream((never.wait() for _ in range(1)), told)
         threading.Thread(target=lambda: next(stream), daemon=True).start()
         _until(lambda: lines)
+    finally:
         reader.kill()
-    never.set()
+        reader.wait()
+        never.set()
     where = f"process {reader.pid} with {volume}"
     assert lines[0].startswith(f"still waiting for input of the data workers ({where}): 0:00:0")
 
@@ -191,8 +194,6 @@ def test_signals_end_at_once_or_wait_to_be_asked_for(number):
 def test_a_second_ctrl_c_ends_at_once():
     """The first one waits for a step that takes for ever."""
     code = SIGNALS.replace("while not signals.received():", "while True:")
-    # What runs in the background of a script ignores Ctrl-C, and so does what it starts.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-c", code, "later"]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == "ready\n"
@@ -200,7 +201,6 @@ def test_a_second_ctrl_c_ends_at_once():
         assert "Ctrl-C again: at once" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[0] == "left by a second one\n"
-    signal.signal(signal.SIGINT, before)
 
 
 def test_nohup_stays_nohup():
