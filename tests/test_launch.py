@@ -757,7 +757,7 @@ kill -- -"$1"
         shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
     generator = np.random.default_rng(0)
     for index in range(3):
-        hu = generator.integers(0, 200, (20, 18, 12)).astype(np.int16)
+        hu = generator.integers(-200, 200, (20, 18, 12)).astype(np.int16)
         nibabel.save(nibabel.Nifti1Image(hu, np.diag([2, 2, 3, 1])), here / "ct" / f"{index}.nii")
     settings = {"JOBS": 1, "PROCESSES": 1, "MEMORY": "1GB", "INTERFACE": "lo", "PARTITION": "cpu"}
     settings |= {"PYTHON": sys.executable, "OTHER_USER": ROOT / "tests" / "other_user.py"}

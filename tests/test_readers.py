@@ -715,7 +715,7 @@ def test_absurd_affine(tmp_path):
     image.header["sform_code"] = 1
     for row, values in zip(("srow_x", "srow_y", "srow_z"), [(2, 2), (0, 0), (0, 0)], strict=True):
         image.header[row] = [*values, 0 if row != "srow_z" else 2, 0]
-    image.header["pixdim"][1:4] = 2
+    image.header["pixdim"][1:4], image.header["vox_offset"] = 2, 352
     (tmp_path / "b.nii").write_bytes(
         image.header.binaryblock[:344] + b"n+1\0" + bytes(4) + body().astype("<i2").tobytes()
     )

@@ -326,7 +326,7 @@ def _threshold(volume, window=(-175.0, 250.0)):
     """A segmenter that knows no more than whether a voxel is in the upper half of the window."""
     config = finetune_hippocampus.get_config()
     chain = config.data.sources.mr.chain
-    chain.window, chain.window_unit, chain.volume_size = window, "HU", (64, 64, 64)
+    chain.window, chain.window_unit, chain.volume_size = window, "value", (64, 64, 64)
     config.crops.size = (64, 64, 64)
 
     def predict(windows):
@@ -457,7 +457,7 @@ def test_mirroring_is_the_mean_of_the_flipped(weights, generator):
 
 def test_a_volume_smaller_than_a_window_is_padded(weights, tmp_path):
     image = np.full((9, 12, 8), -1000, np.int16)
-    image[2:7, 3:9, 2:6] = 60
+    image[2:7, 3:9, 2:6] = 60 + np.arange(20).reshape(5, 1, 4)
     nibabel.save(nibabel.Nifti1Image(image, np.diag([10, 10, 11, 1])), tmp_path / "small.nii.gz")
     flags = ["--weights", str(weights), "--input", str(tmp_path / "small.nii.gz")]
     assert main([*flags, "--output", str(tmp_path / "masks")]) == 0
