@@ -163,7 +163,8 @@ def judge(path: Path) -> Outcome:
     else:
         theirs = safetensors.torch.load_file(path)
     for name, value in ours.items():
-        other = [tensor for key, tensor in theirs.items() if str(key).endswith(name)]
+        bare = name.removeprefix("swinViT.")  # which may have been put there
+        other = [tensor for key, tensor in theirs.items() if str(key).endswith(bare)]
         if not any(_same(value, tensor) for tensor in other):
             return "PROBLEM", f"{name} is not as another reader has it"
     return "read", ""
