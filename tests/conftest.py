@@ -66,7 +66,8 @@ def pytest_pyfunc_call(pyfuncitem):
         raise
 
 
-LONGEST = ["comparisons", "end_to_end", "step", "swin_unetr", "loop", "launch", "plan", "benchmark"]
+LONGEST = ["segmentation", "launch", "step", "end_to_end", "decoder", "swin_unetr", "loop", "plan"]
+LONGEST += ["benchmark", "pipeline", "channels", "export", "comparisons", "finetune_comparison"]
 
 
 def pytest_collection_modifyitems(items):
