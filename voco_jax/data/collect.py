@@ -58,10 +58,11 @@ def scan(
     ):
         count += len(files)
         place = None if remote else os.path.join(root, directory)
+        folders = "" if directory == "." else f"{directory}/"
         others = set(files)
         for name, own in _volumes(files, place):
             others -= own
-            inside = "/".join(part for part in (directory, name) if part != ".") or "."
+            inside = directory if name == "." else folders + name
             path = f"{root}/{inside}".removesuffix("/.") if remote else Path(root, inside)
             if name in links:  # the folder itself is no link, nor is any on the way to it
                 path = Path(os.path.realpath(path))
@@ -71,14 +72,10 @@ def scan(
                         "file there or scan another folder"
                     )
             if _is_segmentation(inside) and not segmentations:
-                folders = "" if directory == "." else f"{directory}/"
                 left += [(folders + one, "a segmentation: by its name") for one in sorted(own)]
             else:
                 found.append((inside, path, len(own)))
-        for name in sorted(others):
-            suffix = os.path.splitext(name)[1]
-            what = f"a name that ends in {suffix}" if suffix else "a name without a suffix"
-            left.append((name if directory == "." else f"{directory}/{name}", f"no volume: {what}"))
+        left += [(folders + name, _no_volume(name)) for name in sorted(others)]
     if not found:
         looked_at = f"{count} objects" if remote else f"{count} files in it and below it"
         masks = sum(why.startswith("a segmentation") for _, why in left[before:])
@@ -157,6 +154,12 @@ def _volumes(files: Sequence[str], folder: str | None) -> Iterator[tuple[str, se
         yield ".", set(files) - single
 
 
+def _no_volume(name: str) -> str:
+    """Why a file is no part of a volume: its name is of no format."""
+    suffix = os.path.splitext(name)[1]
+    return f"no volume: a name {f'that ends in {suffix}' if suffix else 'without a suffix'}"
+
+
 def _is_segmentation(inside: str) -> bool:
     """Whether a path below the scanned folder is one that segmentations have."""
     *folders, name = inside.split("/")
@@ -177,12 +180,13 @@ def _walk(
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    inside = os.path.relpath(entry.path, root)
                     if entry.name.startswith("."):
+                        inside = os.path.relpath(entry.path, root)
                         aside.append((inside, "hidden: its name begins with a dot"))
                     elif entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
                     elif entry.is_symlink() and entry.is_dir():
+                        inside = os.path.relpath(entry.path, root)
                         aside.append((inside, "a link to a folder: not followed"))
                     else:
                         files.append(entry.name)
