@@ -76,21 +76,22 @@ async def read(path: str, address: str, operation: str, context: ssl.SSLContext 
         await remote.close_rpc()
 
 
-async def run_code(path: str, ports: list[str], contexts: dict) -> None:
-    """Tries every way into every port at the same time."""
+async def run_code(path: str, ports: list[str], contexts: dict) -> list[str]:
+    """Tries every way into every port at the same time; returns a line for each that works."""
     ways = list(itertools.product(ports, OPERATIONS, contexts))
     tries = (
         read(path, f"{'tls' if contexts[how] else 'tcp'}://{port}", operation, contexts[how])
         for port, operation, how in ways
     )
-    for way, text in zip(ways, await asyncio.gather(*tries), strict=True):
-        if "secret" in text:
-            print("code:", *way)
+    texts = await asyncio.gather(*tries)
+    return [
+        f"code: {' '.join(way)}" for way, text in zip(ways, texts, strict=True) if "secret" in text
+    ]
 
 
-def look_at_pages(ports: list[str]) -> set[str]:
-    """Returns the ports that answer as web servers do, if only that there is no such page."""
-    found = set()
+def look_at_pages(ports: list[str]) -> tuple[set[str], list[str]]:
+    """The ports that answer as web servers do, and a line for each page that there is."""
+    found, lines = set(), []
     for port, page in itertools.product(ports, PAGES):
         asked = http.client.HTTPConnection(port, timeout=SECONDS)
         with contextlib.closing(asked), contextlib.suppress(OSError, http.client.HTTPException):
@@ -98,14 +99,29 @@ def look_at_pages(ports: list[str]) -> set[str]:
             status = asked.getresponse().status
             found.add(port)
             if status != http.client.NOT_FOUND:
-                print("page:", port, page)
-    return found
+                lines.append(f"page: {port} {page}")
+    return found, lines
+
+
+def attack(path: str, found: set[str], contexts: dict) -> list[str]:
+    """A line for each thing that works."""
+    lines = []
+    sockets = [door for door in found if door.startswith(("/", "@"))]
+    for door in sockets:
+        with socket.socket(socket.AF_UNIX) as tried:
+            if tried.connect_ex(door.replace("@", "\0", 1)) == 0:
+                lines.append(f"socket: {door}")
+    ports = sorted(found - set(sockets))
+    web, pages = look_at_pages(ports)  # these would only let us wait
+    ways = asyncio.run(run_code(path, [port for port in ports if port not in web], contexts))
+    return lines + pages + ways
 
 
 def main() -> None:
     path, *pids = sys.argv[1:]
     contexts = {"without TLS": None, "stranger": stranger(), "pretender": pretender()}
     found = doors([int(pid) for pid in pids])
+    attack(path, found, contexts)  # imports what another user may not be able to read
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
@@ -113,14 +129,8 @@ def main() -> None:
         sys.exit(f"{path}: this user may read it: {Path(path).read_text()}")
     for door in found:
         print("tried:", door)
-    sockets = [door for door in found if door.startswith(("/", "@"))]
-    for door in sockets:
-        with socket.socket(socket.AF_UNIX) as tried:
-            if tried.connect_ex(door.replace("@", "\0", 1)) == 0:
-                print("socket:", door)
-    ports = sorted(found - set(sockets))
-    web = look_at_pages(ports)  # these would only let us wait
-    asyncio.run(run_code(path, [port for port in ports if port not in web], contexts))
+    for line in attack(path, found, contexts):
+        print(line)
 
 
 if __name__ == "__main__":
