@@ -10,7 +10,9 @@ from chains import CHAIN_10K
 from conftest import shared_file
 from scans import body, save
 
+from voco_jax.config.load import load as parse_file
 from voco_jax.data.formats.readers import load
+from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.plausible import doubt
 from voco_jax.data.prepare import main
 from voco_jax.data.volumes import VolumeError, orient_ras, prepare_volume
@@ -101,10 +103,23 @@ def test_another_modality(tmp_path, modality):
 
 
 def test_what_the_window_leaves(tmp_path):
-    source = load(save(tmp_path / "a.nii", np.where(body() > 0, 40, -1000)))
-    assert doubts(source).startswith("few grey values: 2 are left of -1000 to 40 after the window")
     bone = dataclasses.replace(CHAIN, window=(400.0, 1800.0))
-    assert doubts(load(save(tmp_path / "b.nii", body())), bone).startswith("few grey values: 1 ")
+    source = load(save(tmp_path / "a.nii", body()))
+    assert doubts(source, bone).startswith("few grey values: 1 are left of -1000 to ")
+    hu = body()
+    hu[5, 7:9, 4] = 500, 900  # as a window of bone leaves of the soft parts of a body
+    assert doubts(load(save(tmp_path / "b.nii", hu)), bone) == ""
+    mask = load(save(tmp_path / "c.nii", body() > 0))
+    assert doubts(mask, PERCENTILES).startswith("few grey values: 2 are left of 0 to 1 after ")
+
+
+def test_no_phantom_of_the_demos_is_doubted(tmp_path):
+    for name, lesions in (("demo", False), ("finetune_lesion_demo", True)):
+        make_phantoms(tmp_path / name, 6, 0, lesions=lesions)
+        chain = parse_file(f"configs/{name}.py", {}, str(tmp_path)).data.sources["ct"].chain
+        paths = sorted((tmp_path / name).rglob("*.nii.gz"))
+        assert len(paths) == 6
+        assert {doubts(load(path), chain) for path in paths} == {""}
 
 
 def test_orientation_and_memory_change_nothing(tmp_path):

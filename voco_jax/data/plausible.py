@@ -19,8 +19,9 @@ _LOW_HU, _LOW_SHARE = (-1024.0, -50.0), 0.001
 _SOFT_HU, _SOFT_SHARE = (-200.0, 300.0), 0.01
 # Above 500 HU: bone, contrast, metal. CTs have 5 % at most; upside down, of air, 27 % at least.
 _HIGH_HU, _HIGH_SHARE = 500.0, 0.2
-# Different ones of 256 after the window. CTs have over 240, masks 2, CTs in 0..1 one.
-_GREY_VALUES = 8
+# Different ones of 256 after the window. CTs have over 240 with a window of soft tissue, but few
+# with one of bone, and in 0..1 one; masks have 2.
+_GREY_VALUES_HU, _GREY_VALUES = 2, 8
 # Of neighbours that are not both background: equal ones. MRs have 8 % at most, segmentations 50 %.
 _EQUAL_SHARE = 0.3
 _SAMPLES = 48  # along each axis at most: the shares of 110,592 voxels are those of all
@@ -50,10 +51,12 @@ def doubt(source: StoredVolume, window: tuple[float, float], chain: Chain) -> st
         return f"not in HU: {found}; found {sample.min():g} to {sample.max():g}"
     low, high = window  # never equal
     grey = np.unique(np.rint(np.clip((sample - low) / (high - low), 0, 1) * 255)).size
-    if grey < _GREY_VALUES:
+    least = _GREY_VALUES_HU if in_hu else _GREY_VALUES
+    if grey < least:
         return (
             f"few grey values: {grey} are left of {sample.min():g} to {sample.max():g} after the "
-            f"window of {low:g} to {high:g}, expected at least {_GREY_VALUES}; is it a mask?"
+            f"window of {low:g} to {high:g}, expected at least {least}; is it a mask, or the "
+            "window that of another organ?"
         )
     share = 0.0 if in_hu else _equal_neighbours(source.voxels)
     if share > _EQUAL_SHARE:
