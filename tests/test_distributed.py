@@ -15,7 +15,7 @@ import numpy as np
 import processes
 import pytest
 
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, InUseError, TransientError
 from voco_jax.training import distributed
 
 
@@ -112,6 +112,21 @@ def test_one_process_agrees_with_itself():
     np.testing.assert_array_equal(distributed.gather(np.arange(3)), [[0, 1, 2]])
     with pytest.raises(InputError, match="mend it"):
         distributed.run_on_all(lambda: (_ for _ in ()).throw(InputError("mend it")))
+
+
+@pytest.mark.parametrize("kind", [InputError, TransientError, InUseError])
+def test_an_error_is_of_its_kind_on_all_processes(kind, monkeypatch):
+    """Launchers go by its status: 2 is never started again."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "gather", lambda mine: np.stack([0 * mine, mine]))
+
+    def fails():
+        raise kind("Größe of \udcff")
+
+    with pytest.raises(InputError, match=r"^process 1: Größe of \\udcff$") as raised:
+        distributed.run_on_all(fails)
+    assert type(raised.value) is kind
 
 
 @pytest.mark.parametrize(

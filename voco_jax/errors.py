@@ -31,6 +31,12 @@ class InUseError(TransientError):
     status = 4
 
 
+def of_status(status: int) -> type[InputError]:
+    """The kind of error that ends a run with a status."""
+    kinds: tuple[type[InputError], ...] = (InputError, TransientError, InUseError)
+    return next(kind for kind in kinds if kind.status == status)
+
+
 def kind_of(error: Exception) -> type[InputError]:
     """Which of both a failed reading or writing is; by its words, as TensorStore gives no number.
 

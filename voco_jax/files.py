@@ -50,6 +50,20 @@ def write_aside(path: Path, content: bytes) -> Path:
     return part
 
 
+def is_utf8(path: str | PathLike[str]) -> bool:
+    """Whether a path is text; Python carries other bytes of names as lone surrogates."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(path: str | PathLike[str]) -> str:
+    """A path as text that can be written anywhere: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def expand(path: str | PathLike[str]) -> Path:
     """A path with a `~` in front as shells expand it; they do not do so in --flag=~/data."""
     return Path(os.path.expanduser(path))

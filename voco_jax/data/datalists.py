@@ -15,7 +15,7 @@ from voco_jax.config.common import Chain, Classes, ClassifiedChain, LabelledChai
 from voco_jax.data.csv_lists import read_csv
 from voco_jax.data.storage import Folder, is_remote
 from voco_jax.errors import InputError
-from voco_jax.files import expand
+from voco_jax.files import expand, is_utf8
 
 Section = Literal["training", "validation"]
 SECTIONS: tuple[Section, ...] = ("training", "validation")
@@ -210,9 +210,7 @@ def _volume(
 
 def _is_name(text: Any) -> bool:
     """Whether a list's text can be a path; JSON may hold what is no text, as "\\udcff"."""
-    if not (isinstance(text, str) and text.strip() and "\0" not in text):
-        return False
-    return text.encode(errors="replace").decode() == text
+    return isinstance(text, str) and bool(text.strip()) and "\0" not in text and is_utf8(text)
 
 
 def _resolve(text: str, root: str, where: str, folders: dict[str, str]) -> tuple[str, Path | str]:

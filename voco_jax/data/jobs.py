@@ -91,6 +91,7 @@ def prepare_one(job: Job) -> Entry | str:
     write_volume(job.cache, job.slot, voxels)
     label = None if labels is None else _write_labels(job, labels, voxels.dtype)
     facts = {name: value for name, value in vars(prepared).items() if name in _FACTS}
+    facts["doubt"] = "; ".join(one.doubt for one in (prepared, *further) if one.doubt)
     return Entry(
         id=volume.id,
         slot=job.slot,

@@ -24,7 +24,7 @@ from voco_jax.config.load import DEFAULT, command_parser, load, parse_arguments
 from voco_jax.data.cache import ARRAY, ASIDE, FAILURES, CacheWriter
 from voco_jax.data.collect import collect
 from voco_jax.data.datalists import Volume, combine, labels_wanted
-from voco_jax.data.formats.stored import Aside, printable
+from voco_jax.data.formats.stored import Aside
 from voco_jax.data.jobs import Job, missing_from, prepare_one, run_on_cluster, slots_of
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
@@ -33,6 +33,7 @@ from voco_jax.data.summary import Failure, Summary, aside_line
 from voco_jax.data.verify import verify
 from voco_jax.data.workers import available_cores, local_workers, run_jobs
 from voco_jax.errors import InputError
+from voco_jax.files import printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KILLED = (
@@ -99,7 +100,7 @@ def prepare(
             failures = _collect_outcomes(outcomes, cache, shown, stop or threading.Event())
             entries = cache.entries.values()
             left = [*aside, *_aside_of(volumes, cache.entries)]
-            files = _count_files(volumes, cache.entries, {failure.id for failure in failures})
+            taken, failed = _count_files(volumes, cache.entries, {one.id for one in failures})
             summary = Summary(
                 cache=cache.path,
                 total=len(volumes),
@@ -112,8 +113,8 @@ def prepare(
                 unlisted=len(cache.entries.keys() - {volume.id for volume in volumes}),
                 doubtful=sum(bool(entry.doubt) for entry in entries),
                 aside=tuple(left),
-                files_taken=files[False],
-                files_failed=files[True],
+                files_taken=taken,
+                files_failed=failed,
                 size=cache.folder.size(ARRAY),
                 seconds=time.monotonic() - start,
             )
@@ -143,14 +144,14 @@ def _aside_of(volumes: Sequence[Volume], entries: Mapping[str, Entry]) -> Iterat
 
 def _count_files(
     volumes: Sequence[Volume], entries: Mapping[str, Entry], failed: Collection[str]
-) -> dict[bool, int]:
-    """How many files are of volumes that failed (True), and how many of those that are there."""
-    files = {True: 0, False: 0}
+) -> tuple[int, int]:
+    """How many files are of volumes that are there, and how many of those that failed."""
+    counts = [0, 0]
     for volume in volumes:
         entry = entries.get(volume.id)
         aside = len(entry.aside) if entry else 0
-        files[printable(volume.id) in failed] += max(volume.files - aside, 1)
-    return files
+        counts[printable(volume.id) in failed] += max(volume.files - aside, 1)
+    return counts[0], counts[1]
 
 
 def _outcomes(

@@ -18,7 +18,7 @@ from typing import Any
 import tensorstore
 
 from voco_jax.errors import InputError
-from voco_jax.files import expand
+from voco_jax.files import expand, is_utf8, printable
 
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 UNFINISHED = ".__lock"  # ends the name of a file that TensorStore is writing
@@ -49,11 +49,8 @@ class Folder:
         Raises:
             InputError: its name is not UTF-8.
         """
-        try:
-            str(path).encode()
-        except UnicodeEncodeError as error:
-            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-            raise InputError(f"{shown}: found a name that is not UTF-8: rename it") from error
+        if not is_utf8(path):
+            raise InputError(f"{printable(path)}: found a name that is not UTF-8: rename it")
         return cls(str(path).rstrip("/") if is_remote(path) else str(expand(path).resolve()))
 
     @classmethod

@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 
 from voco_jax.data.cache import ASIDE, FAILURES
-from voco_jax.data.formats.stored import Aside, printable
+from voco_jax.data.formats.stored import Aside
+from voco_jax.files import printable
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jax._src.distributed import global_state  # nor what the processes tell eac
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, of_status
 from voco_jax.files import say
 from voco_jax.training import signals
 
@@ -315,27 +315,27 @@ def compile_on_all(function: Any, *arguments: Any) -> Any:
 
 
 def run_on_all(function: Callable[[], Result]) -> Result:
-    """Runs a function on every process; where one finds a mistake of the user's, all stop.
+    """Runs a function on every process; where one raises an InputError, all do.
 
     Raises:
-        InputError: the first process's that raised one.
+        InputError: the first process's that raised one, of its kind.
     """
     if jax.process_count() == 1:
         return function()
-    problem, result = "", None
+    problem, result = b"", None
     try:
         result = function()
     except InputError as error:
-        problem = str(error)
+        problem = bytes([error.status]) + str(error).encode(errors="backslashreplace")
     barrier()
-    raw = np.frombuffer(problem.encode(), np.uint8)
+    raw = np.frombuffer(problem, np.uint8)
     lengths = gather(np.array([raw.size]))[:, 0]
     if lengths.max():
         padded = np.zeros(lengths.max(), np.uint8)
         padded[: raw.size] = raw
         process = int(np.flatnonzero(lengths)[0])
-        text = bytes(gather(padded)[process, : lengths[process]]).decode()
-        raise InputError(f"process {process}: {text}")
+        status, *text = bytes(gather(padded)[process, : lengths[process]])
+        raise of_status(status)(f"process {process}: {bytes(text).decode()}")
     return result  # type: ignore[return-value]
 
 

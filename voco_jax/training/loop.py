@@ -16,7 +16,7 @@ import numpy as np
 
 from voco_jax.config.common import WORKDIR, Experiment, Profile, Run
 from voco_jax.config.load import leaves, to_dict
-from voco_jax.errors import InputError, InUseError
+from voco_jax.errors import InputError
 from voco_jax.files import local_path
 from voco_jax.training import mesh as meshes
 from voco_jax.training import signals
@@ -82,9 +82,12 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
     method.check(experiment)
     program = method.make_program(experiment, mesh)
     with contextlib.ExitStack() as stack:
-        if in_use := run_on_process_0(lambda: lock_workdir(folder, stack)):
-            raise InUseError(in_use)
-        folder = Path(run_on_process_0(lambda: str(claim_workdir(folder, experiment))))
+
+        def claim() -> str:
+            lock_workdir(folder, stack)
+            return str(claim_workdir(folder, experiment))
+
+        folder = Path(run_on_process_0(claim))
         log = Log(folder, jax.process_index())
         if note:
             log(note)

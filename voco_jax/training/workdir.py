@@ -18,17 +18,15 @@ from voco_jax.training.metrics import last_step
 CONFIG, LOCK = "config.json", "run.lock"
 
 
-def lock_workdir(workdir: Path, stack: contextlib.ExitStack) -> str:
-    """Keeps other runs out of a workdir; to be called on process 0.
+def lock_workdir(workdir: Path, stack: contextlib.ExitStack) -> None:
+    """Keeps other runs out of a workdir.
 
     Args:
         workdir: made if missing.
         stack: lets others in.
 
-    Returns:
-        "", or in words who is in it already.
-
     Raises:
+        InUseError: another run has it.
         InputError: it is a file or cannot be written.
     """
 
@@ -40,13 +38,12 @@ def lock_workdir(workdir: Path, stack: contextlib.ExitStack) -> str:
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(workdir / LOCK, this_process(), lost=leave))
     except InUseError as owner:
-        return (
+        raise InUseError(
             f"{workdir}: another run is at work in it ({owner}); wait for it, or stop it to go on "
             "from what it has saved, or choose another --workdir"
-        )
+        ) from owner
     except OSError as error:
         raise _unusable(workdir, error) from error
-    return ""
 
 
 def _unusable(workdir: Path, error: OSError) -> InputError:

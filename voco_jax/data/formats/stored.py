@@ -16,6 +16,7 @@ import nibabel
 import numpy as np
 
 from voco_jax.errors import InputError
+from voco_jax.files import is_utf8, printable
 
 MAX_BYTES = 4 * 2**30  # of uncompressed voxels: 2048 x 1024 x 1024 in int16
 GZIP_RATIO = 1032  # deflate cannot compress more
@@ -80,18 +81,11 @@ def check_name(path: str | Path) -> None:
     Raises:
         FormatError: it is not, as of old archives and some network file systems.
     """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
+    if not is_utf8(path):
         raise FormatError(
             f"name not UTF-8: {printable(path)}; rename it (convmv -f latin1 -t utf8 does so for "
             "whole folders)"
-        ) from error
-
-
-def printable(path: str | Path) -> str:
-    """A path as text that can be written anywhere: bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+        )
 
 
 def affine_from_lps(origin: Sequence[float] | np.ndarray, steps: np.ndarray) -> np.ndarray:
