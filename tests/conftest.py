@@ -1,6 +1,7 @@
 """Shared set-up: one CPU backend, absl flags for grain's workers, the shared data folder."""
 
 import importlib.util
+import locale
 import os
 import re
 import signal
@@ -53,6 +54,17 @@ def shared_file(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"need shared/{parts[0]} beside the checkout")
     return path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    """Undoes a test's change of the locale, by which text files are read: ITK's DICOM writer sets
+    it to "C".
+    """
+    before = locale.setlocale(locale.LC_ALL)
+    result = yield
+    locale.setlocale(locale.LC_ALL, before)
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

@@ -190,7 +190,7 @@ def test_settings_that_messages_name_exist():
     found = {
         name
         for path in (ROOT / "voco_jax").rglob("*.py")
-        for text in texts(ast.parse(path.read_text()))
+        for text in texts(ast.parse(path.read_text("utf-8")))
         for name in settings_named(text)
     } - {"data.pkl"}
     assert {"model.window_size", "projector_size", "data.sources.*.cache"} <= found

@@ -1,13 +1,17 @@
 """What conftest.py adds to a run."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 TESTS = """
+import locale
 import pytest
 from conftest import shared_file
+
+BEFORE = locale.setlocale(locale.LC_ALL)
 
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_with_data(name):
@@ -16,11 +20,13 @@ def test_with_data(name):
 @pytest.mark.skip(reason="need a clear night")
 def test_stars(): ...
 
-def test_nothing(): ...
+def test_writing_dicom(): locale.setlocale(locale.LC_ALL, "C")
+
+def test_after_it(): assert locale.setlocale(locale.LC_ALL) == BEFORE
 """
 
 
-def test_skips_are_counted_with_their_reasons(tmp_path):
+def test_skips_are_counted_and_the_locale_is_put_back(tmp_path):
     """Beside a checkout without shared/, in xdist's processes."""
     folder = tmp_path / "checkout" / "tests"
     folder.mkdir(parents=True)
@@ -31,6 +37,7 @@ def test_skips_are_counted_with_their_reasons(tmp_path):
         cwd=folder,
         capture_output=True,
         text=True,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     line = "3 tests skipped: 2 need shared/ct beside the checkout, 1 need a clear night"

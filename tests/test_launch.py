@@ -31,7 +31,7 @@ SETTINGS = {
     for script in LAUNCH.glob("*.sh")
     for name in re.findall(r"^(?:export )?([A-Z0-9_]+)=\$\{\1\b", script.read_text(), re.M)
 }
-SCHEMA = json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
+SCHEMA = json.loads((ROOT / "tests" / "jobset_schema.json").read_text("utf-8"))
 # What shells, JSON and YAML would each like to read differently.
 FLAGS = ["--config", "configs/demo.py", "--config.crops.grid=(2, 1, 1)", '--workdir=it\'s "$HOME"']
 
@@ -712,12 +712,12 @@ def test_locked_versions_are_within_the_ranges(python):
     """Written by `uv pip compile --universal --python-version 3.11 requirements.txt`."""
     here = {"python_version": python, "python_full_version": f"{python}.0"}
     pins = {}
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
+    for line in (ROOT / "requirements.lock").read_text("utf-8").splitlines():
         if line and line[0] not in " #":
             pin = Requirement(line)
             if pin.marker is None or pin.marker.evaluate(here):
                 assert pins.setdefault(pin.name.lower(), pin) is pin, line
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+    for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
         if text := line.partition("#")[0].strip():
             wanted = Requirement(text)
             (pinned,) = pins[wanted.name.lower().replace("_", "-")].specifier
