@@ -537,9 +537,9 @@ def _validator(unbroken, logits=(0.0, 0.0, 1.0), keep=lambda entry: True):
 
 def test_one_class_for_all_is_warned_of(unbroken):
     found = _validator(unbroken)({"none": jnp.zeros(())}, 5)
-    assert "WARNING: all 12 held-out volumes are predicted 'NCP'; the learning rate is" in (
-        found.warning
-    )
+    (finding,) = found.findings
+    assert "all 12 held-out volumes are predicted 'NCP'; the learning rate is" in finding.text
+    assert (finding.kind, "optimizer.learning_rate" in finding.advice) == ("chance", True)
     assert (found.metrics["auc"], found.score) == (0.5, 0.5)
     assert found.metrics["accuracy"] == pytest.approx(1 / 3)
     assert "AUC 0.5000 (0.500 to 0.500), accuracy 0.3333" in found.text

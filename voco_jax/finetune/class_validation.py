@@ -20,6 +20,7 @@ from voco_jax.evaluation.metrics import confusion
 from voco_jax.finetune.step import State
 from voco_jax.finetune.validation import Predictor, choose_volumes, describe_rate
 from voco_jax.training.distributed import is_process_0
+from voco_jax.training.health import Finding
 from voco_jax.training.task import Program, Validation
 
 
@@ -91,7 +92,7 @@ class ClassValidator:
             metrics={name: value for name, value in metrics.items() if np.isfinite(value)},
             score=found["auc"],
             text=text,
-            warning=self._nothing_learned(predicted, found["accuracy"], step),
+            findings=self._nothing_learned(predicted, found["accuracy"], step),
             pictures=pictures,
         )
 
@@ -115,8 +116,10 @@ class ClassValidator:
         table = confusion(self._reference, predicted, len(self._names))
         return draw_confusion(table, self._names, title)
 
-    def _nothing_learned(self, predicted: np.ndarray, right: float, step: int) -> str:
-        """A warning where one class is predicted always, or might as well be."""
+    def _nothing_learned(
+        self, predicted: np.ndarray, right: float, step: int
+    ) -> tuple[Finding, ...]:
+        """Whether one class is predicted always, or might as well be."""
         counts = np.bincount(self._reference, minlength=len(self._names))
         most, always = int(counts.argmax()), np.unique(predicted)
         if len(always) == 1:
@@ -127,6 +130,8 @@ class ClassValidator:
                 f"{counts[most] / len(predicted):.4f}"
             )
         else:
-            return ""
+            return ()
         causes = describe_rate(self._experiment, step)
-        return f"WARNING: {what}; " + ("; ".join(causes) or "train longer, or on more volumes")
+        text = "; ".join([what, *(why for why, _ in causes)])
+        advice = "; ".join(advice for _, advice in causes) or "more steps, or more volumes"
+        return (Finding("chance", text, advice),)

@@ -17,6 +17,7 @@ from voco_jax.evaluation.metrics import count_overlap, dice
 from voco_jax.evaluation.sliding_window import Grid, Windows, segment
 from voco_jax.finetune.step import State
 from voco_jax.training.distributed import compile_on_all, is_process_0
+from voco_jax.training.health import Finding
 from voco_jax.training.mesh import batch_sharding, local_rows, to_devices
 from voco_jax.training.optimizer import schedule
 from voco_jax.training.task import Program, Validation
@@ -67,14 +68,17 @@ def choose_volumes(held_out: Sequence[Part], experiment: Finetuning) -> list[tup
     return volumes[: experiment.validation.volumes]
 
 
-def describe_rate(experiment: Finetuning, step: int) -> list[str]:
-    """What about the learning rate may be why nothing is learned."""
+def describe_rate(experiment: Finetuning, step: int) -> list[tuple[str, str]]:
+    """What about the learning rate may be why nothing is learned, and what to do."""
     rate = float(schedule(experiment.optimizer, experiment.total_steps)(step - 1))
     if rate > 5e-4:
-        return [f"the learning rate is {rate:.1e}: try a tenth, or a longer warm-up"]
+        advice = "a tenth of optimizer.learning_rate, or a longer optimizer.warmup_steps"
+        return [(f"the learning rate is {rate:.1e}", advice)]
     if step <= experiment.optimizer.warmup_steps:
-        return ["the warm-up is not over"]
-    return [f"the learning rate is only {rate:.1e}"] if rate < 1e-6 else []
+        return [("the warm-up is not over", "to wait for it, or a shorter optimizer.warmup_steps")]
+    if rate < 1e-6:
+        return [(f"the learning rate is only {rate:.1e}", "a larger optimizer.learning_rate")]
+    return []
 
 
 class Validator:
@@ -156,7 +160,7 @@ class Validator:
                 f"Dice {score:.4f} on the files' grids ({listed}), {resampled:.4f} on the "
                 f"resampled grid; {len(cases)} volumes"
             ),
-            warning=self._flat(cases, step),
+            findings=self._flat(cases, step),
             pictures=pictures,
         )
 
@@ -175,11 +179,11 @@ class Validator:
         ]
         return draw_cases(rows, f"step {step}: Dice {score:.3f}; the worst of them")
 
-    def _flat(self, cases: Sequence[Case], step: int) -> str:
-        """A warning where the last validations found the same low Dice, with the likely cause."""
+    def _flat(self, cases: Sequence[Case], step: int) -> tuple[Finding, ...]:
+        """Of the last validations, if they found the same low Dice, with the likely cause."""
         last = self._scores[-_FLAT:]
         if len(last) < _FLAT or max(last) > 0.5 or max(last) - min(last) > _MOVED:
-            return ""
+            return ()
         experiment = self._experiment
         predicted, reference, intensity = (
             float(np.mean([getattr(case, name) for case in cases]))
@@ -188,22 +192,36 @@ class Validator:
         causes = []
         if predicted < 0.01 * reference:
             balance = "" if experiment.crops.balance == "classes" else ", crops.balance='classes'"
+            now = f"(now {experiment.crops.foreground:g})"
             causes.append(
-                "the network predicts background alone: train longer, or raise crops.foreground "
-                f"(now {experiment.crops.foreground:g}){balance}"
+                (
+                    "the network predicts background alone",
+                    f"more steps, a higher crops.foreground {now}{balance}",
+                )
             )
         elif predicted > 10 * reference:
-            causes.append("the network predicts classes nearly everywhere: lower crops.foreground")
+            causes.append(
+                ("the network predicts classes nearly everywhere", "a lower crops.foreground")
+            )
         if intensity < 0.01 or intensity > 0.99:
             causes.append(
-                f"the images are nearly constant ({intensity:.3f} of the window on average): is "
-                "chain.window right?"
+                (
+                    f"the images are nearly constant ({intensity:.3f} of the window on average)",
+                    "another data.sources.*.chain.window",
+                )
             )
         causes += describe_rate(experiment, step)
+        causes = causes or [
+            ("neither rate nor window explain it", "a look at whether labels fit images")
+        ]
+        listed = ", ".join(f"{one:.4f}" for one in last)
         return (
-            f"WARNING: Dice is flat: {', '.join(f'{one:.4f}' for one in last)} in the last "
-            f"{_FLAT} validations. "
-            + ("; ".join(causes) or "neither rate nor window explain it: do labels fit images?")
+            Finding(
+                "flat",
+                f"Dice does not move: {listed} in the last {_FLAT} validations; "
+                + "; ".join(why for why, _ in causes),
+                "; ".join(advice for _, advice in causes),
+            ),
         )
 
 

@@ -6,7 +6,7 @@
 import contextlib
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,23 @@ from voco_jax.training.distributed import (
     is_process_0,
     run_on_process_0,
 )
+from voco_jax.training.events import Events
+from voco_jax.training.health import (
+    Finding,
+    Window,
+    diagnose,
+    make_window,
+    not_finite,
+    read_windows,
+)
 from voco_jax.training.jax_settings import check_jax_settings
 from voco_jax.training.metrics import (
     Log,
     MetricsWriter,
     Progress,
     duration,
+    metric_lines,
+    save_arrays,
     save_picture,
 )
 from voco_jax.training.steps import NotFiniteError, Steps
@@ -98,20 +109,26 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
 def _run(
     experiment: Experiment, folder: Path, method: Method[Any], program: Program[Any], log: Log
 ) -> None:
-    """In a workdir that is this run's own; why it ends is kept in the log."""
+    """In a workdir that is this run's own; why it ends is kept in the log and in the events."""
+    events = Events(folder if is_process_0() else None)
     try:
         log(f"devices: {meshes.describe(program.mesh)}; workdir: {folder}")
         if message := run_on_process_0(lambda: set_damaged_aside(folder)):
             log(message)
-        resumes = _newest_step(folder) is not None
+        newest = _newest_step(folder)
+        resumes, events.step = newest is not None, newest or 0
         task = method.make_task(experiment, program, workdir=folder, resumes=resumes, log=log)
-        state = train(task, experiment.run, folder, log)
+        state = train(task, experiment.run, folder, log, events)
         if task.finish is not None:
             log(task.finish(state))
-    except Exception as error:
-        expected = isinstance(error, InputError | DivergedError | PreemptedError)
+        events.write("finished")
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = isinstance(error, PreemptedError | KeyboardInterrupt)
+        expected = isinstance(error, InputError | DivergedError) or stopped
+        reason = str(error) or ("interrupted" if stopped else type(error).__name__)
         with contextlib.suppress(InputError):  # of a full disk
-            log.keep(f"ended: {error}" if expected else traceback.format_exc())
+            log.keep(f"ended: {reason}" if expected else traceback.format_exc())
+            events.write("stopped" if stopped else "failed", reason=reason)
         raise
 
 
@@ -127,7 +144,7 @@ def _newest_step(workdir: Path) -> int | None:
     return None if latest < 0 else latest
 
 
-def train(task: Task[S], run: Run, workdir: Path, log: LogLine) -> S:
+def train(task: Task[S], run: Run, workdir: Path, log: LogLine, events: Events) -> S:
     """Restores or starts, then trains until `run.total_steps`.
 
     Args:
@@ -135,6 +152,7 @@ def train(task: Task[S], run: Run, workdir: Path, log: LogLine) -> S:
         run: for how long, and what to do in between.
         workdir: of this experiment, without damaged checkpoints in it.
         log: for what people should know.
+        events: of this process.
 
     Returns:
         The state at the end.
@@ -148,8 +166,9 @@ def train(task: Task[S], run: Run, workdir: Path, log: LogLine) -> S:
             log(f"nothing left to train: {workdir} is at step {first_step}")
             return state
         try:
-            return _train(task, run, workdir, log, saved, state, first_step)
+            return _train(task, run, workdir, log, events, saved, state, first_step)
         except NotFiniteError as error:
+            events.found("training", [not_finite(str(error))])
             saved.wait()
             good = saved.latest_step()
             raise DivergedError(
@@ -204,6 +223,7 @@ def _train(
     run: Run,
     workdir: Path,
     log: LogLine,
+    events: Events,
     saved: Checkpoints,
     state: S,
     first_step: int,
@@ -215,7 +235,7 @@ def _train(
         "data_fingerprint": task.data_fingerprint,
     }
     with (
-        contextlib.closing(_Report(task, run, workdir, log, first_step)) as report,
+        contextlib.closing(_Report(task, run, workdir, log, events, first_step)) as report,
         contextlib.closing(Watch(log)) as watch,
     ):
         log("compiling the step (minutes for a large model; the next time it is kept) ...")
@@ -232,6 +252,7 @@ def _train(
                 _profile(run, workdir, steps, first_step, step)
                 steps.advance()
                 watch.at(f"at step {step}")
+                events.step = step
                 last = step == run.total_steps
                 if last or step == first_step + 1 or _due(step, run.log_every_steps):
                     report.training(step, steps)
@@ -297,16 +318,28 @@ def _profile(run: Run, workdir: Path, steps: Steps[Any], first_step: int, step: 
 
 
 class _Report:
-    """Where a run's numbers go: log lines, metrics.jsonl, TensorBoard, pictures."""
+    """Where a run's numbers go: log lines, metrics.jsonl, TensorBoard, pictures; and warnings."""
 
     def __init__(
-        self, task: Task[Any], run: Run, workdir: Path, log: LogLine, first_step: int
+        self,
+        task: Task[Any],
+        run: Run,
+        workdir: Path,
+        log: LogLine,
+        events: Events,
+        first_step: int,
     ) -> None:
         self._task, self._run, self._workdir, self._log = task, run, workdir, log
-        self._first_step = first_step
+        self._events, self._first_step = events, first_step
         self._progress = Progress(first_step, run.total_steps)
         self._paused = 0.0  # seconds of validation and of saving since the last line
         self._writer = MetricsWriter(workdir, first_step) if is_process_0() else None
+        self._windows: list[Window] = []
+        self._sound: tuple[str, ...] = ()
+        if self._writer:
+            self._windows = read_windows(metric_lines(workdir))
+            self._events.write("resumed" if first_step else "started")
+            self._warn("start", task.findings)
 
     def close(self) -> None:
         if self._writer:
@@ -350,6 +383,20 @@ class _Report:
         self._log("  ".join([*parts, speed]))
         if not first and len(hosts) > 1:
             self._log(heartbeat(hosts))
+        fetched = steps.lap()
+        if self._writer:
+            self._windows.append(
+                make_window(step, fetched, values, 0.0 if first else len(fetched) / rate)
+            )
+            self._warn(
+                "training",
+                diagnose(self._windows, self._events.open, self._sound, self._task.blind_loss),
+            )
+
+    def _warn(self, source: str, findings: Sequence[Finding]) -> None:
+        """Keeps what is amiss, and tells what is new of it."""
+        for line in self._events.found(source, findings):
+            self._log(line)
 
     def validation(self, step: int, found: Validation) -> float:
         """What a validation found; returns its score."""
@@ -362,9 +409,12 @@ class _Report:
                 self._writer.picture(step, name, image)
                 save_picture(image, path)
                 text += f", picture {path}"
+            for name, arrays in found.arrays.items():
+                save_arrays(arrays, self._workdir / f"{name}.npz")
         self._log(f"validation at step {step}: {text}")
-        if found.warning:
-            self._log(found.warning)
+        if self._writer:
+            self._sound = found.sound
+            self._warn("validation", found.findings)
         return found.score
 
 

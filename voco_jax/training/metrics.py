@@ -1,6 +1,7 @@
 """Where numbers go: the console, JSON lines, TensorBoard (without TensorFlow)."""
 
 import contextlib
+import io
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from voco_jax.errors import kind_of
-from voco_jax.files import parse_object, say, write_atomically
+from voco_jax.files import parse_object, say, write_aside, write_atomically
 
 # Where PyTorch is installed, tensorboardX imports it: seconds of every start, and not needed here.
 _torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # "not to be found"
@@ -96,6 +97,27 @@ def save_picture(image: np.ndarray, path: Path) -> None:
     with written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes an .npz so that it is there complete or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]  # names of ours
+    with written(path):
+        write_aside(path, content.getvalue()).replace(path)
+
+
+def metric_lines(workdir: Path) -> Iterator[str]:
+    """The complete lines of metrics.jsonl.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return (line for _, line in _lines(workdir / JSON_LINES))
 
 
 def last_step(workdir: Path) -> int:

@@ -47,6 +47,7 @@ class Steps(Generic[S]):
         self._running: Any = None  # the newest step's loss; may still be pending
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._last: dict[str, float] = {}
+        self._fetched: list[dict[str, float]] = []
 
     def advance(self) -> None:
         """Takes a batch, queues its step, and waits for the step before."""
@@ -82,7 +83,13 @@ class Steps(Generic[S]):
         self._pending.clear()
         for step, metrics in pending:
             self._last = {name: float(value) for name, value in metrics.items()}
+            self._fetched.append(self._last)
             broken = [name for name, value in self._last.items() if not np.isfinite(value)]
             if broken:
                 raise NotFiniteError(f"step {step}: {', '.join(broken)} is not finite")
         return dict(self._last)
+
+    def lap(self) -> list[dict[str, float]]:
+        """The metrics of each step fetched since the last lap."""
+        fetched, self._fetched = self._fetched, []
+        return fetched

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from voco_jax.training.health import Finding
 from voco_jax.types import Batch
 
 
@@ -62,15 +63,20 @@ class Validation:
         metrics: for metrics.jsonl and TensorBoard, by name.
         score: which checkpoint is the best; the larger the better.
         text: one line for people.
-        warning: what people have to know besides; "": nothing.
+        findings: all that is amiss now, at most one of a kind.
+        sound: what was looked at and is as it should be, in words; told where the loss is flat.
         pictures: by name, (rows, columns, 3) uint8; needed on process 0 only.
+        arrays: by name of a file, the arrays of WORKDIR/NAME.npz, which the next validation
+            replaces; needed on process 0 only.
     """
 
     metrics: Mapping[str, float]
     score: float
     text: str
-    warning: str = ""
+    findings: tuple[Finding, ...] = ()
+    sound: tuple[str, ...] = ()
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    arrays: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,8 @@ class Task(Generic[S]):
         finish: at the end of training; what it returns is for people. None: nothing to do.
         learning_rate: completed updates -> rate, to be logged; None: it is not.
         console: metrics for a log line, besides the loss; those that there are.
+        findings: what is amiss before the first step.
+        blind_loss: () -> the loss of a network that does not look at its input; None: not known.
     """
 
     program: Program[S]
@@ -100,6 +108,8 @@ class Task(Generic[S]):
     finish: Callable[[S], str] | None = None
     learning_rate: optax.Schedule | None = None
     console: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    blind_loss: Callable[[], float] | None = None
 
 
 LogLine = Callable[[str], None]

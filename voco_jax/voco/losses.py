@@ -58,10 +58,11 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     Returns:
         (..., m, n) float32 in [-1, 1]; 0 where a row is all zeros.
     """
-    return jnp.einsum("...md,...nd->...mn", _unit(a), _unit(b), precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("...md,...nd->...mn", unit(a), unit(b), precision=jax.lax.Precision.HIGHEST)
 
 
-def _unit(rows: jax.Array) -> jax.Array:
+def unit(rows: jax.Array) -> jax.Array:
+    """Rows (..., d) at length 1, float32; a row of zeros stays one."""
     rows = rows.astype(jnp.float32)
     square = jnp.sum(rows * rows, axis=-1, keepdims=True)
     # The maximum comes before the square root: its gradient at zero would be infinite.

@@ -1,11 +1,17 @@
-"""How well held-out sub-volumes find their place in the base grid, and signs of collapse."""
+"""How well held-out sub-volumes find their place in the base grid, and what is good there.
+
+docs/health.md has it in more words.
+"""
 
 import dataclasses
 
 import numpy as np
 
-CONSTANT_SIMILARITY = 0.01  # spread over the bases under which a sub-volume's position is not told
-VANISHING_SPREAD = 0.01  # of the unit embeddings; 1 - cos of about 8 degrees
+from voco_jax.types import Size
+
+DEVIATIONS = 2.0  # above blind, in standard deviations of it: one blind set in 40 gets there
+# Mean error of a position, in crops along each axis that the grid splits; see `accuracy_at`.
+GOOD_ERROR, VERY_GOOD_ERROR = 0.25, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +50,43 @@ def measure(
     )
 
 
-def collapse_warning(metrics: PositionMetrics) -> str | None:
-    """Words for a user whose encoder has stopped to tell positions apart; None: it has not."""
-    signs = []
-    if metrics.similarity_spread < CONSTANT_SIMILARITY:
-        signs.append(
-            "similarities are constant over the base crops "
-            f"(spread {metrics.similarity_spread:.4f}, expected {CONSTANT_SIMILARITY} or more)"
-        )
-    if metrics.embedding_spread < VANISHING_SPREAD:
-        signs.append(
-            "all crops have nearly one embedding "
-            f"(spread {metrics.embedding_spread:.4f}, expected {VANISHING_SPREAD} or more)"
-        )
-    if not signs:
-        return None
+def split_axes(grid: Size) -> list[int]:
+    """The numbers of base crops along the axes that have more than one."""
+    return [cells for cells in grid if cells > 1]
+
+
+def accuracy_at(error: float, grid: Size) -> float:
+    """The accuracy of one who errs by `error` crops on average, along each axis of several crops.
+
+    Corners of sub-volumes are uniform, and along an axis the right answer changes once in every
+    crop, half way. An error of e crops, 1 at most, crosses such a place with probability e.
+    """
+    return float((1 - error) ** len(split_axes(grid)))
+
+
+def blind_accuracy(grid: Size) -> float:
+    """The accuracy of naming the same base crop always, the best one: in the middle of the grid.
+
+    Along an axis of g crops the corner is uniform over g - 1 crops, and a crop that is not the
+    first or the last is right over one of them; of two crops, each over half.
+    """
+    return float(np.prod([1 / 2 if cells == 2 else 1 / (cells - 1) for cells in split_axes(grid)]))
+
+
+def told_from_blind(count: int, grid: Size) -> float:
+    """The accuracy on `count` sub-volumes from which on it is better than always one answer."""
+    blind = blind_accuracy(grid)
+    return blind + DEVIATIONS * float(np.sqrt(blind * (1 - blind) / count))
+
+
+def describe_accuracy(accuracy: float, count: int, grid: Size) -> str:
+    """What an accuracy on `count` sub-volumes means for this grid, in a few words."""
+    good, very_good = (accuracy_at(error, grid) for error in (GOOD_ERROR, VERY_GOOD_ERROR))
+    least = told_from_blind(count, grid)
+    if least > good:
+        return f"{count} sub-volumes are too few to judge it"
+    bands = ("very good", very_good), ("good", good), ("learning", least)
+    word = next((word for word, lowest in bands if accuracy >= lowest), "at chance")
     return (
-        f"COLLAPSE: {' and '.join(signs)}: the encoder no longer tells positions apart. "
-        "Try a lower optimizer.learning_rate, a longer optimizer.warmup_steps or a larger "
-        "batch_size, and look at the picture: blank or identical volumes do this too."
+        f"{word}; {blind_accuracy(grid):.0%} is blind, {good:.0%} good, {very_good:.0%} very good"
     )

@@ -295,6 +295,7 @@ class Predictions:
     similarities: jax.Array  # (b, s, n) predicted overlaps
     labels: jax.Array  # (b, s, n) true overlaps, of the whole batch on every process
     spread: jax.Array  # scalar, see `embedding_spread`
+    bases: jax.Array  # (b, n, d) unit embeddings of base crops, the teacher's where there is one
 
 
 def make_predict(
@@ -320,6 +321,7 @@ def make_predict(
             similarities=recipe.predict(**_names(s, t)),
             labels=labels,
             spread=embedding_spread(s),
+            bases=losses.unit((t or s).bases),
         )
 
     return predict

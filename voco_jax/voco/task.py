@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from voco_jax.training.optimizer import make_optimizer, schedule
 from voco_jax.training.task import LogLine, Method, Program, Task
 from voco_jax.types import Batch, Params
 from voco_jax.voco import augment, losses
+from voco_jax.voco.health import blind_loss, few_volumes
 from voco_jax.voco.step import (
     State,
     abstract_state,
@@ -71,7 +72,7 @@ def make_program(experiment: Pretraining, mesh: Mesh) -> Program[State]:
         optimizer,
         encoder_size=size,
         recipe=recipe,
-        weigh=partial(losses.weighted_total, **dataclasses.asdict(experiment.loss)),
+        weigh=weigh(experiment),
         momentum=experiment.teacher.momentum,
         draw=partial(augment.draw, **dataclasses.asdict(experiment.augment)),
         drop=partial(dropout, rate=experiment.dropout.rate, kind=experiment.dropout.kind)
@@ -106,6 +107,11 @@ def make_program(experiment: Pretraining, mesh: Mesh) -> Program[State]:
         step=step,
         predict=predict,
     )
+
+
+def weigh(experiment: Pretraining) -> Callable[[losses.Losses], jax.Array]:
+    """Terms of the loss -> what is minimised."""
+    return partial(losses.weighted_total, **dataclasses.asdict(experiment.loss))
 
 
 def make_network(experiment: Pretraining, mesh: Mesh) -> Network:
@@ -196,13 +202,17 @@ def make_task(
         warm_start=partial(initialise_from, experiment, mesh=program.mesh, log=log)
         if experiment.init_from
         else None,
-        validate=Validator(experiment, held_out, program) if held_out else None,
+        validate=Validator(experiment, training, held_out, program) if held_out else None,
         finish=finish if experiment.export_to else None,
         data_fingerprint=data_fingerprint,
         learning_rate=schedule(experiment.optimizer, experiment.total_steps),
         experiment=settings,
         networks=experiment.networks,
         console=("pos", "neg", "reg", "inter"),
+        findings=tuple(few_volumes(training, experiment.crops.grid, experiment.batch_size)),
+        blind_loss=partial(
+            blind_loss, losses.RECIPES[experiment.recipe], experiment.crops, weigh(experiment)
+        ),
     )
 
 

@@ -1,30 +1,45 @@
-"""Validation during training: position accuracy, the collapse warning and the picture."""
+"""Validation during training: position accuracy, what is amiss, the picture, the embeddings."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from voco_jax.config.pretraining import Pretraining
-from voco_jax.data.crops import join
+from voco_jax.data.crops import base_origins, join
 from voco_jax.data.pipeline import Part, Sample, held_out_sample, shuffle_key
 from voco_jax.data.volumes import dequantise
 from voco_jax.training.distributed import compile_on_all, is_process_0
 from voco_jax.training.mesh import batch_sharding, local_rows, to_devices
 from voco_jax.training.task import Program, Validation
 from voco_jax.types import Batch
-from voco_jax.voco.position import collapse_warning, measure
+from voco_jax.voco.health import at_chance, collapsed, count_volumes, empty_crops, is_empty
+from voco_jax.voco.position import describe_accuracy, measure
 from voco_jax.voco.step import Predictions, State
+
+EMBEDDINGS = 2048  # of base crops, kept for a picture of them
 
 
 class Validator:
     """Position accuracy on the same crops of the same held-out volumes at every call."""
 
     def __init__(
-        self, experiment: Pretraining, held_out: Sequence[Part], program: Program[State]
+        self,
+        experiment: Pretraining,
+        training: Sequence[Part],
+        held_out: Sequence[Part],
+        program: Program[State],
     ) -> None:
+        """Chooses the volumes.
+
+        Args:
+            experiment: the settings.
+            training: the volumes to train on; they are counted only.
+            held_out: the volumes to choose from.
+            program: predicts.
+        """
         self._experiment, self._program = experiment, program
         self._rows = local_rows(experiment.batch_size, program.mesh)
         self._predict: Callable[[State, Batch], Predictions] | None = None
@@ -32,6 +47,8 @@ class Validator:
         volumes = [(entry, part.cache) for part in held_out for entry in part.entries]
         volumes.sort(key=lambda volume: shuffle_key(experiment.seed, volume[0]))
         self._volumes = volumes[: experiment.validation.volumes]
+        self._kept = max(EMBEDDINGS // math.prod(experiment.crops.grid), 1)  # volumes
+        self._different = count_volumes(training)
 
     def __call__(self, state: State, step: int) -> Validation:
         """Predicts all held-out volumes in batches of the training's size.
@@ -43,14 +60,20 @@ class Validator:
         similarities: list[np.ndarray] = []
         labels: list[np.ndarray] = []
         spreads: list[float] = []
+        embeddings: list[np.ndarray] = []
+        empty: list[bool] = []
         shown: Sample | None = None
         for start in range(0, count, size):
             samples = [self._sample((start + row) % count) for row in self._rows]
             shown = shown or samples[0]
-            found = self._found(state, samples)
-            similarities.extend(found.similarities[: count - start])
-            labels.extend(found.labels[: count - start])
+            found = self._predicted(state, samples)
+            similarities.extend(jax.device_get(found.similarities)[: count - start])
+            labels.extend(jax.device_get(found.labels)[: count - start])
             spreads.append(float(found.spread))
+            if is_process_0():
+                empty += [is_empty(crop) for sample in samples for crop in sample["bases"]]
+                if len(embeddings) < self._kept:
+                    embeddings.extend(jax.device_get(found.bases)[: count - start])
         metrics = measure(
             np.concatenate(similarities), np.concatenate(labels), float(np.mean(spreads))
         )
@@ -59,21 +82,44 @@ class Validator:
             f"{self._volumes[number][0].id}, step {step}: position accuracy of all held-out "
             f"volumes {metrics.accuracy:.0%} (chance {metrics.chance:.0%})"
         )
-        pictures = {}
+        pictures, arrays = {}, {}
         if is_process_0() and shown is not None:
             pictures["positions"] = self._picture(shown, similarities[number], title)
-        named = dataclasses.asdict(metrics)
+            arrays["embeddings"] = self._arrays(embeddings[: self._kept], step)
+        named, answers = dataclasses.asdict(metrics), sum(map(len, labels))
+        meaning = describe_accuracy(metrics.accuracy, answers, self._experiment.crops.grid)
         return Validation(
             metrics={"position_accuracy": named.pop("accuracy"), **named},
             score=metrics.accuracy,
             text=(
                 f"position accuracy {metrics.accuracy:.1%} "
-                f"({metrics.accuracy / metrics.chance:.1f} times chance), mean absolute error of "
-                f"overlaps {metrics.overlap_error:.4f}"
+                f"({metrics.accuracy / metrics.chance:.1f} times chance: {meaning}), mean absolute "
+                f"error of overlaps {metrics.overlap_error:.4f}"
             ),
-            warning=collapse_warning(metrics) or "",
+            findings=(
+                *collapsed(metrics),
+                *at_chance(metrics, answers, step, self._experiment),
+                *empty_crops(empty),
+            ),
+            sound=(
+                f"{self._different} different volumes are trained on",
+                f"embeddings differ (spread {metrics.embedding_spread:.2f})",
+            ),
             pictures=pictures,
+            arrays=arrays,
         )
+
+    def _arrays(self, embeddings: Sequence[np.ndarray], step: int) -> dict[str, np.ndarray]:
+        """Embeddings (n, d) of some volumes' base crops, with each one's cell and volume."""
+        crops = self._experiment.crops
+        cells = base_origins(crops.grid, crops.crop_size) // crops.crop_size
+        ids = [entry.id for entry, _ in self._volumes[: len(embeddings)]]
+        return {
+            "embeddings": np.concatenate(embeddings).astype(np.float32),
+            "cells": np.tile(cells, (len(ids), 1)).astype(np.int32),
+            "volumes": np.repeat(ids, len(cells)),
+            "step": np.array(step),
+        }
 
     def _sample(self, number: int) -> Sample:
         entry, cache = self._volumes[number]
@@ -83,8 +129,8 @@ class Validator:
             cache, entry, experiment.crops, sub_volumes=sub_volumes, seed=experiment.seed
         )
 
-    def _found(self, state: State, samples: Sequence[Sample]) -> Any:
-        """The predictions of a batch, on the host."""
+    def _predicted(self, state: State, samples: Sequence[Sample]) -> Predictions:
+        """The predictions of a batch, on the devices."""
         batch = {
             "subs": np.stack([sample["subs"] for sample in samples]),
             "bases": np.stack([sample["bases"] for sample in samples]),
@@ -94,7 +140,7 @@ class Validator:
         placed = to_devices(batch, sharding, self._experiment.batch_size)
         if self._predict is None:
             self._predict = compile_on_all(self._program.predict, state, placed)
-        return jax.device_get(self._predict(state, placed))
+        return self._predict(state, placed)
 
     def _picture(self, sample: Sample, similarities: np.ndarray, title: str) -> np.ndarray:
         from voco_jax.report.positions import draw_positions  # Matplotlib: a second of every start
