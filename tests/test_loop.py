@@ -27,8 +27,11 @@ from configs import tiny
 from voco_jax.config import encoders
 from voco_jax.config.load import parse
 from voco_jax.data.cache import Cache
+from voco_jax.data.pipeline import held_out_sample
 from voco_jax.data.sources import read_volumes
+from voco_jax.data.volumes import dequantise
 from voco_jax.errors import InputError, InUseError
+from voco_jax.models.attention import attend
 from voco_jax.models.encoders import ENCODERS
 from voco_jax.training import distributed, loop
 from voco_jax.training.checkpoint import Checkpoints, read_network, saved_steps, set_damaged_aside
@@ -92,6 +95,35 @@ def test_a_run_leaves_everything(finished):
     assert list((finished / "tensorboard").glob("events*"))
     validation = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert validation["validation/chance"] >= 0.5
+
+
+def test_embeddings_are_the_teacher_s_of_the_held_out_volume(finished):
+    experiment = parse(small(), str(finished))
+    source, crops = experiment.data.sources["ct"], experiment.crops
+    cache = Cache.open(source.cache, source.chain)
+    _, (held_out,) = read_volumes({"ct": cache}, experiment.data, finished)
+    sample = held_out_sample(
+        cache,
+        held_out.entries[0],
+        crops,
+        sub_volumes=experiment.validation.sub_volumes,
+        seed=experiment.seed,
+    )
+    network = task.build_network(experiment, make_mesh(1), attend)
+    teacher, _ = read_network(finished, "teacher")
+    images = dequantise(np.concatenate([sample["subs"], sample["bases"]]))[..., None]
+    pooled = network.apply(
+        {"params": teacher}, images, method=lambda n, x: n.encode(x, False).pooled
+    )
+    rows = np.asarray(network.apply({"params": teacher}, pooled, method="project"))[-2:]
+    with np.load(finished / "embeddings.npz") as found:
+        np.testing.assert_allclose(
+            found["embeddings"], rows / np.linalg.norm(rows, axis=1, keepdims=True), atol=1e-4
+        )
+        assert found["embeddings"].dtype == np.float32
+        assert found["cells"].tolist() == [[0, 0, 0], [1, 0, 0]]
+        assert found["volumes"].tolist() == [held_out.entries[0].id] * 2
+        assert int(found["step"]) == 4
 
 
 def test_a_finished_run_trains_nothing_more(finished, capsys):

@@ -1,18 +1,23 @@
-"""Position metrics in closed form, the collapse warning and the picture."""
+"""Position metrics in closed form, what they mean, and the picture."""
 
 import numpy as np
 import pytest
 
-from voco_jax.data.crops import overlap_labels
+from voco_jax.data.crops import draw_origins, overlap_labels
 from voco_jax.report.positions import draw_positions
-from voco_jax.voco.position import collapse_warning, measure
+from voco_jax.voco.position import (
+    accuracy_at,
+    blind_accuracy,
+    describe_accuracy,
+    measure,
+    told_from_blind,
+)
 
 
 def test_perfect_predictions():
     labels = np.array([[0.7, 0.3, 0, 0], [0, 0.4, 0.6, 0]])
     found = measure(labels, labels, 0.5)
     assert (found.accuracy, found.chance, found.overlap_error) == (1.0, 0.25, 0.0)
-    assert collapse_warning(found) is None
 
 
 def test_ties():
@@ -32,10 +37,53 @@ def test_guessing_reaches_chance(generator):
     assert found.accuracy == pytest.approx(1 / 9, abs=0.01)
 
 
-def test_collapse_is_told_in_words():
-    labels = np.array([[0.7, 0.3, 0, 0]])
-    assert "similarities are constant" in collapse_warning(measure(np.zeros((1, 4)), labels, 0.5))
-    assert "nearly one embedding" in collapse_warning(measure(labels, labels, 1e-5))
+GRIDS = [(3, 3, 1), (4, 4, 1), (2, 2, 1), (2, 1, 1), (1, 5, 3)]
+CROP = (200, 200, 200)  # so many that ties hardly count
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_one_answer_for_all_reaches(generator, grid):
+    labels = overlap_labels(draw_origins(generator, 20000, grid, CROP), grid, CROP)
+    each = [
+        measure(np.tile(row, (20000, 1)), labels, 0.5).accuracy for row in np.eye(len(labels.T))
+    ]
+    assert blind_accuracy(grid) == pytest.approx(max(each), abs=0.02)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("error", [0.0, 0.1, 0.25])
+def test_accuracy_of_one_who_errs(generator, grid, error):
+    """Who sees each corner with an error of so many crops, to either side."""
+    corners = draw_origins(generator, 20000, grid, CROP)
+    seen = corners + generator.choice([-1, 1], corners.shape) * round(error * CROP[0])
+    free = (np.array(grid) - 1) * CROP
+    found = measure(
+        overlap_labels(np.clip(seen, 0, free), grid, CROP),
+        overlap_labels(corners, grid, CROP),
+        0.5,
+    )
+    assert accuracy_at(error, grid) == pytest.approx(found.accuracy, abs=0.03)
+
+
+def test_luck_is_no_learning(generator):
+    """Of sets of 64 blind answers one in 40 or so is at the limit."""
+    hits = generator.binomial(64, 0.25, 20000) / 64
+    assert np.mean(hits >= told_from_blind(64, (3, 3, 1))) == pytest.approx(1 / 40, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "count", "grid", "words"),
+    [
+        (0.25, 64, (3, 3, 1), "at chance; 25% is blind, 56% good, 81% very good"),
+        (0.37, 64, (3, 3, 1), "learning; 25% is blind, 56% good, 81% very good"),
+        (0.57, 64, (3, 3, 1), "good; 25% is blind, 56% good, 81% very good"),
+        (0.9, 64, (4, 4, 1), "very good; 11% is blind, 56% good, 81% very good"),
+        (0.5, 64, (2, 1, 1), "at chance; 50% is blind, 75% good, 90% very good"),
+        (1.0, 1, (2, 1, 1), "1 sub-volumes are too few to judge it"),
+    ],
+)
+def test_an_accuracy_in_words(accuracy, count, grid, words):
+    assert describe_accuracy(accuracy, count, grid) == words
 
 
 @pytest.mark.parametrize("grid", [(3, 2, 1), (1, 2, 2)])

@@ -23,10 +23,13 @@ MOVED = 0.05
 # Of a model of which the loss of one that has learned nothing is not known: a loss that has fallen
 # by more since the start is that of a model that has learned something.
 LEARNED = 0.1
-# The loss above the lowest that it had: by random walk alone it is not so much higher.
+# By so much the loss must be above the lowest that it was, or that is reached without learning.
 GROWN = 0.25
-# Standard errors: one in a thousand of healthy comparisons is so far off.
-CERTAIN = 3.0
+# Of the first step's gradient; see `rate_too_high`. At a hundred times the rate of configs/demo.py
+# that of a small network fell to a thirtieth, and its loss stayed at twice the blind loss.
+SHRUNK = 0.1
+# Standard errors: of the thousands of looks at a healthy run none is so far off by chance.
+CERTAIN = 4.0
 # Beside AdamW's eps of 1e-8 a smaller gradient moves nothing; a smaller rate moves no weight of
 # float32 in a hundred thousand steps.
 NO_GRADIENT, NO_RATE = 1e-8, 1e-9
@@ -117,7 +120,7 @@ def diagnose(
         blind_loss: see `flat`.
     """
     found = data_bound(windows)
-    if high := rate_too_high(windows):
+    if high := rate_too_high(windows, blind_loss):
         return found + high
     return found if "collapsed" in open_kinds else found + flat(windows, sound, blind_loss)
 
@@ -155,28 +158,52 @@ def data_bound(windows: Sequence[Window]) -> list[Finding]:
     ]
 
 
-def rate_too_high(windows: Sequence[Window]) -> list[Finding]:
-    """Whether the loss has grown again, and stays above the lowest that it had."""
+def rate_too_high(
+    windows: Sequence[Window], blind_loss: Callable[[], float] | None
+) -> list[Finding]:
+    """Whether the loss has grown again, or weights have, and nothing is learned.
+
+    The gradient is the smaller the larger the weights before a norm are: they have grown where it
+    is a small part of the first step's, though the loss is high.
+
+    Args:
+        windows: of all steps.
+        blind_loss: see `flat`; None: only growth of the loss is looked for.
+    """
+    size = max(FEWEST_WINDOWS, len(windows) // 10)
+    if len(windows) < 2 * size:
+        return []
     losses = np.array([window.loss for window in windows])
-    if len(losses) < 2 * FEWEST_WINDOWS:
+    last = losses[-size:]
+    ends = range(len(losses) - size, size - 1, -size)
+    lowest = min((losses[end - size : end] for end in ends), key=np.mean)
+    found = ""
+    if _above(last, lowest.mean(), _error(last, lowest)):
+        found = f"the loss has grown to {last.mean():.4f} from {lowest.mean():.4f}"
+    elif blind_loss is not None:
+        gradient = float(np.median([window.gradient_norm for window in windows[-size:]]))
+        shrunk = gradient < SHRUNK * windows[0].gradient_norm
+        if shrunk and _above(last, blind := blind_loss(), _error(last, last)):
+            found = (
+                f"the loss is {last.mean():.4f}, though {blind:.4f} is reached without a look at "
+                f"the input, and the gradient's norm has shrunk to {gradient:.2g} from "
+                f"{windows[0].gradient_norm:.2g}: the weights have grown"
+            )
+    if not found:
         return []
-    last, earlier = losses[-FEWEST_WINDOWS:], losses[:-FEWEST_WINDOWS]
-    means = np.convolve(earlier, np.full(FEWEST_WINDOWS, 1 / FEWEST_WINDOWS), "valid")
-    first = int(means.argmin())
-    lowest = earlier[first : first + FEWEST_WINDOWS]
-    grown = float(last.mean() - lowest.mean())
-    if grown < max(GROWN * abs(lowest.mean()), CERTAIN * _error(last, lowest)):
-        return []
-    steps = windows[first].step, windows[first + FEWEST_WINDOWS - 1].step
     return [
         Finding(
             "rate_too_high",
-            f"the loss has grown to {last.mean():.4f} from {lowest.mean():.4f} in steps {steps[0]} "
-            f"to {steps[1]}; the learning rate is {windows[-1].rate:.1e}",
+            f"{found}; the learning rate is {windows[-1].rate:.1e}",
             "a tenth of optimizer.learning_rate, or a longer optimizer.warmup_steps, in a new "
             "workdir",
         )
     ]
+
+
+def _above(losses: np.ndarray, level: float, error: float) -> bool:
+    """Whether losses are by `GROWN` above a level, for certain."""
+    return bool(losses.mean() - level > max(GROWN * abs(level), CERTAIN * error))
 
 
 def flat(
