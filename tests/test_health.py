@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from configs import demo
+from configs import demo, finetune_demo
 from voco_jax.config.load import parse
 from voco_jax.config.pretraining import Crops
+from voco_jax.finetune.validation import Case, find_flat
 from voco_jax.training.health import (
     Window,
     data_bound,
@@ -242,3 +243,30 @@ def test_the_loss_of_a_network_that_looks_at_nothing():
         ]
         lowest = min(lowest, float(np.mean(total)))
     assert found == pytest.approx(lowest, rel=0.03)
+
+
+# ---- what segmentation knows
+
+
+def test_a_dice_that_does_not_move():
+    experiment = parse(finetune_demo.get_config())
+    step = experiment.total_steps // 2
+
+    def found(*scores, predicted=0.1, reference=0.1, intensity=0.5, step=step):
+        cases = [Case("a", np.zeros(2), np.zeros(2), predicted, reference, intensity)]
+        return find_flat(scores, cases, step, experiment)
+
+    same = (0.1, 0.2, 0.2, 0.205)
+    (finding,) = found(*same, predicted=0.0005)
+    assert finding.kind == "flat"
+    assert "0.2000, 0.2000, 0.2050 in the last 3 validations; the network predicts" in finding.text
+    assert "background alone" in finding.text
+    assert "crops.foreground" in finding.advice
+    (finding,) = found(*same, intensity=0.999)
+    assert "nearly constant" in finding.text
+    assert "chain.window" in finding.advice
+    (finding,) = found(*same, step=1)
+    assert "the warm-up is not over" in finding.text
+    assert found(0.2, 0.2) == []
+    assert found(0.2, 0.2, 0.22) == []
+    assert found(0.9, 0.9, 0.9) == []

@@ -160,7 +160,7 @@ class Validator:
                 f"Dice {score:.4f} on the files' grids ({listed}), {resampled:.4f} on the "
                 f"resampled grid; {len(cases)} volumes"
             ),
-            findings=self._flat(cases, step),
+            findings=tuple(find_flat(self._scores, cases, step, self._experiment)),
             pictures=pictures,
         )
 
@@ -179,50 +179,59 @@ class Validator:
         ]
         return draw_cases(rows, f"step {step}: Dice {score:.3f}; the worst of them")
 
-    def _flat(self, cases: Sequence[Case], step: int) -> tuple[Finding, ...]:
-        """Of the last validations, if they found the same low Dice, with the likely cause."""
-        last = self._scores[-_FLAT:]
-        if len(last) < _FLAT or max(last) > 0.5 or max(last) - min(last) > _MOVED:
-            return ()
-        experiment = self._experiment
-        predicted, reference, intensity = (
-            float(np.mean([getattr(case, name) for case in cases]))
-            for name in ("predicted", "reference", "intensity")
+
+def find_flat(
+    scores: Sequence[float], cases: Sequence[Case], step: int, experiment: SegmentationFinetuning
+) -> list[Finding]:
+    """Whether the last validations found the same low Dice, and the likely cause.
+
+    Args:
+        scores: Dice of each validation so far.
+        cases: of the last one.
+        step: of the last one.
+        experiment: the settings.
+    """
+    last = scores[-_FLAT:]
+    if len(last) < _FLAT or max(last) > 0.5 or max(last) - min(last) > _MOVED:
+        return []
+    predicted, reference, intensity = (
+        float(np.mean([getattr(case, name) for case in cases]))
+        for name in ("predicted", "reference", "intensity")
+    )
+    causes = []
+    if predicted < 0.01 * reference:
+        balance = "" if experiment.crops.balance == "classes" else ", crops.balance='classes'"
+        now = f"(now {experiment.crops.foreground:g})"
+        causes.append(
+            (
+                "the network predicts background alone",
+                f"more steps, a higher crops.foreground {now}{balance}",
+            )
         )
-        causes = []
-        if predicted < 0.01 * reference:
-            balance = "" if experiment.crops.balance == "classes" else ", crops.balance='classes'"
-            now = f"(now {experiment.crops.foreground:g})"
-            causes.append(
-                (
-                    "the network predicts background alone",
-                    f"more steps, a higher crops.foreground {now}{balance}",
-                )
-            )
-        elif predicted > 10 * reference:
-            causes.append(
-                ("the network predicts classes nearly everywhere", "a lower crops.foreground")
-            )
-        if intensity < 0.01 or intensity > 0.99:
-            causes.append(
-                (
-                    f"the images are nearly constant ({intensity:.3f} of the window on average)",
-                    "another data.sources.*.chain.window",
-                )
-            )
-        causes += describe_rate(experiment, step)
-        causes = causes or [
-            ("neither rate nor window explain it", "a look at whether labels fit images")
-        ]
-        listed = ", ".join(f"{one:.4f}" for one in last)
-        return (
-            Finding(
-                "flat",
-                f"Dice does not move: {listed} in the last {_FLAT} validations; "
-                + "; ".join(why for why, _ in causes),
-                "; ".join(advice for _, advice in causes),
-            ),
+    elif predicted > 10 * reference:
+        causes.append(
+            ("the network predicts classes nearly everywhere", "a lower crops.foreground")
         )
+    if intensity < 0.01 or intensity > 0.99:
+        causes.append(
+            (
+                f"the images are nearly constant ({intensity:.3f} of the window on average)",
+                "another data.sources.*.chain.window",
+            )
+        )
+    causes += describe_rate(experiment, step)
+    causes = causes or [
+        ("neither rate nor window explain it", "a look at whether labels fit images")
+    ]
+    listed = ", ".join(f"{one:.4f}" for one in last)
+    return [
+        Finding(
+            "flat",
+            f"Dice does not move: {listed} in the last {_FLAT} validations; "
+            + "; ".join(why for why, _ in causes),
+            "; ".join(advice for _, advice in causes),
+        ),
+    ]
 
 
 def _means(values: np.ndarray) -> np.ndarray:
