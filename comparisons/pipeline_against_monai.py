@@ -221,8 +221,7 @@ def our_bases(folder: Path) -> list[np.ndarray]:
 
     jax.config.update("jax_platforms", "cpu")
     from voco_jax.data.pipeline import sample
-    from voco_jax.training.images import to_unit
-    from voco_jax.voco.augment import resize
+    from voco_jax.training.images import resize, to_unit
 
     (part,), config = _parts(folder), _config()
     generator, found = np.random.default_rng(0), []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from voco_jax.training.images import to_unit
+from voco_jax.training.images import resize, to_unit
 from voco_jax.voco import augment
 
 
@@ -30,7 +30,7 @@ def test_resize_is_monais(generator, source, target):
         mt.Resize(target, mode="trilinear", align_corners=True)(torch.from_numpy(c)[None])[0]
         for c in crops
     ]
-    np.testing.assert_allclose(augment.resize(crops, target), np.stack(expected), atol=1e-5)
+    np.testing.assert_allclose(resize(crops, target), np.stack(expected), atol=1e-5)
 
 
 def test_uint8_is_a_255th_of_the_window():

@@ -1,4 +1,4 @@
-"""The projector: pooled encoder features -> embeddings."""
+"""The projector: pooled encoder features -> embeddings; how similar two embeddings are."""
 
 import flax.linen as nn
 import jax
@@ -7,6 +7,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from voco_jax.models.conv_blocks import EPSILON, at_least_float32, linear
+
+_COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity
 
 
 def batch_norm(x: jax.Array) -> jax.Array:
@@ -60,3 +62,29 @@ class Projector(nn.Module):
         x = nn.relu(batch_norm(self.layer1[0](x)))
         x = nn.relu(batch_norm(self.layer2[0](x)))
         return at_least_float32(self.layer3[0](x))
+
+
+def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Cosine of every row of `a` with every row of `b`.
+
+    Args:
+        a: (..., m, d).
+        b: (..., n, d).
+
+    Returns:
+        (..., m, n) float32 in [-1, 1]; 0 where a row is all zeros.
+    """
+    return jnp.einsum("...md,...nd->...mn", unit(a), unit(b), precision=jax.lax.Precision.HIGHEST)
+
+
+def unit(rows: jax.Array) -> jax.Array:
+    """Rows (..., d) at length 1, float32; a row of zeros stays one."""
+    rows = rows.astype(jnp.float32)
+    square = jnp.sum(rows * rows, axis=-1, keepdims=True)
+    # The maximum comes before the square root: its gradient at zero would be infinite.
+    return rows / jnp.sqrt(jnp.maximum(square, _COSINE_EPS**2))
+
+
+def similarity(x: jax.Array, bases: jax.Array) -> jax.Array:
+    """relu(cos): the predicted overlap of sub-volumes (..., s, d) with bases (..., n, d)."""
+    return jax.nn.relu(cosine(x, bases))

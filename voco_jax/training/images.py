@@ -5,12 +5,48 @@ Images are (n, x, y, z), with or without channels behind; masks and turns are on
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from voco_jax.types import Size
 
 
 def to_unit(images: jax.Array) -> jax.Array:
     """Cached voxels -> float32 0..1; uint8 is a 255th of the window a step."""
     unit = images.astype(jnp.float32)
     return unit / 255 if images.dtype == jnp.uint8 else unit
+
+
+def interpolation_matrix(source: int, target: int) -> np.ndarray:
+    """Linear interpolation with aligned corners: (target, source) float32, rows sum to 1.
+
+    As torch.nn.functional.interpolate(..., align_corners=True) along one axis.
+    """
+    positions = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
+    lower = np.minimum(positions.astype(int), max(source - 2, 0))
+    fraction = positions - lower
+    rows = np.arange(target)
+    matrix = np.zeros((target, source))
+    matrix[rows, lower] = 1 - fraction
+    matrix[rows, np.minimum(lower + 1, source - 1)] += fraction
+    return matrix.astype(np.float32)
+
+
+def resize(crops: jax.Array, size: Size) -> jax.Array:
+    """Trilinear resize with aligned corners and no anti-aliasing (MONAI's Resize).
+
+    Args:
+        crops: (n, x, y, z) float32, with or without channels behind.
+        size: target (x, y, z).
+
+    Returns:
+        (n, *size), with the channels.
+    """
+    for axis, (source, target) in enumerate(zip(crops.shape[1:4], size, strict=True), start=1):
+        if source != target:
+            matrix = interpolation_matrix(source, target)
+            moved = jnp.tensordot(crops, matrix, (axis, 1), precision=jax.lax.Precision.HIGHEST)
+            crops = jnp.moveaxis(moved, -1, axis)
+    return crops
 
 
 def flip(images: jax.Array, flips: jax.Array) -> jax.Array:

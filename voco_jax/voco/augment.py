@@ -1,4 +1,4 @@
-"""Resize and augmentation of crops, on the device and inside the jitted step.
+"""Augmentation of crops, on the device and inside the jitted step.
 
 Crops are (crops, x, y, z) without a channel axis; values are 0..1 of the HU window.
 """
@@ -8,11 +8,9 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from voco_jax.training.images import each, flip, turn
 from voco_jax.training.streams import stream
-from voco_jax.types import Size
 
 
 @flax.struct.dataclass
@@ -22,39 +20,6 @@ class Draws:
     flips: jax.Array  # (n, 3) bool, per axis
     turns: jax.Array  # (n,) int32 in 0..3: rotations by 90 degrees in the x-y plane
     shifts: jax.Array  # (n,) float32, added to every voxel
-
-
-def interpolation_matrix(source: int, target: int) -> np.ndarray:
-    """Linear interpolation with aligned corners: (target, source) float32, rows sum to 1.
-
-    As torch.nn.functional.interpolate(..., align_corners=True) along one axis.
-    """
-    positions = np.linspace(0, source - 1, target) if target > 1 else np.zeros(1)
-    lower = np.minimum(positions.astype(int), max(source - 2, 0))
-    fraction = positions - lower
-    rows = np.arange(target)
-    matrix = np.zeros((target, source))
-    matrix[rows, lower] = 1 - fraction
-    matrix[rows, np.minimum(lower + 1, source - 1)] += fraction
-    return matrix.astype(np.float32)
-
-
-def resize(crops: jax.Array, size: Size) -> jax.Array:
-    """Trilinear resize with aligned corners and no anti-aliasing (MONAI's Resize).
-
-    Args:
-        crops: (n, x, y, z) float32.
-        size: target (x, y, z).
-
-    Returns:
-        (n, *size).
-    """
-    for axis, (source, target) in enumerate(zip(crops.shape[1:], size, strict=True), start=1):
-        if source != target:
-            matrix = interpolation_matrix(source, target)
-            moved = jnp.tensordot(crops, matrix, (axis, 1), precision=jax.lax.Precision.HIGHEST)
-            crops = jnp.moveaxis(moved, -1, axis)
-    return crops
 
 
 def draw(

@@ -11,8 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from voco_jax.models.projector import similarity
+
 _LOG_EPS = 1e-6  # inside the logarithms and in the denominators, as published
-_COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity
 
 
 @flax.struct.dataclass
@@ -46,32 +47,6 @@ class Recipe:
 def weighted_total(terms: Losses, *, pos: float, neg: float, reg: float, inter: float) -> jax.Array:
     """The weighted sum of the terms, to be minimised; with 1.0 each it is `terms.total`."""
     return pos * terms.pos + neg * terms.neg + inter * terms.inter + reg * terms.reg
-
-
-def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Cosine of every row of `a` with every row of `b`.
-
-    Args:
-        a: (..., m, d).
-        b: (..., n, d).
-
-    Returns:
-        (..., m, n) float32 in [-1, 1]; 0 where a row is all zeros.
-    """
-    return jnp.einsum("...md,...nd->...mn", unit(a), unit(b), precision=jax.lax.Precision.HIGHEST)
-
-
-def unit(rows: jax.Array) -> jax.Array:
-    """Rows (..., d) at length 1, float32; a row of zeros stays one."""
-    rows = rows.astype(jnp.float32)
-    square = jnp.sum(rows * rows, axis=-1, keepdims=True)
-    # The maximum comes before the square root: its gradient at zero would be infinite.
-    return rows / jnp.sqrt(jnp.maximum(square, _COSINE_EPS**2))
-
-
-def similarity(x: jax.Array, bases: jax.Array) -> jax.Array:
-    """relu(cos): the predicted overlap of sub-volumes (..., s, d) with bases (..., n, d)."""
-    return jax.nn.relu(cosine(x, bases))
 
 
 def paper_prediction(

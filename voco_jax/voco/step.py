@@ -16,7 +16,8 @@ import optax
 
 from voco_jax.models.encoder import PROJECTOR
 from voco_jax.models.initial_values import describe_parameters, initial_parameters
-from voco_jax.training.images import to_unit
+from voco_jax.models.projector import cosine, unit
+from voco_jax.training.images import resize, to_unit
 from voco_jax.training.streams import stream
 from voco_jax.types import Batch, Params, Size
 from voco_jax.voco import augment, losses
@@ -104,7 +105,7 @@ def prepare(batch: Batch, encoder_size: Size) -> jax.Array:
     """
     crops = jnp.concatenate([batch["subs"], batch["bases"]], axis=1)
     crops = crops.reshape(-1, *crops.shape[2:])
-    return augment.resize(to_unit(crops), encoder_size)
+    return resize(to_unit(crops), encoder_size)
 
 
 def encode(
@@ -321,7 +322,7 @@ def make_predict(
             similarities=recipe.predict(**_names(s, t)),
             labels=labels,
             spread=embedding_spread(s),
-            bases=losses.unit((t or s).bases),
+            bases=unit((t or s).bases),
         )
 
     return predict
@@ -332,4 +333,4 @@ def embedding_spread(embeddings: Embeddings) -> jax.Array:
     rows = jnp.concatenate([embeddings.x, embeddings.bases], axis=1)
     rows = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
     # cosine() is all pairs' product; its mean over all pairs is |mean unit row|^2.
-    return 1 - jnp.mean(losses.cosine(rows, rows))
+    return 1 - jnp.mean(cosine(rows, rows))
