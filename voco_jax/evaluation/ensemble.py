@@ -18,7 +18,7 @@ from flax import linen as nn
 
 import voco_jax
 from voco_jax.config.finetuning import ClassificationFinetuning, Finetuning, SegmentationFinetuning
-from voco_jax.config.load import load, parse, to_dict
+from voco_jax.config.load import AnyExperiment, load, parse, to_dict
 from voco_jax.data.formats.stored import VolumeError
 from voco_jax.errors import InputError
 from voco_jax.evaluation.journal import Journal, signatures
@@ -72,9 +72,14 @@ def same_experiment(
     return found[0]
 
 
-def _of_card(weights: Path) -> FineTuned:
+def experiment_of_card(weights: Path) -> AnyExperiment:
+    """The experiment that made a weight file, as the card beside it says.
+
+    Raises:
+        InputError: no such file, no card, or one of another version.
+    """
     if not weights.is_file():
-        raise InputError(f"{weights}: no such file, expected fine-tuned weights")
+        raise InputError(f"{weights}: no such file, expected a weight file")
     card = read_card(weights)
     if card is None or not isinstance(card.get("config"), dict):
         raise InputError(
@@ -82,9 +87,13 @@ def _of_card(weights: Path) -> FineTuned:
             "prepared; name the config file that made it with --config"
         )
     try:
-        experiment = parse(card["config"])
+        return parse(card["config"])
     except InputError as error:
         raise InputError(f"{weights}: its card is of another version: {error}") from error
+
+
+def _of_card(weights: Path) -> FineTuned:
+    experiment = experiment_of_card(weights)
     if not isinstance(experiment, FineTuned):
         raise InputError(
             f"{weights}: found weights of task {experiment.task!r}, expected {_TASKS}: fine-tune "

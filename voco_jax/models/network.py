@@ -16,7 +16,8 @@ class EncoderOutput:
     Attributes:
         hidden_states: outputs of its stages, `b x y z c`, from the largest to the smallest.
         features: what a decoder would take of each size, `b x y z c`; may be empty.
-        pooled: `b pooled_size` float32: averages over space.
+        pooled: `b pooled_size` float32: averages over space of `features`, or without them of the
+            last of `hidden_states`.
     """
 
     hidden_states: tuple[jax.Array, ...]
