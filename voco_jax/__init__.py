@@ -13,15 +13,17 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
-    from voco_jax.evaluation.encoder import Encoder, load_encoder, similarity_map
+    from voco_jax.evaluation.encoder import Encoder, similarity_map
+    from voco_jax.evaluation.load_encoder import load_encoder
 
 __version__ = "0.2.0"
 __all__ = ["Encoder", "__version__", "load_encoder", "similarity_map"]
 
 
 def __getattr__(name: str) -> _typing.Any:
-    if name in ("Encoder", "load_encoder", "similarity_map"):
-        return getattr(_importlib.import_module("voco_jax.evaluation.encoder"), name)
+    if name in __all__:
+        module = "load_encoder" if name == "load_encoder" else "encoder"
+        return getattr(_importlib.import_module(f"voco_jax.evaluation.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from voco_jax.config.common import Classes, LabelledChain
+from voco_jax.config.common import Chain, Classes, LabelledChain
 from voco_jax.data.formats.readers import StoredVolume, VolumeError, load
 from voco_jax.data.resample import pad, resample_nearest, resampled_positions
-from voco_jax.data.volumes import PreparedVolume, check_same_grid, orient_ras, volume_error
+from voco_jax.data.volumes import Box, PreparedVolume, check_same_grid, orient_ras, volume_error
+from voco_jax.types import Size
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,40 @@ def prepare_labels(
         return PreparedLabels(pad(kept, chain.volume_size), whole)
     except Exception as error:
         raise volume_error(path, error) from error
+
+
+def fit_labels(
+    labels: np.ndarray, spacing: tuple[float, ...], chain: Chain, box: Box, stored: Size
+) -> np.ndarray:
+    """Brings the labels of a file's voxels to the grid of its prepared volume, whatever its fit.
+
+    Args:
+        labels: x y z of the file, RAS.
+        spacing: of the file, RAS, mm.
+        chain: with which the volume was prepared.
+        box: what was kept.
+        stored: voxels of the prepared volume.
+
+    Returns:
+        x y z of the size `stored`: the nearest label; 0 in what was padded.
+    """
+    grid: list[np.ndarray] = [np.arange(size) for size in labels.shape]  # that was cut, in voxels
+    if chain.spacing:
+        grid = resampled_positions(labels.shape, spacing, chain.spacing)
+    positions, outside = [], []
+    for first, last, size, along in zip(*box, stored, grid, strict=True):
+        length, steps = last - first, np.arange(size, dtype=np.float64)
+        if chain.fit == "resize":
+            steps *= (length - 1) / max(size - 1, 1)
+        else:  # padded on both sides, then the middle
+            padded = max(length, size)
+            steps += (padded // 2 - size // 2) - (padded - length) // 2
+        positions.append(np.interp(first + steps, np.arange(len(along)), along))
+        outside.append((steps < 0) | (steps > length - 1))
+    found = resample_nearest(labels, positions)
+    for axis, beyond in enumerate(outside):
+        np.moveaxis(found, axis, 0)[beyond] = 0
+    return found
 
 
 def class_numbers(source: StoredVolume, classes: Classes) -> np.ndarray:

@@ -5,34 +5,23 @@ crops, each resized to the encoder's size, and encoded without augmentation, dro
 Its features are the mean of its crops'.
 """
 
-import dataclasses
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from voco_jax.config.common import Chain
-from voco_jax.config.load import AnyExperiment, load
-from voco_jax.config.pretraining import Pretraining
+from voco_jax.config.load import AnyExperiment
 from voco_jax.data.crops import cut
 from voco_jax.data.volumes import dequantise, prepare_files, quantise
 from voco_jax.errors import InputError
-from voco_jax.evaluation.ensemble import experiment_of_card
-from voco_jax.interop.card import file_sha256
-from voco_jax.interop.files.weights import describe
-from voco_jax.interop.load import load_into
-from voco_jax.models.attention import attend
-from voco_jax.models.encoder import CLASSIFIER, PROJECTOR
-from voco_jax.models.encoders import build_encoder
-from voco_jax.models.initial_values import describe_parameters
+from voco_jax.models.encoder import PROJECTOR
 from voco_jax.models.network import EncoderOutput, Network
 from voco_jax.models.projector import similarity
 from voco_jax.training.compile import compiler_options
@@ -43,8 +32,6 @@ from voco_jax.types import Params, Size
 File = str | PathLike[str]
 Volume = File | Sequence[File] | np.ndarray
 """A file or a folder of slices, of an image with several channels a file each; or voxels."""
-ASIDE = ("decoder*", "out.*", f"{PROJECTOR}.*", f"{CLASSIFIER}.*")
-"""What files hold besides an encoder: patterns of names."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +225,7 @@ class Encoder:
             def one(member: jax.Array) -> jax.Array:
                 share = resize(member[labels], self.encoder_size)
                 parts = [_sum_under(share, x) for x in output.features or output.hidden_states[-1:]]
-                return jnp.concatenate([*parts, share.sum()[None]])
+                return jnp.concatenate([*parts, _sum(share, (3, 2, 1, 0))[None]])
 
             return jax.lax.map(one, members)
 
@@ -248,84 +235,6 @@ class Encoder:
         images = resize(to_unit(crops), self.encoder_size)
         output: Any = self._network.apply({"params": params}, images, False, method="encode")
         return output
-
-
-def load_encoder(
-    weights: File,
-    config: File | None = None,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    source: str | None = None,
-    batch: int | None = None,
-) -> Encoder:
-    """Loads the encoder of a weight file; what else the file holds is left aside.
-
-    Args:
-        weights: .safetensors, .pt and the like: pre-trained or fine-tuned by this package, MONAI's
-            SwinUNETR, or published VoCo weights.
-        config: config file that made it; None: as the card beside the weights says.
-        settings: of the config, by dotted name, as {"model.patch_merging": "legacy"}.
-        source: whose chain prepares volumes, by its name in the config; None: the only one.
-        batch: crops at a time; None: one on a CPU, else up to eight.
-
-    Raises:
-        InputError: a file that cannot be read or does not fit, no card and no config, or sources of
-            different chains; the message says what to do.
-    """
-    encoder = read_encoder(weights, config, settings=settings, source=source, batch=batch)
-    for note in encoder.notes:
-        warnings.warn(f"{encoder.weights}: {note}", stacklevel=2)
-    return encoder
-
-
-def read_encoder(
-    weights: File,
-    config: File | None = None,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    source: str | None = None,
-    batch: int | None = None,
-) -> Encoder:
-    """As `load_encoder`; what it would warn of are the result's `notes`."""
-    path = Path(weights)
-    if config is None and settings:
-        raise InputError(f"settings: found {', '.join(settings)} without a config file; name it")
-    experiment = load(config, settings) if config is not None else experiment_of_card(path)
-    chain = _chain(experiment, source)
-    if isinstance(experiment, Pretraining):
-        crop_size, encoder_size = experiment.crops.crop_size, experiment.crops.encoder_size
-    else:
-        crop_size = encoder_size = experiment.crops.size
-    model = dataclasses.replace(experiment.model, remat=False, dtype="float32")
-    device = jax.devices()[0]
-    channels = len(getattr(chain, "channels", ())) or 1
-    shapes = {name: spec.shape for name, spec in describe(path).tensors.items()}
-    projector_size, *_ = shapes.get(f"{PROJECTOR}.layer1.0.weight", (0,))
-    module = build_encoder(model, device.platform, attend, channels)
-    network = Network(module, projector_size or 1, jnp.dtype("float32"))
-    template = dict(nn.unbox(describe_parameters(network, encoder_size, channels)))
-    if not projector_size:
-        del template[PROJECTOR]
-    aside = (*ASIDE, *experiment.init.allow_unexpected)
-    params, report = load_into(template, path, (), aside, model=model)
-    most = batch or (1 if device.platform == "cpu" else 8)
-    if chain.fit != "random_crop":  # as even as can be: the last batch is filled up
-        corners, _ = crop_corners(chain.volume_size, crop_size)
-        most = -(-len(corners) // -(-len(corners) // most))
-    return Encoder(
-        weights=path,
-        digest=file_sha256(path),
-        experiment=experiment,
-        chain=chain,
-        crop_size=crop_size,
-        encoder_size=encoder_size,
-        size=module.pooled_size,
-        has_projector=bool(projector_size),
-        notes=report.notes,
-        batch=most,
-        _network=network,
-        _params=jax.device_put(params, device),
-    )
 
 
 def similarity_map(sub_volume: np.ndarray, volume: Volume, encoder: Encoder) -> np.ndarray:
@@ -350,7 +259,8 @@ def similarity_map(sub_volume: np.ndarray, volume: Volume, encoder: Encoder) -> 
     rows = np.concatenate([first[None], crops.vectors])
     if encoder.has_projector:
         rows = encoder.project(rows)
-    return np.asarray(similarity(jnp.asarray(rows[:1]), jnp.asarray(rows[1:]))).reshape(crops.grid)
+    found = similarity(jnp.asarray(rows[:1]), jnp.asarray(rows[1:]))
+    return np.minimum(found, 1).reshape(crops.grid)  # a cosine may be rounded to more
 
 
 def mean_vector(vectors: np.ndarray) -> np.ndarray:
@@ -376,29 +286,20 @@ def crop_corners(shape: Sequence[int], size: Size) -> tuple[np.ndarray, Size]:
     return np.stack(np.meshgrid(*places, indexing="ij"), axis=-1).reshape(-1, 3), (x, y, z)
 
 
-def _chain(experiment: AnyExperiment, source: str | None) -> Chain:
-    sources = experiment.data.sources
-    if source is not None and source not in sources:
-        raise InputError(f"source: found {source!r}, expected one of {', '.join(sources)}")
-    chains = [sources[source].chain] if source else [one.chain for one in sources.values()]
-    if any(chain != chains[0] for chain in chains):
-        raise InputError(
-            f"source: found none named, and the weights' sources {', '.join(sources)} prepare "
-            "volumes differently; name the one that yours are like (--source, or source=...)"
-        )
-    return chains[0]
-
-
 def _sum_under(share: jax.Array, features: jax.Array) -> jax.Array:
     """Features under a mask, summed: `b x y z` shares, `b X Y Z c` cells -> `c`."""
     batch, *cells, _ = features.shape
-    blocks = [
-        n
-        for cell, voxels in zip(cells, share.shape[1:], strict=True)
-        for n in (cell, voxels // cell)
-    ]
-    weights = share.reshape(batch, *blocks).sum(axis=(2, 4, 6))
-    return jnp.einsum("bxyz,bxyzc->c", weights, features.astype(jnp.float32))
+    voxels = np.array(share.shape[1:]) // cells
+    blocks = np.stack([cells, voxels], axis=1).reshape(-1).tolist()
+    weights = _sum(share.reshape(batch, *blocks), (6, 4, 2))
+    return _sum(weights[..., None] * features.astype(jnp.float32), (3, 2, 1, 0))
+
+
+def _sum(values: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Over one axis after the other: float32 would lose digits in one sum over a whole crop."""
+    for axis in axes:
+        values = values.sum(axis=axis)
+    return values
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -52,12 +52,12 @@ def find(path: str | Path, beside: Mapping[str, Path] | None = None) -> dict[str
     """
     path = Path(path).resolve()
     if path.is_file():
-        found = {_without_suffix(path.name): path}
+        found = {without_suffix(path.name): path}
     elif path.is_dir():
         found = {}
         for volume in scan(path, segmentations=True):
             place, (_, _, inside) = Path(volume.path), volume.id.partition("/")
-            name = inside if place.is_dir() else _without_suffix(inside)
+            name = inside if place.is_dir() else without_suffix(inside)
             name = path.name if name == "." else name
             if name in found:
                 raise InputError(
@@ -136,12 +136,13 @@ def check_grid(what: str, mask: Mask, other: Mask | StoredVolume, name: str) -> 
     )
 
 
-def parse_classes(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def parse_classes(arguments: Sequence[str], flag: str = "--classes") -> dict[str, tuple[int, ...]]:
     """Names and labels from NAME=1 NAME=2,3 ..., or from one JSON file.
 
     Args:
-        arguments: of --classes. The file holds {"name": label or [labels]}; a name whose only
-            label is 0 is background and left aside.
+        arguments: of a flag. The file holds {"name": label or [labels]}, or that as its "labels",
+            as nnU-Net's dataset.json; a name whose only label is 0 is background and left aside.
+        flag: its name.
 
     Raises:
         InputError: neither, a label that is none, or a name twice.
@@ -152,14 +153,16 @@ def parse_classes(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
             content = json.loads(Path(arguments[0]).read_text("utf-8-sig"))
         except OSError as error:
             raise InputError(
-                f"--classes: found {arguments[0]!r}, expected NAME=1 ... or a JSON file: "
+                f"{flag}: found {arguments[0]!r}, expected NAME=1 ... or a JSON file: "
                 f"{error.strerror or error}"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise InputError(f"--classes: {arguments[0]}: not JSON ({error})") from error
+            raise InputError(f"{flag}: {arguments[0]}: not JSON ({error})") from error
+        if isinstance(content, dict) and isinstance(content.get("labels"), dict):
+            content = content["labels"]
         if not isinstance(content, dict):
             raise InputError(
-                f"--classes: {arguments[0]}: found a JSON {type(content).__name__}, expected "
+                f"{flag}: {arguments[0]}: found a JSON {type(content).__name__}, expected "
                 '{"name": label or [labels], ...}'
             )
         pairs = [(name, value) for name, value in content.items() if value not in (0, [0])]
@@ -168,7 +171,7 @@ def parse_classes(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
             name, equals, text = argument.rpartition("=")
             if not (name and equals and re.fullmatch(r"\d+(,\d+)*", text)):
                 raise InputError(
-                    f"--classes: found {argument!r}, expected NAME=LABEL or NAME=LABEL,LABEL as "
+                    f"{flag}: found {argument!r}, expected NAME=LABEL or NAME=LABEL,LABEL as "
                     "liver=6"
                 )
             pairs.append((name, [int(label) for label in text.split(",")]))
@@ -177,14 +180,14 @@ def parse_classes(arguments: Sequence[str]) -> dict[str, tuple[int, ...]]:
         labels = value if isinstance(value, list) else [value]
         if not labels or not all(type(v) is int and 1 <= v <= MAX_LABEL for v in labels):
             raise InputError(
-                f"--classes: {name}: found {value!r}, expected whole numbers from 1 to {MAX_LABEL} "
+                f"{flag}: {name}: found {value!r}, expected whole numbers from 1 to {MAX_LABEL} "
                 "(0 is background)"
             )
         if name in classes:
-            raise InputError(f"--classes: {name!r} is named twice; put its labels together: 1,2")
+            raise InputError(f"{flag}: {name!r} is named twice; put its labels together: 1,2")
         classes[name] = tuple(sorted(set(labels)))
     if not classes:
-        raise InputError("--classes: found none, expected at least one, as liver=6")
+        raise InputError(f"{flag}: found none, expected at least one, as liver=6")
     return classes
 
 
@@ -209,7 +212,8 @@ def _refuse(path: str | Path, value: float) -> None:
     )
 
 
-def _without_suffix(name: str) -> str:
+def without_suffix(name: str) -> str:
+    """A file's name without the suffix of its format."""
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
