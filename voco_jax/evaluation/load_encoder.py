@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from voco_jax.config.common import Chain
+from voco_jax.config.finetuning import SegmentationFinetuning
 from voco_jax.config.load import AnyExperiment, differences, load
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.errors import InputError
@@ -19,11 +20,12 @@ from voco_jax.evaluation.ensemble import experiment_of_card
 from voco_jax.interop.card import file_sha256
 from voco_jax.interop.files.weights import describe
 from voco_jax.interop.load import load_into
+from voco_jax.interop.names import torch_shapes
 from voco_jax.models.attention import attend
 from voco_jax.models.encoder import CLASSIFIER, PROJECTOR
-from voco_jax.models.encoders import build_encoder
+from voco_jax.models.encoders import build_decoder, build_encoder
 from voco_jax.models.initial_values import describe_parameters
-from voco_jax.models.network import Network
+from voco_jax.models.network import Network, SegmentationNetwork
 
 ASIDE = ("decoder*", "out.*", f"{PROJECTOR}.*", f"{CLASSIFIER}.*")
 """What files hold besides an encoder: patterns of names."""
@@ -91,7 +93,11 @@ def read_encoder(
     template = dict(nn.unbox(describe_parameters(network, encoder_size, channels)))
     if not projector_size:
         del template[PROJECTOR]
-    aside = (*ASIDE, *experiment.init.allow_unexpected)
+    aside = [*ASIDE, *experiment.init.allow_unexpected]
+    if isinstance(experiment, SegmentationFinetuning):
+        decoder = build_decoder(model, device.platform, len(experiment.data.classes))
+        whole = describe_parameters(SegmentationNetwork(module, decoder), encoder_size, channels)
+        aside += torch_shapes(nn.unbox(whole)).keys() - torch_shapes(template).keys()
     params, report = load_into(template, path, (), aside, model=model)
     most = batch or (1 if device.platform == "cpu" else 8)
     if chain.fit != "random_crop":  # as even as can be: the last batch is filled up
