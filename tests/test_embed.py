@@ -485,6 +485,21 @@ def test_other_weights_start_over(tmp_path, weights, scans_folder, monkeypatch):
     assert set(read_table(output).kind) == {"crop"}
 
 
+def test_random_weights_are_another_row_of_the_same_scans(tmp_path, weights, scans_folder):
+    tables = []
+    for number, options in enumerate([(), ("--random-weights", 0), ("--random-weights", 1)]):
+        output = tmp_path / f"{number}.parquet"
+        assert _run(weights, scans_folder, output, *options) == 0
+        tables.append(read_table(output))
+    trained, first, second = tables
+    assert trained.digest == first.digest == second.digest
+    assert set(first.weights) == {"random weights, seed 0"}
+    assert np.abs(first.vectors - trained.vectors).max() > 1e-3
+    assert np.abs(first.vectors - second.vectors).max() > 1e-3
+    assert _run(weights, scans_folder, tmp_path / "0.parquet", "--random-weights", 0) == 0
+    np.testing.assert_array_equal(read_table(tmp_path / "0.parquet").vectors, first.vectors)
+
+
 def test_bad_input(tmp_path, weights, scans_folder, capsys):
     output = tmp_path / "t.parquet"
 

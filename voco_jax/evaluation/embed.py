@@ -209,6 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="classes of fine-tuned weights, labels, NAME=LABEL, or a JSON file {name: label}; "
         "default: all classes of fine-tuned weights",
     )
+    add(
+        "--random-weights",
+        type=int,
+        metavar="SEED",
+        help="of the same network, instead of the file's: what a probe is compared with",
+    )
     add("--batch", type=positive, help="crops at a time; default: 1 on a CPU, else up to 8")
     add("--take-doubtful", action="store_true", help="also what seems to be no CT in HU")
     try:
@@ -224,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings=overrides,
             source=options.source,
             like=read_chain(options.input) if from_cache else None,
+            random=options.random_weights,
             batch=options.batch,
         )
         for note in encoder.notes:
@@ -260,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "device": jax.devices()[0].device_kind,
                 "weights_file": str(options.weights),
                 "input": str(options.input),
+                "masks": options.masks,
                 "seconds": round(time.monotonic() - start, 3),
                 "volumes": len(volumes),
                 "failures": failures,

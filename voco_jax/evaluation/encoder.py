@@ -55,7 +55,7 @@ class Encoder:
 
     Attributes:
         weights: the file.
-        digest: its SHA-256.
+        digest: its SHA-256; of random weights what they are.
         experiment: that made it.
         chain: how volumes are prepared.
         crop_size: voxels of a prepared volume that are encoded at a time.
@@ -116,8 +116,8 @@ class Encoder:
         Raises:
             VolumeError: no usable volume.
         """
-        several = isinstance(files, Sequence) and not isinstance(files, str)
-        prepared = prepare_files(files if several else [files], self.chain, take_doubtful)  # type: ignore[arg-type, list-item]
+        paths = [files] if isinstance(files, str | PathLike) else list(files)
+        prepared = prepare_files([Path(path) for path in paths], self.chain, take_doubtful)
         voxels = [dequantise(quantise(one.voxels, self.chain.dtype)) for one in prepared]
         return voxels[0] if len(voxels) == 1 else np.stack(voxels, axis=-1)
 
@@ -166,8 +166,7 @@ class Encoder:
         Raises:
             ValueError: a single row.
         """
-        project = functools.partial(self._network.apply, method="project")
-        return np.asarray(project({"params": {PROJECTOR: self._params[PROJECTOR]}}, vectors))
+        return np.asarray(self._project({PROJECTOR: self._params[PROJECTOR]}, vectors))
 
     def crop(self, voxels: np.ndarray) -> np.ndarray:
         """The features of a single crop: x y z voxels of `crop_size` -> (features,) float32.
@@ -216,6 +215,12 @@ class Encoder:
     @functools.cached_property
     def _encode(self) -> Callable[..., jax.Array]:
         return _compiled(lambda params, crops: self._run(params, crops).pooled)
+
+    @functools.cached_property
+    def _project(self) -> Callable[..., jax.Array]:
+        return _compiled(
+            lambda params, rows: self._network.apply({"params": params}, rows, method="project")
+        )
 
     @functools.cached_property
     def _pool(self) -> Callable[..., jax.Array]:

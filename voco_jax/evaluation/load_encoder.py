@@ -24,7 +24,7 @@ from voco_jax.interop.names import torch_shapes
 from voco_jax.models.attention import attend
 from voco_jax.models.encoder import CLASSIFIER, PROJECTOR
 from voco_jax.models.encoders import build_decoder, build_encoder
-from voco_jax.models.initial_values import describe_parameters
+from voco_jax.models.initial_values import describe_parameters, initial_parameters
 from voco_jax.models.network import Network, SegmentationNetwork
 
 ASIDE = ("decoder*", "out.*", f"{PROJECTOR}.*", f"{CLASSIFIER}.*")
@@ -66,6 +66,7 @@ def read_encoder(
     settings: Mapping[str, Any] | None = None,
     source: str | None = None,
     like: Chain | None = None,
+    random: int | None = None,
     batch: int | None = None,
 ) -> Encoder:
     """As `load_encoder`; what it would warn of are the result's `notes`.
@@ -73,6 +74,7 @@ def read_encoder(
     Args:
         weights, config, settings, source, batch: see there.
         like: of several sources, the one that prepares images as this chain is taken.
+        random: seed of random weights, which are taken instead of the file's; None: the file's.
     """
     path = Path(weights)
     if config is None and settings:
@@ -99,13 +101,16 @@ def read_encoder(
         whole = describe_parameters(SegmentationNetwork(module, decoder), encoder_size, channels)
         aside += torch_shapes(nn.unbox(whole)).keys() - torch_shapes(template).keys()
     params, report = load_into(template, path, (), aside, model=model)
+    if random is not None:
+        drawn = initial_parameters(network, encoder_size, jax.random.key(random), channels=channels)
+        params = {name: drawn[name] for name in params}
     most = batch or (1 if device.platform == "cpu" else 8)
     if chain.fit != "random_crop":  # as even as can be: the last batch is filled up
         corners, _ = crop_corners(chain.volume_size, crop_size)
         most = -(-len(corners) // -(-len(corners) // most))
     return Encoder(
         weights=path,
-        digest=file_sha256(path),
+        digest=file_sha256(path) if random is None else f"random weights, seed {random}",
         experiment=experiment,
         chain=chain,
         crop_size=crop_size,
