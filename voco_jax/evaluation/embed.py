@@ -24,6 +24,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -175,6 +176,82 @@ def _ahead(
             del ready
 
 
+def embed(options: argparse.Namespace, overrides: Mapping[str, str]) -> int:
+    """What the command does; returns how many volumes failed.
+
+    Args:
+        options: of `main`.
+        overrides: of the config's settings.
+
+    Raises:
+        InputError: weights, input or masks that cannot be used, or a table that cannot be written.
+    """
+    output, start = Path(options.output), time.monotonic()
+    from_cache = is_cache(options.input)
+    encoder = read_encoder(
+        options.weights,
+        options.config,
+        settings=overrides,
+        source=options.source,
+        like=read_chain(options.input) if from_cache else None,
+        random=options.random_weights,
+        batch=options.batch,
+    )
+    for note in encoder.notes:
+        print(f"note: {options.weights}: {note}", flush=True)
+    if from_cache:
+        volumes = volumes_of_cache(options.input, encoder)
+    else:
+        volumes = volumes_of_files(options.input, encoder, options.take_doubtful)
+    organs, kind = None, "crop" if options.crops else "volume"
+    if options.masks:
+        kind, classes = "organ", parse_organs(options.organs, encoder)
+        organs = Organs(find(options.masks), classes)
+    made_by = {
+        "voco_jax": voco_jax.__version__,
+        "weights": encoder.digest,
+        "task": encoder.experiment.task,
+        "model": to_dict(encoder.experiment)["model"],
+        "chain": dataclasses.asdict(encoder.chain),
+        "crop_size": encoder.crop_size,
+        "encoder_size": encoder.encoder_size,
+        "settings": {
+            "kind": kind,
+            "organs": organs and dict(organs.classes),
+            "take_doubtful": options.take_doubtful,
+        },
+    }
+    try:
+        store = Store(output, made_by, encoder.size)
+        done, failures = embed_all(volumes, encoder, store, kind, organs)
+        manifest = {
+            **made_by,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+            "weights_file": str(options.weights),
+            "input": str(options.input),
+            "masks": options.masks,
+            "seconds": round(time.monotonic() - start, 3),
+            "volumes": len(volumes),
+            "failures": failures,
+        }
+        if organs is not None:
+            found = Counter(name for names in done.values() for name in names)
+            manifest["organs"] = {name: found[name] for name in organs.classes}
+        rows = store.finish(done, manifest)
+    except OSError as error:
+        raise InputError(f"{output}: cannot write here: {error.strerror or error}") from error
+    for name, count in manifest.get("organs", {}).items():
+        if not count:
+            print(f"organ {name}: found in no mask; are its labels right? (--organs)")
+    print(
+        f"{len(done)} of {len(volumes)} volumes done; {output}: {rows} rows of {encoder.size} "
+        f"features; {manifest_path(output)}"
+    )
+    return len(failures)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; see --help. Returns the exit status."""
     parser = command_parser(
@@ -185,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 --weights voco.safetensors --input data/cache --output crops.parquet --crops
 --weights voco.safetensors --input scans --output organs.parquet --masks masks --organs liver=1
 --weights VoCo_10k.pt --config configs/voco_10k.py --config.model.patch_merging=legacy \
-      --input scans --output features.parquet
+--input scans --output features.parquet
 """,
     )
     add = parser.add_argument
@@ -222,72 +299,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_options(options)
         if note := check_jax_settings():
             print(note, flush=True)
-        output, start = Path(options.output), time.monotonic()
-        from_cache = is_cache(options.input)
-        encoder = read_encoder(
-            options.weights,
-            options.config,
-            settings=overrides,
-            source=options.source,
-            like=read_chain(options.input) if from_cache else None,
-            random=options.random_weights,
-            batch=options.batch,
-        )
-        for note in encoder.notes:
-            print(f"note: {options.weights}: {note}", flush=True)
-        if from_cache:
-            volumes = volumes_of_cache(options.input, encoder)
-        else:
-            volumes = volumes_of_files(options.input, encoder, options.take_doubtful)
-        organs, kind = None, "crop" if options.crops else "volume"
-        if options.masks:
-            kind, classes = "organ", parse_organs(options.organs, encoder)
-            organs = Organs(find(options.masks), classes)
-        made_by = {
-            "voco_jax": voco_jax.__version__,
-            "weights": encoder.digest,
-            "task": encoder.experiment.task,
-            "model": to_dict(encoder.experiment)["model"],
-            "chain": dataclasses.asdict(encoder.chain),
-            "crop_size": encoder.crop_size,
-            "encoder_size": encoder.encoder_size,
-            "settings": {
-                "kind": kind,
-                "organs": organs and dict(organs.classes),
-                "take_doubtful": options.take_doubtful,
-            },
-        }
-        try:
-            store = Store(output, made_by, encoder.size)
-            done, failures = embed_all(volumes, encoder, store, kind, organs)
-            manifest = {
-                **made_by,
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-                "device": jax.devices()[0].device_kind,
-                "weights_file": str(options.weights),
-                "input": str(options.input),
-                "masks": options.masks,
-                "seconds": round(time.monotonic() - start, 3),
-                "volumes": len(volumes),
-                "failures": failures,
-            }
-            if organs is not None:
-                manifest["organs"] = _counts(organs, done)
-            rows = store.finish(done, manifest)
-        except OSError as error:
-            raise InputError(f"{output}: cannot write here: {error.strerror or error}") from error
+        failed = embed(options, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, count in manifest.get("organs", {}).items():
-        if not count:
-            print(f"organ {name}: found in no mask; are its labels right? (--organs)")
-    print(
-        f"{len(done)} of {len(volumes)} volumes done; {output}: {rows} rows of {encoder.size} "
-        f"features; {manifest_path(output)}"
-    )
-    return int(bool(failures))
+    return int(failed > 0)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -297,15 +313,6 @@ def _check_options(options: argparse.Namespace) -> None:
         raise InputError("--crops: found it with --masks, expected one of them: a table a kind")
     if options.organs and not options.masks:
         raise InputError("--organs: found it without --masks, expected a folder of masks")
-
-
-def _counts(organs: Organs, done: Mapping[str, Any]) -> dict[str, int]:
-    """In how many volumes each organ was found."""
-    counts = dict.fromkeys(organs.classes, 0)
-    for found in done.values():
-        for name in found:
-            counts[name] += 1
-    return counts
 
 
 if __name__ == "__main__":
