@@ -26,6 +26,22 @@ def accuracy(
     return _divide(weights @ (reference == prediction).astype(np.float64), weights.sum(axis=-1))
 
 
+def balanced_accuracy(
+    reference: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """`accuracy` of the cases of each class, and then the mean over the classes that there are.
+
+    Returns:
+        (...) float64; NaN where all weights are 0.
+    """
+    weights = np.ones(len(reference)) if weights is None else weights
+    of_class = [
+        accuracy(reference[own], prediction[own], weights[..., own])
+        for own in (reference == number for number in np.unique(reference))
+    ]
+    return mean_known(np.stack(of_class, axis=-1))
+
+
 def roc_auc(
     positive: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:

@@ -19,9 +19,7 @@ Exit status: 0; 1 if a case was left out or failed; 2 for bad input.
 
 import argparse
 import dataclasses
-import io
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -212,16 +210,6 @@ def _first(names: dict[str, Any]) -> str:
     return f"{len(names)} masks, as {min(names)!r}"
 
 
-def _write_picture(path: Path, picture: np.ndarray) -> None:
-    from PIL import Image
-
-    content = io.BytesIO()
-    Image.fromarray(picture).save(content, "PNG")
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content.getvalue())
-    os.replace(part, path)
-
-
 def _tolerance(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
@@ -311,7 +299,9 @@ def _run(options: argparse.Namespace) -> int:
         write(evaluation, summary, output)
         picture = draw_worst(evaluation, references, predictions, images)
         if picture is not None:
-            _write_picture(output / "worst.png", picture)
+            from voco_jax.report.png import write_png
+
+            write_png(output / "worst.png", picture)
         else:
             (output / "worst.png").unlink(missing_ok=True)  # of an earlier run
     except OSError as error:
