@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from voco_jax.evaluation.class_metrics import balanced_accuracy
-from voco_jax.evaluation.probe_methods import fit_probe
 from voco_jax.evaluation.probe_folds import (
     Fold,
     Labelled,
@@ -17,6 +16,7 @@ from voco_jax.evaluation.probe_folds import (
     measure_all,
     predict,
 )
+from voco_jax.evaluation.probe_methods import fit_probe
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import sklearn
 import voco_jax
 from voco_jax.evaluation.features import FeatureTable
 from voco_jax.evaluation.leaks import in_words
-from voco_jax.evaluation.probing import RANDOM, TRAINED, Probed
-from voco_jax.evaluation.probe_methods import METHODS, NEIGHBOURS
 from voco_jax.evaluation.probe_folds import METRICS, RESAMPLES, Measured
+from voco_jax.evaluation.probe_methods import METHODS, NEIGHBOURS
+from voco_jax.evaluation.probing import RANDOM, TRAINED, Probed
 from voco_jax.report.probes import Curve
 
 NAMES = {
