@@ -19,6 +19,7 @@ from voco_jax.errors import InputError
 from voco_jax.files import parse_object, write_atomically
 from voco_jax.types import Size
 
+KINDS = ("volume", "crop", "organ")
 MANIFEST = b"voco_jax"
 """The key of the schema's metadata that holds the manifest."""
 

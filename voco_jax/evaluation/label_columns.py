@@ -83,6 +83,17 @@ def match(table: FeatureTable, labels: Mapping[str, Row], path: str | Path) -> l
     return found
 
 
+def read_rows(table: FeatureTable, labels: str | None, id_column: str | None) -> list[Row]:
+    """The row of a CSV file for each row of the table, empty ones without a file.
+
+    Raises:
+        InputError: see `read_labels` and `match`.
+    """
+    if labels is None:
+        return [{}] * len(table.id)
+    return match(table, read_labels(labels, id_column), labels)
+
+
 def column(table: FeatureTable, rows: Sequence[Row], name: str) -> np.ndarray:
     """A column of labels, for each row of the table.
 

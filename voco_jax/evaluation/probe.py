@@ -23,21 +23,19 @@ from pathlib import Path
 from voco_jax.config.load import command_parser, positive
 from voco_jax.errors import InputError
 from voco_jax.evaluation.features import (
-    FeatureTable,
+    KINDS,
     of_kind,
     random_command,
     read_table,
     same_rows,
 )
-from voco_jax.evaluation.label_columns import Row, match, read_labels
+from voco_jax.evaluation.label_columns import read_rows
 from voco_jax.evaluation.probe_folds import METRICS
 from voco_jax.evaluation.probe_summary import as_results, as_text, curves, predictions_csv
 from voco_jax.evaluation.probing import probe
 from voco_jax.files import write_atomically
 from voco_jax.report.png import write_png
 from voco_jax.report.probes import draw_probe
-
-KINDS = ("volume", "crop", "organ")
 
 
 def _fractions(text: str) -> tuple[float, ...]:
@@ -55,17 +53,6 @@ def _folds(text: str) -> int:
     if folds < 2:
         raise argparse.ArgumentTypeError(f"found {folds}, expected 2 or more")
     return folds
-
-
-def read_rows(table: FeatureTable, labels: str | None, id_column: str | None) -> list[Row]:
-    """The row of a CSV file for each row of the table, empty ones without a file.
-
-    Raises:
-        InputError: see `label_columns`.
-    """
-    if labels is None:
-        return [{}] * len(table.id)
-    return match(table, read_labels(labels, id_column), labels)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ def draw_probe(
     Returns:
         (rows, columns, 3) uint8.
     """
-    figure = Figure(figsize=(4.2 * len(curves), 4.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(curves), 4.5), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for panel, (method, lines) in zip(panels, curves.items(), strict=True):
@@ -43,7 +43,8 @@ def draw_probe(
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(f"{metric}, with 95 % interval")
     panels[0].set_ylim(top=1.02)
-    panels[-1].legend(loc="lower right", fontsize=9)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,90 @@
+"""The picture of what was retrieved: queries with their nearest neighbours beside them."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from voco_jax.report.planes import AXIAL, CORONAL, as_shown
+
+_VIEWS = (AXIAL, CORONAL)
+_GREY, _QUERY, _RIGHT, _WRONG = "#9a9aa0", "#1f5fb4", "#2e8b57", "#c0392b"
+_LETTERS = 26  # of a title's line
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A volume, crop or organ.
+
+    Attributes:
+        title: lines.
+        planes: of `middle_planes`; None: it cannot be shown.
+        spacing: mm, or any unit that gives its proportions.
+        note: why it cannot be shown.
+        right: whether its label is the query's; None: not known, or the query itself.
+    """
+
+    title: tuple[str, ...]
+    planes: tuple[np.ndarray, ...] | None
+    spacing: tuple[float, float, float]
+    note: str = ""
+    right: bool | None = None
+
+
+def middle_planes(voxels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The axial (x, y) and the coronal (x, z) plane through the middle of x y z voxels; copies."""
+    return tuple(
+        voxels.take(voxels.shape[view.through] // 2, view.through).copy() for view in _VIEWS
+    )
+
+
+def draw_neighbours(rows: Sequence[Sequence[Tile]], title: str) -> np.ndarray:
+    """Axial and coronal middle slices of each, the query first, blue; right ones green, others red.
+
+    The patient's right is on the left.
+
+    Args:
+        rows: at least one query, each with as many neighbours.
+        title: of the picture.
+
+    Returns:
+        (rows, columns, 3) uint8.
+    """
+    columns = len(rows[0])
+    figure = Figure(figsize=(2.1 * columns, 4.6 * len(rows) + 0.4), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", parse_math=False)
+    for part, tiles in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        panels = part.subplots(2, columns, squeeze=False)
+        for place, tile in enumerate(tiles):
+            lines = "\n".join(_cut(line) for line in tile.title)
+            panels[0, place].set_title(lines, fontsize=8, parse_math=False)
+            colour = _GREY if tile.right is None else _RIGHT if tile.right else _WRONG
+            for number, panel in enumerate(panels[:, place]):
+                _draw(panel, tile, number, colour if place else _QUERY)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw(panel: Axes, tile: Tile, number: int, colour: str) -> None:
+    panel.set(xticks=[], yticks=[])
+    for spine in panel.spines.values():
+        spine.set(color=colour, linewidth=2.5)
+    if tile.planes is None:
+        panel.set_facecolor(_GREY)
+        panel.set_aspect(1)
+        words = textwrap.fill(tile.note, _LETTERS) if number == 0 else ""
+        panel.text(0.5, 0.5, words, ha="center", va="center", fontsize=7, parse_math=False)
+        return
+    across, up = (tile.spacing[axis] for axis in _VIEWS[number].shown)
+    plane = as_shown(tile.planes[number])
+    panel.imshow(plane, cmap="gray", vmin=0, vmax=1, aspect=up / across)
+
+
+def _cut(text: str) -> str:
+    half = _LETTERS // 2
+    return text if len(text) <= _LETTERS else f"{text[: half - 1]}…{text[-half:]}"
