@@ -54,9 +54,7 @@ def choose_queries(table: FeatureTable, query: str) -> list[int]:
     if not rows:
         close = difflib.get_close_matches(query, [*table.id, *table.volume], n=1, cutoff=0.3)
         hint = (close or table.id)[0]
-        raise InputError(
-            f"--query: found {query!r}, expected an id of the table, as {hint}, or all"
-        )
+        raise InputError(f"--query: found {query!r}, expected all, or an id as {hint}")
     return rows
 
 
