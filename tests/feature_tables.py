@@ -19,7 +19,7 @@ def make_table(vectors, volumes, ids=None, weights="trained", **columns):
         "shape": [(64, 64, 32)] * rows,
         "path": [f"scans/{volume}.nii.gz" for volume in volumes],
         "digest": [hashlib.sha256(volume.encode()).hexdigest() for volume in volumes],
-        "manifest": {"settings": {"weights": "voco.safetensors", "input": "scans"}},
+        "manifest": {"weights_file": "voco.safetensors", "input": "scans"},
         **columns,
     }
     return FeatureTable(

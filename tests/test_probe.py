@@ -33,6 +33,7 @@ from voco_jax.evaluation.probe_folds import (
     predict,
 )
 from voco_jax.evaluation.probe_methods import fit_probe, logistic, neighbours
+from voco_jax.evaluation.table_rows import take
 
 
 @pytest.fixture
@@ -421,14 +422,14 @@ def test_mistakes_are_one_line(study, capsys):
     flags = ["--table", table, "--labels", labels, "--label", "dx", "--output", str(folder / "o")]
     assert main(flags) == 2
     assert (
-        "make them with: python -m voco_jax.evaluation.embed --weights voco.safetensors "
-        f"--input scans --random-weights 0 --output {folder / 't_random.parquet'}"
+        "make them with: python -m voco_jax.evaluation.embed --random-weights 0 --weights "
+        f"voco.safetensors --input scans --output {folder / 't_random.parquet'}"
     ) in capsys.readouterr().err
     assert main([*flags, "--random", table]) == 2
     assert "found the features of --table, expected those of random" in capsys.readouterr().err
     other = read_table(folder / "r.parquet")
     for spoilt, words in (
-        (other.take(range(59)), "found no row 'v59' (1 are missing)"),
+        (take(other, range(59)), "found no row 'v59' (1 are missing)"),
         (make_table(np.eye(60), other.id), "found 60 features, expected 8"),
         (make_table(other.vectors, other.id, digest=["x"] * 60), "v0: found other voxels"),
     ):

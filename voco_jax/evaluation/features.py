@@ -5,7 +5,6 @@ schema's metadata and, to be read by people, as JSON beside it.
 """
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from voco_jax.errors import InputError
 from voco_jax.files import parse_object, write_atomically
 from voco_jax.types import Size
 
-KINDS = ("volume", "crop", "organ")
 MANIFEST = b"voco_jax"
 """The key of the schema's metadata that holds the manifest."""
 
@@ -57,15 +55,6 @@ class FeatureTable:
     weights: Sequence[str]
     vectors: np.ndarray
     manifest: Mapping[str, Any]
-
-    def take(self, rows: Sequence[int]) -> "FeatureTable":
-        """Some rows, in the order given."""
-        columns = {
-            name: [values[row] for row in rows]
-            for name, values in vars(self).items()
-            if name not in ("vectors", "manifest")
-        }
-        return FeatureTable(**columns, vectors=self.vectors[list(rows)], manifest=self.manifest)
 
 
 def manifest_path(table: Path) -> Path:
@@ -145,74 +134,3 @@ def read_table(path: str | Path) -> FeatureTable:
     for name in ("corner", "size", "spacing", "shape"):
         columns[name] = [None if one is None else tuple(one) for one in columns[name]]
     return FeatureTable(**columns, vectors=vectors, manifest=manifest)
-
-
-def same_rows(table: FeatureTable, random: FeatureTable, path: str) -> FeatureTable:
-    """The rows of the table of random weights in the order of the other table.
-
-    Args:
-        table: of features.
-        random: of the same scans by the same network with random weights.
-        path: of the latter, for the error.
-
-    Raises:
-        InputError: it lacks a row, has another scan or another number of features, or the same
-            weights.
-    """
-    places = {id: place for place, id in enumerate(random.id)}
-    missing = [id for id in table.id if id not in places]
-    if missing:
-        raise InputError(
-            f"{path}: found no row {missing[0]!r} ({len(missing)} are missing), expected the rows "
-            "of --table: embed the same input with the same settings"
-        )
-    order = [places[id] for id in table.id]
-    for id, ours, place in zip(table.id, table.digest, order, strict=True):
-        if ours != random.digest[place]:
-            raise InputError(
-                f"{path}: {id}: found other voxels than in --table, expected the same: embed both "
-                "from the same files, with the window and spacing of the same card"
-            )
-    if random.vectors.shape[1] != table.vectors.shape[1]:
-        raise InputError(
-            f"{path}: found {random.vectors.shape[1]} features, expected {table.vectors.shape[1]} "
-            "as in --table: random weights of the same network"
-        )
-    if np.array_equal(random.vectors[order], table.vectors):
-        raise InputError(f"{path}: found the features of --table, expected those of random weights")
-    return random.take(order)
-
-
-def of_kind(table: FeatureTable, kind: str | None, path: str) -> FeatureTable:
-    """The rows of one kind.
-
-    Args:
-        table: of features.
-        kind: as in the column; None: that of all rows.
-        path: of the table, for the error.
-
-    Raises:
-        InputError: rows of several kinds and none is chosen, or no row of it.
-    """
-    kinds = sorted(set(table.kind))
-    if kind is None and len(kinds) > 1:
-        raise InputError(f"{path}: found rows of {', '.join(kinds)}; choose one with --kind")
-    if kind is not None and kind not in kinds:
-        raise InputError(f"--kind: found {kind}, expected {', '.join(kinds)} as in {path}")
-    order = [place for place, own in enumerate(table.kind) if kind in (None, own)]
-    return table.take(order)
-
-
-def random_command(table: FeatureTable, path: str) -> str:
-    """The command that makes the table of random weights for a table.
-
-    Args:
-        table: of features.
-        path: of its file.
-    """
-    settings = table.manifest.get("settings", {})
-    words = ["python", "-m", "voco_jax.evaluation.embed"]
-    words += ["--weights", str(settings.get("weights", "WEIGHTS"))]
-    words += ["--input", str(settings.get("input", "INPUT")), "--random-weights", "0"]
-    file = Path(path)
-    return shlex.join([*words, "--output", str(file.with_name(f"{file.stem}_random{file.suffix}"))])

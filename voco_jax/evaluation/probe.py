@@ -22,17 +22,12 @@ from pathlib import Path
 
 from voco_jax.config.load import command_parser, positive
 from voco_jax.errors import InputError
-from voco_jax.evaluation.features import (
-    KINDS,
-    of_kind,
-    random_command,
-    read_table,
-    same_rows,
-)
+from voco_jax.evaluation.features import read_table
 from voco_jax.evaluation.label_columns import read_rows
 from voco_jax.evaluation.probe_folds import METRICS
 from voco_jax.evaluation.probe_summary import as_results, as_text, curves, predictions_csv
 from voco_jax.evaluation.probing import probe
+from voco_jax.evaluation.table_rows import KINDS, of_kind, random_command, same_rows
 from voco_jax.files import write_atomically
 from voco_jax.report.png import write_png
 from voco_jax.report.probes import draw_probe

@@ -29,9 +29,10 @@ from voco_jax.config.common import Chain
 from voco_jax.config.load import command_parser, positive
 from voco_jax.data.volumes import prepare_volume
 from voco_jax.errors import InputError
-from voco_jax.evaluation.features import KINDS, FeatureTable, of_kind, read_table, same_rows
+from voco_jax.evaluation.features import FeatureTable, read_table
 from voco_jax.evaluation.label_columns import column, patients, read_rows
 from voco_jax.evaluation.nearest import Neighbours, find_neighbours, precision
+from voco_jax.evaluation.table_rows import KINDS, of_kind, same_rows, take
 from voco_jax.files import write_atomically
 from voco_jax.report.neighbours import Tile, draw_neighbours, middle_planes
 from voco_jax.report.png import write_png
@@ -201,8 +202,8 @@ def _run(options: argparse.Namespace) -> None:
         kept = np.flatnonzero(labels != "")
         if len(kept) < len(labels):
             notes.append(f"left out, without {options.label}: {len(labels) - len(kept)} rows")
-        table, groups, labels = table.take(kept.tolist()), groups[kept], labels[kept]
-        random = random.take(kept.tolist()) if random else None
+        table, groups, labels = take(table, kept.tolist()), groups[kept], labels[kept]
+        random = take(random, kept.tolist()) if random else None
     queries = choose_queries(table, options.query)
     neighbours = find_neighbours(table.vectors, queries, groups, options.top)
     found: dict[str, Any] = {}
