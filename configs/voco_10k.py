@@ -100,7 +100,12 @@ def get_config() -> ml_collections.ConfigDict:
         "eps": 1e-8,
         "warmup_steps": 5_000,
     }
-    config.validation = {"every_steps": 5_000, "volumes": 64, "sub_volumes": 8}
+    config.validation = {
+        "every_steps": 5_000,
+        "volumes": 64,
+        "sub_volumes": 8,
+        "probe_labels": "",
+    }
     config.checkpoint = {
         "every_steps": 1_000,
         "keep": 3,

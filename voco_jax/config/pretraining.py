@@ -80,6 +80,8 @@ class Validation:
     every_steps: NotNegative  # 0: never
     volumes: Positive  # at most so many held-out volumes
     sub_volumes: Positive  # random crops per held-out volume
+    probe_labels: str = ""  # CSV of held-out volumes: id, label and, if they have several, patient;
+    # a linear probe at each validation. "": none. Cards of earlier versions do not have it
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -113,6 +115,7 @@ class Pretraining:
         *RUNTIME_FIELDS,
         "validation.volumes",
         "validation.sub_volumes",
+        "validation.probe_labels",
     )
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from voco_jax.errors import InputError
 from voco_jax.evaluation.features import FeatureTable
+from voco_jax.evaluation.masks import without_suffix
 
 IDS = ("id", "volume")
 """The columns of a CSV file that may name the rows or volumes of a table, if not said."""
@@ -56,8 +57,20 @@ def read_labels(path: str | Path, id_column: str | None = None) -> dict[str, Row
     return rows
 
 
+def find_row(labels: Mapping[str, Row], *names: str) -> Row:
+    """The row of the first name that there is; an empty one: of none.
+
+    Args:
+        labels: of `read_labels`.
+        names: each is looked for as it is, as a file's name, and as that without its suffix.
+    """
+    files = [PurePath(name).name for name in names]
+    every = [*names, *files, *map(without_suffix, files)]
+    return next((labels[name] for name in every if name in labels), {})
+
+
 def match(table: FeatureTable, labels: Mapping[str, Row], path: str | Path) -> list[Row]:
-    """The row of a CSV file for each row of the table: by id, else by volume, else by file name.
+    """The row of a CSV file for each row of the table: by id, volume or file, see `find_row`.
 
     Args:
         table: of features.
@@ -70,10 +83,8 @@ def match(table: FeatureTable, labels: Mapping[str, Row], path: str | Path) -> l
     Raises:
         InputError: none fits any.
     """
-    found: list[Row] = []
-    for id, volume, file in zip(table.id, table.volume, table.path, strict=True):
-        names = (id, volume, PurePath(file).name)
-        found.append(next((labels[name] for name in names if name in labels), {}))
+    names = zip(table.id, table.volume, table.path, strict=True)
+    found = [find_row(labels, *of_row) for of_row in names]
     if not any(found):
         raise InputError(
             f"{path}: found rows for {', '.join(list(labels)[:3]) or 'nothing'}, expected ids of "

@@ -297,6 +297,7 @@ class Predictions:
     labels: jax.Array  # (b, s, n) true overlaps, of the whole batch on every process
     spread: jax.Array  # scalar, see `embedding_spread`
     bases: jax.Array  # (b, n, d) unit embeddings of base crops, the teacher's where there is one
+    pooled: jax.Array  # (b, features) the student's, mean over the base crops
 
 
 def make_predict(
@@ -323,6 +324,7 @@ def make_predict(
             labels=labels,
             spread=embedding_spread(s),
             bases=unit((t or s).bases),
+            pooled=pooled.reshape(len(labels), -1, pooled.shape[-1])[:, len(labels[0]) :].mean(1),
         )
 
     return predict

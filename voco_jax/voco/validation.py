@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -11,12 +11,13 @@ from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.crops import base_origins, join
 from voco_jax.data.pipeline import Part, Sample, held_out_sample, shuffle_key
 from voco_jax.data.volumes import dequantise
-from voco_jax.training.distributed import compile_on_all, is_process_0
+from voco_jax.training.distributed import compile_on_all, is_process_0, run_on_all
 from voco_jax.training.mesh import batch_sharding, local_rows, to_devices
 from voco_jax.training.task import Program, Validation
 from voco_jax.types import Batch
 from voco_jax.voco.health import at_chance, collapsed, count_volumes, empty_crops, is_empty
 from voco_jax.voco.position import describe_accuracy, measure
+from voco_jax.voco.probe import LabelProbe
 from voco_jax.voco.step import Predictions, State
 
 EMBEDDINGS = 2048  # of base crops, kept for a picture of them
@@ -49,6 +50,8 @@ class Validator:
         self._volumes = volumes[: experiment.validation.volumes]
         self._kept = max(EMBEDDINGS // math.prod(experiment.crops.grid), 1)  # volumes
         self._different = count_volumes(training)
+        path, entries = experiment.validation.probe_labels, [entry for entry, _ in self._volumes]
+        self._probe = run_on_all(lambda: LabelProbe(path, entries)) if path else None
 
     def __call__(self, state: State, step: int) -> Validation:
         """Predicts all held-out volumes in batches of the training's size.
@@ -62,6 +65,7 @@ class Validator:
         spreads: list[float] = []
         embeddings: list[np.ndarray] = []
         empty: list[bool] = []
+        pooled: list[np.ndarray] = []
         shown: Sample | None = None
         for start in range(0, count, size):
             samples = [self._sample((start + row) % count) for row in self._rows]
@@ -74,6 +78,8 @@ class Validator:
                 empty += [is_empty(crop) for sample in samples for crop in sample["bases"]]
                 if len(embeddings) < self._kept:
                     embeddings.extend(jax.device_get(found.bases)[: count - start])
+            if self._probe:
+                pooled.extend(jax.device_get(found.pooled)[: count - start])
         metrics = measure(
             np.concatenate(similarities), np.concatenate(labels), float(np.mean(spreads))
         )
@@ -88,13 +94,15 @@ class Validator:
             arrays["embeddings"] = self._arrays(embeddings[: self._kept], step)
         named, answers = dataclasses.asdict(metrics), sum(map(len, labels))
         meaning = describe_accuracy(metrics.accuracy, answers, self._experiment.crops.grid)
+        probed = self._probe(np.array(pooled)) if self._probe else {}
         return Validation(
-            metrics={"position_accuracy": named.pop("accuracy"), **named},
+            metrics={"position_accuracy": named.pop("accuracy"), **named, **probed},
             score=metrics.accuracy,
             text=(
                 f"position accuracy {metrics.accuracy:.1%} "
                 f"({metrics.accuracy / metrics.chance:.1f} times chance: {meaning}), mean absolute "
                 f"error of overlaps {metrics.overlap_error:.4f}"
+                f"{_describe(probed)}"
             ),
             findings=(
                 *collapsed(metrics),
@@ -155,3 +163,9 @@ class Validator:
             crop_size=crops.crop_size,
             title=title,
         )
+
+
+def _describe(probed: Mapping[str, float]) -> str:
+    if not probed:
+        return ""
+    return f", probe {probed['probe_accuracy']:.1%} (chance {probed['probe_chance']:.1%})"
