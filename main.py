@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
-from voco_jax.files import compilation_cache, say
+from voco_jax.files import compilation_cache, expand, say
 from voco_jax.large_pages import restart_with_large_pages
 from voco_jax.training import signals
 
@@ -76,9 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         distributed.start(options.coordinator, options.processes, options.process_id)
         run(experiment, options.workdir, methods()[experiment.task])
+        _write_report(options.workdir)
     except InputError as error:
         _leave(_fail(error, error.status))
     except DivergedError as error:
+        _write_report(options.workdir)
         _leave(_fail(error, 3))
     except PreemptedError as error:
         signals.ignore()  # more of them must not change the status
@@ -89,10 +91,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave = threading.Timer(5, _leave, [status])
         leave.daemon = True
         leave.start()
+        _write_report(options.workdir)
         sys.exit(status)
     except Exception:
         traceback.print_exc()
         _leave(_fail(_CRASHED, 1))
+
+
+def _write_report(workdir: str) -> None:
+    """Writes WORKDIR/report.html, on process 0; where it cannot be, that is a line of the log."""
+    from voco_jax.training.distributed import is_process_0
+    from voco_jax.training.metrics import Log
+
+    if not is_process_0():
+        return
+    folder = expand(workdir)
+    try:
+        from voco_jax.report.page import REPORT, write_report  # here: no start waits for it
+
+        write_report([folder], folder / REPORT)
+        line = f"report: {folder / REPORT}"
+    except Exception as error:
+        line = f"{folder}: no report was written ({error!r}); the run is none the worse for it"
+    with contextlib.suppress(InputError):  # of a full disk
+        Log(folder, 0)(line)
 
 
 def _leave_early(name: str) -> None:

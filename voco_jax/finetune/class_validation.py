@@ -94,6 +94,16 @@ class ClassValidator:
             text=text,
             findings=self._nothing_learned(predicted, found["accuracy"], step),
             pictures=pictures,
+            cases=[
+                {
+                    "id": entry.id,
+                    "reference": self._names[right],
+                    "probabilities": dict(zip(self._names, found, strict=True)),
+                }
+                for (entry, _), right, found in zip(
+                    self._volumes, reference, probabilities.tolist(), strict=True
+                )
+            ],
         )
 
     def _logits(self, state: State) -> np.ndarray:

@@ -162,6 +162,14 @@ class Validator:
             ),
             findings=tuple(find_flat(self._scores, cases, step, self._experiment)),
             pictures=pictures,
+            cases=[
+                {
+                    "id": case.id,
+                    "dice": _named(names, case.file),
+                    "dice_resampled": _named(names, case.resampled),
+                }
+                for case in cases
+            ],
         )
 
     def _picture(self, worst: Sequence[Any], score: float, step: int) -> np.ndarray:
@@ -232,6 +240,12 @@ def find_flat(
             "; ".join(advice for _, advice in causes),
         ),
     ]
+
+
+def _named(names: Sequence[str], by_class: np.ndarray) -> dict[str, float | None]:
+    """Of a case, without the background; None: nothing to find and nothing found."""
+    values = by_class[1:].tolist()
+    return {n: None if np.isnan(v) else v for n, v in zip(names, values, strict=True)}
 
 
 def _means(values: np.ndarray) -> np.ndarray:

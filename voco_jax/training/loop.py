@@ -46,6 +46,7 @@ from voco_jax.training.metrics import (
     metric_lines,
     save_arrays,
     save_picture,
+    write_cases,
 )
 from voco_jax.training.steps import NotFiniteError, Steps
 from voco_jax.training.task import LogLine, Method, Program, S, Task, Validation
@@ -56,7 +57,7 @@ from voco_jax.training.waiting import (
     batches_in_step,
     within_grace,
 )
-from voco_jax.training.workdir import claim_workdir, lock_workdir
+from voco_jax.training.workdir import claim_workdir, lock_workdir, write_environment
 
 
 class DivergedError(RuntimeError):
@@ -96,7 +97,9 @@ def run(experiment: Experiment, workdir: str | Path, method: Method[Any]) -> Non
 
         def claim() -> str:
             lock_workdir(folder, stack)
-            return str(claim_workdir(folder, experiment))
+            claimed = claim_workdir(folder, experiment)
+            write_environment(claimed, meshes.describe(mesh))
+            return str(claimed)
 
         folder = Path(run_on_process_0(claim))
         log = Log(folder, jax.process_index())
@@ -411,6 +414,8 @@ class _Report:
                 text += f", picture {path}"
             for name, arrays in found.arrays.items():
                 save_arrays(arrays, self._workdir / f"{name}.npz")
+            if found.cases:
+                write_cases(self._workdir, step, found.cases)
         self._log(f"validation at step {step}: {text}")
         if self._writer:
             self._sound = found.sound

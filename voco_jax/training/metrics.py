@@ -5,7 +5,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402
 if _torch is None:
     del sys.modules["torch"]
 
-JSON_LINES, BOARD = "metrics.jsonl", "tensorboard"
+JSON_LINES, BOARD, CASES = "metrics.jsonl", "tensorboard", "cases.json"
 
 
 @contextlib.contextmanager
@@ -109,6 +109,17 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     np.savez(content, **arrays)  # type: ignore[arg-type]  # names of ours
     with written(path):
         write_aside(path, content.getvalue()).replace(path)
+
+
+def write_cases(workdir: Path, step: int, cases: Sequence[Mapping[str, Any]]) -> None:
+    """Writes WORKDIR/cases.json: what the newest validation found in each volume.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = workdir / CASES
+    with written(path):
+        write_atomically(path, json.dumps({"step": step, "cases": list(cases)}, indent=1) + "\n")
 
 
 def metric_lines(workdir: Path) -> Iterator[str]:

@@ -3,7 +3,7 @@
 `step` is the number of completed updates, everywhere: update k takes batch number k - 1.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -68,6 +68,7 @@ class Validation:
         pictures: by name, (rows, columns, 3) uint8; needed on process 0 only.
         arrays: by name of a file, the arrays of WORKDIR/NAME.npz, which the next validation
             replaces; needed on process 0 only.
+        cases: what was found in each volume, as JSON can hold it; for the report.
     """
 
     metrics: Mapping[str, float]
@@ -77,6 +78,7 @@ class Validation:
     sound: tuple[str, ...] = ()
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
     arrays: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    cases: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

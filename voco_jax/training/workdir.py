@@ -3,9 +3,12 @@
 import contextlib
 import json
 import os
+import platform
 import sys
+from importlib import metadata
 from pathlib import Path
 
+import voco_jax
 from voco_jax.config.common import Experiment
 from voco_jax.config.load import differences, may_change, to_dict
 from voco_jax.errors import InputError, InUseError, kind_of
@@ -15,7 +18,8 @@ from voco_jax.training.checkpoint import FOLDER as CHECKPOINTS
 from voco_jax.training.checkpoint import OTHER_VERSION, saved_steps
 from voco_jax.training.metrics import last_step
 
-CONFIG, LOCK = "config.json", "run.lock"
+CONFIG, LOCK, ENVIRONMENT = "config.json", "run.lock", "environment.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def lock_workdir(workdir: Path, stack: contextlib.ExitStack) -> None:
@@ -75,6 +79,32 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> Path:
     except OSError as error:
         raise _unusable(workdir, error) from error
     return workdir.resolve()
+
+
+def write_environment(workdir: Path, devices: str) -> None:
+    """Writes WORKDIR/environment.json: where this run, as it was last started, runs.
+
+    Args:
+        workdir: of this run.
+        devices: in words.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    versions = {"python": platform.python_version(), "voco_jax": voco_jax.__version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    found = {
+        "devices": devices,
+        "host": platform.node(),
+        "system": platform.platform(),
+        "versions": versions,
+    }
+    try:
+        write_atomically(workdir / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
+    except OSError as error:
+        raise _unusable(workdir, error) from error
 
 
 def _check_same_experiment(path: Path, experiment: Experiment) -> None:
