@@ -33,7 +33,7 @@ _LOOK = """
     wrong.push("scrolls sideways: " + document.documentElement.scrollWidth + " of " + width);
   for (const image of document.images)
     if (image.complete && !image.naturalWidth) wrong.push("broken picture: " + image.alt);
-  const level = (c) => { c /= 255; return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
+  const level = (c) => (c <= 10 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
   const luminance = ([r, g, b]) => 0.2126 * level(r) + 0.7152 * level(g) + 0.0722 * level(b);
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
   const seen = new Set();

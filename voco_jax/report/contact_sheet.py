@@ -151,7 +151,7 @@ def _tile(cache: Cache, look: Look) -> Image.Image:
     ink = ImageDraw.Draw(tile)
     reasons = list(look.reasons)
     try:
-        panels = _slices(cache, look)
+        panels = slices(cache, look)
     except InputError:
         panels, reasons = [], ["cannot be read: run prepare --verify", *reasons]
     for number, panel in enumerate(panels):
@@ -176,8 +176,12 @@ def _tile(cache: Cache, look: Look) -> Image.Image:
     return tile
 
 
-def _slices(cache: Cache, look: Look) -> list[Image.Image]:
-    """Axial, coronal and sagittal, on one scale of millimetres."""
+def slices(cache: Cache, look: Look) -> list[Image.Image]:
+    """Axial, coronal and sagittal through a volume's middle, on one scale of millimetres.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     entry, size = look.entry, look.entry.stored
     middle = [length // 2 for length in size]
     planes = []

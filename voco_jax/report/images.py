@@ -11,7 +11,7 @@ from PIL import Image
 
 BUDGET = 6_000_000  # bytes of all pictures of a page; as text they are a third more
 LARGEST = 450_000  # bytes of one
-_WIDTH, _PIXELS, _COLOURS = 1000, 60_000_000, 256
+_WIDTH, _PIXELS, _COLOURS = 1100, 60_000_000, 256
 
 Item = TypeVar("Item")
 
@@ -56,9 +56,11 @@ def inline(picture: Path | Image.Image, limit: int = LARGEST) -> Inline:
     width = min(image.width, _WIDTH)
     while True:
         height = max(1, round(image.height * width / image.width))
-        small = image.resize((width, height), Image.Resampling.LANCZOS)
+        small = image.convert("RGB")
+        if width < image.width:
+            small = small.resize((width, height), Image.Resampling.LANCZOS)
         content = io.BytesIO()
-        small.convert("RGB").quantize(_COLOURS).save(content, "PNG", optimize=True)
+        small.quantize(_COLOURS, Image.Quantize.FASTOCTREE).save(content, "PNG")
         if content.tell() <= limit or width <= 64:
             break
         width = int(width * 0.8)

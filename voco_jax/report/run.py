@@ -163,7 +163,7 @@ def read_run(workdir: Path, now: float | None = None) -> Run:
         name=printable(workdir.resolve().name),
         config=settings,
         metrics=numbers,
-        written=metrics.stat().st_mtime if metrics.exists() else None,
+        written=metrics.stat().st_mtime if numbers else None,
         lock=_held_since(workdir / "run.lock"),
         now=time.time() if now is None else now,
     )

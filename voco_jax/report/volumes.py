@@ -14,7 +14,7 @@ from voco_jax.data.cache import ASIDE, FAILURES, Cache, read_chain
 from voco_jax.data.storage import is_remote
 from voco_jax.errors import InputError
 from voco_jax.files import parse_object
-from voco_jax.report.contact_sheet import Look, _slices, survey
+from voco_jax.report.contact_sheet import Look, slices, survey
 from voco_jax.report.images import Inline, inline, spread
 
 LISTED = 20  # failures, and files set aside, that are shown one by one
@@ -138,21 +138,20 @@ def _thumbnails(cache: Cache, most: int) -> list[Thumbnail]:
     thumbnails = []
     for look in odd + spread(others, max(most - len(odd), 1)):
         try:
-            slices = _slices(cache, look)
+            thumbnails.append(_thumbnail(look, slices(cache, look)))
         except InputError:
             continue  # damaged: prepare --verify says which
-        thumbnails.append(_thumbnail(look, slices))
     return thumbnails
 
 
-def _thumbnail(look: Look, slices: list[Image.Image]) -> Thumbnail:
-    width = sum(one.width for one in slices) + _GAP * (len(slices) + 1)
-    height = max(one.height for one in slices)
+def _thumbnail(look: Look, panels: list[Image.Image]) -> Thumbnail:
+    width = sum(panel.width for panel in panels) + _GAP * (len(panels) + 1)
+    height = max(panel.height for panel in panels)
     sheet = Image.new("RGB", (width, height + 2 * _GAP), _GROUND)
     left = _GAP
-    for one in slices:
-        sheet.paste(one, (left, _GAP + (height - one.height) // 2))
-        left += one.width + _GAP
+    for panel in panels:
+        sheet.paste(panel, (left, _GAP + (height - panel.height) // 2))
+        left += panel.width + _GAP
     entry = look.entry
     shape, spacing = "×".join(map(str, entry.shape)), "×".join(f"{s:.3g}" for s in entry.spacing)
     about = f"{shape}, {spacing} mm, {entry.section}"
