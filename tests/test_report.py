@@ -1,8 +1,10 @@
+import asyncio
 import base64
 import hashlib
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -521,3 +523,24 @@ def test_a_report_that_fails_harms_no_run(tmp_path, capsys, monkeypatch):
     assert "no report was written (MemoryError('none left'))" in capsys.readouterr().out
     log = (folder / "logs" / "process_0.log").read_text("utf-8")
     assert "none the worse" in log
+
+
+@pytest.mark.scripts
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_a_browser_finds_nothing_wrong_and_would_find_it(tmp_path, capsys):
+    render_reports = pytest.importorskip("robustness.render_reports")
+    folder = make(tmp_path / "run")
+    draw(folder / "pictures" / "positions_0000040.png", (1100, 300))
+    good, bad = tmp_path / "good.html", tmp_path / "bad.html"
+    text = render([folder, make(tmp_path / "other")], NOW)
+    good.write_text(text, "utf-8")
+    wrong = '<p class="wide"><img src="http://example.org/a.png" alt=""><script>1</script></p>'
+    wide = f'<table><tr><td class="number">{"wide " * 400}</td></tr></table>'
+    bad.write_text(text.replace("</main>", f"{wrong}{wide}</main>"), "utf-8")
+    assert asyncio.run(render_reports.look_at_all([good], tmp_path)) == 0
+    assert len(list(tmp_path.glob("0_good_*.png"))) == 4
+    capsys.readouterr()
+    assert asyncio.run(render_reports.look_at_all([bad], tmp_path)) > 0
+    told = capsys.readouterr().out
+    for what in ("console: ", "Content Security Policy", "scrolls sideways"):
+        assert what in told

@@ -1,7 +1,7 @@
 """Which curves the report shows, and how they are to be read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
@@ -12,6 +12,7 @@ from voco_jax.report.svg import Curve, Mark, Unit, plot, swatch
 LINES = 6  # in a plot of a single run
 OTHERS = 12  # plots of metrics that are not known here
 VALIDATION = "validation/"
+_TERMS = "Terms of the loss"
 MARKED = ("resumed", "stopped", "failed")  # events
 
 
@@ -112,14 +113,7 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
     for plan in _plans(names, classes):
         parts = [plan]
         if len(runs) > 1:
-            several = len(plan.names) > 1
-            parts = [
-                Plan(
-                    f"{plan.title}: {label(name)}" if several else plan.title,
-                    *((name,), plan.about, plan.unit, plan.logarithmic, plan.chance),
-                )
-                for name in plan.names
-            ]
+            parts = [replace(plan, title=_title(plan, name), names=(name,)) for name in plan.names]
         charts += [chart for part in parts if (chart := _chart(part, runs))]
     return charts
 
@@ -127,6 +121,13 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
 def label(name: str) -> str:
     """A metric's name as people read it."""
     return name.removeprefix(VALIDATION).replace("_", " ")
+
+
+def _title(plan: Plan, name: str) -> str:
+    """Of a plot of one of a plan's metrics."""
+    if len(plan.names) == 1:
+        return plan.title
+    return f"{plan.title}: {label(name)}" if plan.title == _TERMS else label(name).capitalize()
 
 
 def _plans(names: Sequence[str], classes: Sequence[str]) -> list[Plan]:
@@ -143,7 +144,7 @@ def _plans(names: Sequence[str], classes: Sequence[str]) -> list[Plan]:
     terms = tuple(n for n in names if n not in used and not n.startswith(VALIDATION))
     if terms:
         place = 1 + next(i for i, plan in enumerate(plans) if plan.title == "Loss")
-        plans.insert(place, Plan("Terms of the loss", terms, "What the loss is the sum of."))
+        plans.insert(place, Plan(_TERMS, terms, "What the loss is the sum of."))
     if by_class:
         place = next(i for i, plan in enumerate(plans) if plan.title == "Loss")
         about = "Held-out volumes, on the files' own grids."
@@ -155,7 +156,7 @@ def _plans(names: Sequence[str], classes: Sequence[str]) -> list[Plan]:
 def _chart(plan: Plan, runs: Sequence[Run]) -> Chart | None:
     """None: nothing to show."""
     single = len(runs) == 1
-    curves, about = [], plan.about
+    curves, marks, about = [], [], plan.about
     for number, run in enumerate(runs):
         names = [name for name in plan.names if _any_finite(run, name)]
         if len(names) > LINES:
@@ -170,15 +171,14 @@ def _chart(plan: Plan, runs: Sequence[Run]) -> Chart | None:
             )
             for place, name in enumerate(names)
         ]
+        marks += [
+            Mark(event["step"], event["event"], None if single else number)
+            for event in run.events
+            if names and event["event"] in MARKED
+        ]
     if not curves:
         return None
     chances = [value for run in runs if (value := run.last(plan.chance)) is not None]
-    marks = [
-        Mark(event["step"], event["event"], None if single else number)
-        for number, run in enumerate(runs)
-        for event in run.events
-        if event["event"] in MARKED
-    ]
     svg = plot(
         curves,
         plan.title,
@@ -189,7 +189,7 @@ def _chart(plan: Plan, runs: Sequence[Run]) -> Chart | None:
         marks=marks[-200:],
     )
     legend = [(swatch(curve.number), curve.label) for curve in curves]
-    return Chart(plan.title, about, svg, legend if len(curves) > 1 else [])
+    return Chart(plan.title, about, svg, legend if len(curves) > 1 or not single else [])
 
 
 def _any_finite(run: Run, name: str) -> bool:
