@@ -66,6 +66,8 @@ def unbroken(tmp_path_factory):
     output = _finish(_start(workdir))
     assert "validation at step 40: error" in output
     assert "wrote w.npy" in output
+    assert f"report: {workdir}/report.html" in output
+    assert ">finished</span>" in (workdir / "report.html").read_text("utf-8")
     return workdir
 
 

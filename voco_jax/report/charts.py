@@ -183,7 +183,7 @@ def _chart(plan: Plan, runs: Sequence[Run]) -> Chart | None:
         curves,
         plan.title,
         steps=max(max(run.total, run.step) for run in runs),
-        logarithmic=plan.logarithmic and _any_positive(curves),
+        logarithmic=plan.logarithmic and _spans_decades(curves),
         unit=plan.unit,
         chance=chances[0] if chances and len(set(chances)) == 1 else None,
         marks=marks[-200:],
@@ -196,8 +196,11 @@ def _any_finite(run: Run, name: str) -> bool:
     return name in run.metrics and bool(np.isfinite(run.metrics[name][1]).any())
 
 
-def _any_positive(curves: Sequence[Curve]) -> bool:
-    return any(bool((curve.series[1] > 0).any()) for curve in curves)
+def _spans_decades(curves: Sequence[Curve]) -> bool:
+    """Whether a logarithmic axis would show more."""
+    values = np.concatenate([curve.series[1] for curve in curves])
+    values = values[np.isfinite(values) & (values > 0)]
+    return len(values) > 0 and values.max() > 20 * values.min()
 
 
 def _band(run: Run, name: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -10,6 +10,7 @@ there is of it. A run may be at work meanwhile. Every run writes WORKDIR/report.
 import base64
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -134,7 +135,10 @@ class Page:
     def timeline(self) -> list[dict[str, Any]]:
         """Starts and stops, the newest last."""
         return [
-            {name: event.get(name, "") for name in ("time", "step", "event", "reason")}
+            {
+                "time": re.sub(r"T(\d\d:\d\d:\d\d).*", r" \1", str(event.get("time", ""))),
+                **{name: event.get(name, "") for name in ("step", "event", "reason")},
+            }
             for event in self.run.events
             if event["event"] != "finding"
         ][-50:]
@@ -342,11 +346,12 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if finite(value) else "–" if value is None else str(value)
 
 
-def _data(value: float | None) -> Markup:
+def _data(value: float | None, form: str = "") -> Markup:
     """A number to read, and in full for programs."""
     if value is None:
         return Markup("–")
-    return Markup('<data value="{}">{}</data>').format(repr(value), _short(value))
+    shown = format(value, form) if form else _short(value)
+    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
 
 
 def _file(name: str) -> str:
