@@ -12,6 +12,7 @@ from voco_jax.report.svg import Curve, Mark, Unit, plot, swatch
 LINES = 6  # in a plot of a single run
 OTHERS = 12  # plots of metrics that are not known here
 VALIDATION = "validation/"
+_WORDS = {"dice": "Dice", "nsd": "NSD", "hd95": "HD95", "auc": "AUC"}
 _TERMS = "Terms of the loss"
 MARKED = ("resumed", "stopped", "failed")  # events
 
@@ -120,14 +121,16 @@ def make_charts(runs: Sequence[Run]) -> list[Chart]:
 
 def label(name: str) -> str:
     """A metric's name as people read it."""
-    return name.removeprefix(VALIDATION).replace("_", " ")
+    words = name.removeprefix(VALIDATION).split("_")
+    return " ".join(_WORDS.get(word, word) for word in words)
 
 
 def _title(plan: Plan, name: str) -> str:
     """Of a plot of one of a plan's metrics."""
     if len(plan.names) == 1:
         return plan.title
-    return f"{plan.title}: {label(name)}" if plan.title == _TERMS else label(name).capitalize()
+    text = label(name)
+    return f"{plan.title}: {text}" if plan.title == _TERMS else text[:1].upper() + text[1:]
 
 
 def _plans(names: Sequence[str], classes: Sequence[str]) -> list[Plan]:
@@ -142,15 +145,18 @@ def _plans(names: Sequence[str], classes: Sequence[str]) -> list[Plan]:
         if (name := f"{VALIDATION}{kind}_{one}") in names
     )
     terms = tuple(n for n in names if n not in used and not n.startswith(VALIDATION))
-    if terms:
+    if len(terms) > 1:
         place = 1 + next(i for i, plan in enumerate(plans) if plan.title == "Loss")
         plans.insert(place, Plan(_TERMS, terms, "What the loss is the sum of."))
     if by_class:
         place = next(i for i, plan in enumerate(plans) if plan.title == "Loss")
-        about = "Held-out volumes, on the files' own grids."
+        about = (
+            "Dice of held-out volumes on the files' own grids, or AUC against all other classes."
+        )
         plans.insert(place, Plan("Each class", by_class, about, unit="share"))
-    left = [n for n in names if n not in used and n not in by_class and n not in terms]
-    return plans + [Plan(label(name).capitalize(), (name,), "") for name in left[:OTHERS]]
+    used |= {name for plan in plans for name in plan.names}
+    left = [name for name in names if name not in used][:OTHERS]
+    return plans + [Plan(_title(Plan("", (), ""), name), (name,), "") for name in left]
 
 
 def _chart(plan: Plan, runs: Sequence[Run]) -> Chart | None:

@@ -118,8 +118,11 @@ def plot(
         text.text = f"{tick:.0%}" if unit == "percent" else _value(tick, high)
     for tick in MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(0, end):
         if 0 <= tick <= end:
-            x = f"{float(at_x(tick)):.1f}"
-            element("text", svg, x=x, y=HEIGHT - _BOTTOM + 16, class_="tick").text = _steps(tick)
+            place, kind = float(at_x(tick)), "tick"
+            if place > WIDTH - _RIGHT - 10:  # centred there it would be cut off
+                place, kind = WIDTH, "tick end"
+            text = element("text", svg, x=f"{place:.1f}", y=HEIGHT - _BOTTOM + 16, class_=kind)
+            text.text = _steps(tick)
     label = element("text", svg, x=WIDTH - _RIGHT, y=HEIGHT - 3, class_="tick end")
     label.text = "step"
     if chance is not None:
