@@ -260,13 +260,16 @@ def test_findings_are_told_once_with_their_advice(tmp_path):
         for step, kind in ((10, "data_bound"), (20, "chance"), (30, "data_bound"))
     ]
     marks = [{"step": 12, "event": "stopped"}, {"step": 11, "event": "resumed"}]
+    marks += [{"step": 35, "event": "resolved", "kind": "data_bound"}]
     lines = [json.dumps({"time": "t", **event}) for event in found + marks]
     (folder / "events.jsonl").write_text("\n".join([*lines, '{"time": "t", "st']), "utf-8")
     text = render([folder], NOW)
     words = Page(text).text
     assert "data bound data_bound 30" in words
-    assert "2 times since step 10" in words
-    assert words.index("data_bound 30") < words.index("chance 20")
+    assert "Since step 10, last said at step 30; no longer so since step 35." in words
+    assert "Found at step 20." in words
+    assert words.index("chance 20") < words.index("data_bound 30")  # what holds comes first
+    assert text.count('class="advice"') == 1
     assert "data_bound 10" not in words
     assert "resumed at step 11" in words
     charts = text.count('class="plot"')

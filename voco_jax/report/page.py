@@ -140,7 +140,7 @@ class Page:
                 **{name: event.get(name, "") for name in ("step", "event", "reason")},
             }
             for event in self.run.events
-            if event["event"] != "finding"
+            if event["event"] not in ("finding", "resolved")
         ][-50:]
 
     @property

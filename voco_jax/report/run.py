@@ -85,15 +85,23 @@ class Run:
 
     @property
     def findings(self) -> list[dict[str, Any]]:
-        """Of each kind the newest, with its `first` step and how often it was found (`times`)."""
+        """Of each kind the newest, with the `first` step of it, and `resolved`, None: it holds.
+
+        Those that hold come first, the newest of each first.
+        """
         by_kind: dict[str, dict[str, Any]] = {}
         for event in self.events:
+            kind = str(event.get("kind", ""))
+            before = by_kind.get(kind)
             if event["event"] == "finding":
-                kind = str(event.get("kind", ""))
-                before = by_kind.pop(kind, {"times": 0, "first": event["step"]})
-                times = before["times"] + 1
-                by_kind[kind] = {**event, "first": before["first"], "times": times}
-        return list(by_kind.values())[::-1]
+                holds = before is not None and before["resolved"] is None
+                first = before["first"] if before and holds else event["step"]
+                by_kind.pop(kind, None)
+                by_kind[kind] = {**event, "first": first, "resolved": None}
+            elif event["event"] == "resolved" and before:
+                before["resolved"] = event["step"]
+        newest = list(by_kind.values())[::-1]
+        return sorted(newest, key=lambda finding: finding["resolved"] is not None)
 
     @property
     def classes(self) -> list[str]:
