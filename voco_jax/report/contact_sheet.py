@@ -30,6 +30,7 @@ from voco_jax.data.progress import bar
 from voco_jax.data.volumes import dequantise
 from voco_jax.data.workers import available_cores
 from voco_jax.errors import InputError
+from voco_jax.report.planes import VIEWS, as_shown
 
 COLUMNS, ROWS = 5, 8  # volumes on a page
 LIMIT = 3.5  # robust standard deviations
@@ -157,6 +158,9 @@ def _tile(cache: Cache, look: Look) -> Image.Image:
     for number, panel in enumerate(panels):
         left = _GAP + number * (_PANEL + _GAP) + (_PANEL - panel.width) // 2
         tile.paste(panel, (left, _GAP + (_PANEL - panel.height) // 2))
+        for letter, side in zip(VIEWS[number].letters[:2], (0, _PANEL - 9), strict=True):
+            place = (_GAP + number * (_PANEL + _GAP) + side, _GAP + _PANEL - 13)
+            ink.text(place, letter, _PALE, _font(10), stroke_width=1, stroke_fill=_PAPER)
     shape, spacing = "x".join(map(str, entry.shape)), "x".join(f"{s:.3g}" for s in entry.spacing)
     extent = "x".join(f"{length:.0f}" for length in look.extent)
     share = 100 * entry.foreground
@@ -186,7 +190,8 @@ def slices(cache: Cache, look: Look) -> list[Image.Image]:
     middle = [length // 2 for length in size]
     planes = []
     volume = None if cache.chain.fit == "random_crop" else cache.read_whole(entry)
-    for axis in (2, 1, 0):
+    for view in VIEWS:
+        axis = view.through
         if volume is not None:
             plane = volume.take(middle[axis], axis)
         else:  # only the chunks of this plane
@@ -195,11 +200,9 @@ def slices(cache: Cache, look: Look) -> list[Image.Image]:
             plane = cache.read(entry, corner, part).squeeze(axis)  # type: ignore[arg-type]
         planes.append(np.rint(dequantise(plane) * 255).astype(np.uint8))
     x, y, z = (length * _PANEL / max(look.extent) for length in look.extent)
-    sizes = ((x, y), (x, z), (y, z))
+    sizes = ((x, y), (x, z), (y, z))  # of VIEWS
     return [
-        # RAS: indices grow to the patient's right, front and head. Right (or front) is shown on the
-        # left, front (or head) at the top.
-        Image.fromarray(np.ascontiguousarray(plane.T[::-1, ::-1]))
+        Image.fromarray(np.ascontiguousarray(as_shown(plane)))
         .resize((max(1, round(width)), max(1, round(height))), Image.Resampling.BOX)
         .convert("RGB")
         for plane, (width, height) in zip(planes, sizes, strict=True)

@@ -6,6 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from voco_jax.report.planes import AXIAL, orient
 from voco_jax.types import Size
 
 _COLOURS = ("#ff5a5f", "#2ec4b6", "#ffbf00", "#9d7bff", "#5ab1ff", "#ff9f5a", "#a8e05f", "#ff7bd5")
@@ -33,7 +34,7 @@ def draw_positions(
         title: of the picture.
 
     Returns:
-        (rows, columns, 3) uint8.
+        (rows, columns, 3) uint8; slice and maps with the patient's right on the left.
     """
     count = min(len(origins), len(_COLOURS))
     figure = Figure(figsize=(11, 0.6 + 3.3 * count), dpi=100, layout="constrained")
@@ -68,6 +69,7 @@ def draw_positions(
                     color="black" if table[i, j] > 0.6 * top else "white",
                 )
             axis.set(xticks=[], yticks=[])
+            orient(axis, AXIAL, letters=False)
             axis.set_title(name + (f", layer {layer + 1}" if grid[2] > 1 else ""), fontsize=9)
         figure.colorbar(image, ax=axes[row, 1:], shrink=0.8)
     canvas = FigureCanvasAgg(figure)
@@ -91,4 +93,5 @@ def _draw_slice(
             draw(line * length, color="white", linewidth=0.8, alpha=0.6)
     corner = (float(origin[0]), float(origin[1]))
     axis.add_patch(Rectangle(corner, *crop_size[:2], fill=False, edgecolor=colour, linewidth=2))
-    axis.set(xticks=[], yticks=[], xlabel="left to right", ylabel="back to front")
+    axis.set(xticks=[], yticks=[])
+    orient(axis, AXIAL)

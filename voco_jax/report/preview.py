@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from voco_jax.report.segmentations import VIEWS, to_grey
+from voco_jax.report.planes import VIEWS, orient
+from voco_jax.report.segmentations import to_grey
 
 _OPACITY = 0.45
 
@@ -31,15 +32,16 @@ def draw_preview(
         title: of the picture.
 
     Returns:
-        (rows, columns, 3) uint8; the patient's left is on the left.
+        (rows, columns, 3) uint8; the patient's right is on the left.
     """
     colours = np.array([(0.0, 0.0, 0.0), *(_colour(i) for i in range(len(names) - 1))])
     size = np.multiply(labels.shape, spacing)
-    widths = [float(size[shown[0]]) for _, shown, *_ in VIEWS]
+    widths = [float(size[view.shown[0]]) for view in VIEWS]
     figure = Figure(figsize=(12, 5.2), dpi=100, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=11, parse_math=False)
     axes = figure.subplots(1, 3, width_ratios=widths)
-    for axis, (through, shown, name, across, up) in zip(axes, VIEWS, strict=True):
+    for axis, view in zip(axes, VIEWS, strict=True):
+        through, shown = view.through, view.shown
         counts = np.count_nonzero(labels, axis=shown)
         index = int(counts.argmax()) if counts.any() else labels.shape[through] // 2
         plane = labels.take(index, through)
@@ -49,8 +51,9 @@ def draw_preview(
         mixed = grey[..., None] * (1 - over) + colours[plane] * over
         extent = (0, float(size[shown[0]]), 0, float(size[shown[1]]))
         axis.imshow(mixed.swapaxes(0, 1), origin="lower", extent=extent)
-        axis.set(xticks=[], yticks=[], xlabel=across, ylabel=up)
-        axis.set_title(f"{name}, slice {index}", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+        orient(axis, view)
+        axis.set_title(f"{view.name}, slice {index}", fontsize=9)
     present = np.unique(labels)
     patches = [Patch(color=colours[i], label=names[i]) for i in present if i]
     if patches:

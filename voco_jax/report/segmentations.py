@@ -10,14 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import ndimage
 
+from voco_jax.report.planes import VIEWS, View, orient
+
 _REFERENCE, _PREDICTION, _EMPTY = "#3ddbd9", "#ff9f1c", "#18181b"
 _MARGIN = 15.0  # mm around the masks
 _WIDTH, _TALLEST = 11.0, 3.6  # inches, of the page and of the slices in a row
-VIEWS = (  # the axis that a slice goes through, those that it shows, their names
-    (2, (0, 1), "axial", "left to right", "back to front"),
-    (1, (0, 2), "coronal", "left to right", "foot to head"),
-    (0, (1, 2), "sagittal", "back to front", "foot to head"),
-)
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class _Slice:
     """What one panel shows."""
 
     name: str
-    labels: tuple[str, str]  # of its axes
+    view: View
     image: np.ndarray | None  # (i, j) 0..1
     masks: tuple[np.ndarray, np.ndarray]  # (i, j) reference, prediction
     steps: tuple[float, float]  # mm
@@ -52,7 +49,7 @@ def draw_cases(rows: Iterable[Segmentation], title: str = "") -> np.ndarray:
     """A row for each case: axial, coronal and sagittal slice where most voxels are wrong.
 
     All are shown in millimetres, cropped to what is not background in either mask; the patient's
-    left is on the left.
+    right is on the left.
 
     Args:
         rows: at least one; taken one after the other, so that only one need be in memory.
@@ -114,7 +111,8 @@ def _slices(row: Segmentation) -> list[_Slice]:
     counted = wrong if wrong.any() else shown
     box = _box(shown, row.spacing, _MARGIN) if shown.any() else (slice(None),) * 3
     slices = []
-    for axis, (i, j), name, horizontal, vertical in VIEWS:
+    for view in VIEWS:
+        axis, (i, j) = view.through, view.shown
         counts = counted.sum(axis=(i, j))
         index = int(counts.argmax()) if counts.any() else len(counts) // 2
         part: list[slice | int] = list(box)
@@ -122,8 +120,8 @@ def _slices(row: Segmentation) -> list[_Slice]:
         take = tuple(part)
         slices.append(
             _Slice(
-                f"{name}, {'xyz'[axis]} = {index}",
-                (horizontal, vertical),
+                f"{view.name}, {'xyz'[axis]} = {index}",
+                view,
                 None if row.image is None else row.image[take].copy(),
                 (row.reference[take].copy(), row.prediction[take].copy()),
                 (row.spacing[i], row.spacing[j]),
@@ -165,6 +163,5 @@ def _draw(axis: Axes, panel: _Slice) -> None:
         for label in np.unique(labels[labels > 0]):
             axis.contour(x, y, padded == label, levels=[0.5], colors=colour, linewidths=thick)
     axis.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[], aspect="equal")
-    axis.set_xlabel(panel.labels[0], fontsize=8)
-    axis.set_ylabel(panel.labels[1], fontsize=8)
+    orient(axis, panel.view)
     axis.set_title(panel.name, fontsize=9)
