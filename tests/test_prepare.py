@@ -17,8 +17,8 @@ import pytest
 from chains import CHAIN_10K
 from conftest import shared_file
 
+from voco_jax.data import filling as filling_module
 from voco_jax.data import jobs as jobs_module
-from voco_jax.data import prepare as prepare_module
 from voco_jax.data.cache import Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.collect import scan
 from voco_jax.data.datalists import Volume, read_list
@@ -338,7 +338,7 @@ def test_a_volume_that_kills_its_workers_is_a_failure(data, tmp_path, monkeypatc
     def outcomes(jobs, *_):
         yield from ((job, None if "3.nii" in job.volume.id else prepare_one(job)) for job in jobs)
 
-    monkeypatch.setattr(prepare_module, "_outcomes", outcomes)
+    monkeypatch.setattr(filling_module, "_outcomes", outcomes)
     assert counts(run(scan(data), tmp_path / "cache")) == (4, 0, 1)
     (failure,) = lines(tmp_path / "cache/failures.jsonl")
     assert failure["id"] == "data/3.nii.gz"

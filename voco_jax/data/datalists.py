@@ -66,7 +66,7 @@ def read_list(
     """
     table = class_table(classes) if classes is not None else None
     if str(list_path).lower().endswith(".csv"):
-        content: Any = read_csv(_read_text(list_path), str(list_path), table or ())
+        content: Any = read_csv(read_text(list_path), str(list_path), table or ())
     else:
         content = _read_json(list_path)
     if not isinstance(content, dict) or "training" not in content:
@@ -140,7 +140,12 @@ def labels_wanted(chain: Chain) -> dict[str, Any]:
     return {"classes": chain.classes if isinstance(chain, ClassifiedChain) else None}
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """The text of a list, here or in an object store.
+
+    Raises:
+        InputError: it cannot be read, or is no text.
+    """
     try:
         if is_remote(path):
             folder, name = Folder.of(str(path))
@@ -158,7 +163,7 @@ def _read_text(path: str | Path) -> str:
 
 def _read_json(path: str | Path) -> Any:
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}), expected a Decathlon list") from error
 

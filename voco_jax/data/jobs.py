@@ -22,6 +22,7 @@ from voco_jax.data.formats.remote import local_copy, remote_signature
 from voco_jax.data.labels import PreparedLabels, prepare_labels
 from voco_jax.data.manifest import LOCK, Channel, Entry, Label, token_of
 from voco_jax.data.progress import log
+from voco_jax.data.series import Divided, divide
 from voco_jax.data.storage import Folder, is_remote
 from voco_jax.data.volumes import PreparedVolume, prepare_files, quantise
 from voco_jax.data.workers import cluster_workers, run_jobs
@@ -49,11 +50,12 @@ def slots_of(chain: Chain) -> int:
     return 2 + max(len(chain.channels), 1) if isinstance(chain, LabelledChain) else 1
 
 
-def prepare_one(job: Job) -> Entry | str:
+def prepare_one(job: Job) -> Entry | Divided | str:
     """Prepares one volume.
 
     Returns:
-        Its line of the manifest, its file in the cache written; or the reason why it failed.
+        Its line of the manifest, its file in the cache written; or, of a folder with several DICOM
+        series, these instead; or the reason why it failed.
 
     Raises:
         OSError: the cache cannot be written, which ends the run.
@@ -75,6 +77,8 @@ def prepare_one(job: Job) -> Entry | str:
             with local_copy(volume.label) as path:
                 labels = prepare_labels(path, chain, prepared)
     except VolumeError as error:
+        if error.reason.startswith("several ") and (divided := divide(volume)):
+            return divided
         what = {str(volume.label): "label", **{str(path): "channel" for path in volume.channels}}
         about = what.get(error.path)
         return f"{about} {error.path}: {error.reason}" if about else error.reason

@@ -80,6 +80,7 @@ class Entry:
     fold: int | None = None  # as its list has it
     doubt: str = ""  # why it is hardly an image of the chain's kind; taken all the same
     aside: tuple[Aside, ...] = ()  # files in its folder that are no part of it
+    series: str = ""  # digest of its SeriesInstanceUID, where it has one
 
     @property
     def slots(self) -> tuple[int, ...]:

@@ -3,11 +3,20 @@
 import collections
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from voco_jax.data.cache import ASIDE, FAILURES
 from voco_jax.data.formats.stored import Aside
 from voco_jax.files import printable
+
+SHOWN = 20  # names that are printed
+
+
+def some(names: Sequence[str]) -> str:
+    """Some of many names, and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,13 @@ class Summary:
     files_taken: int  # of the volumes that are there
     files_failed: int
     size: int | None  # of the cache's volumes, bytes; None: in an object store
-    seconds: float
+    shared_series: tuple[str, ...]  # ids of volumes whose DICOM series is in several folders
+    excluded: int = 0  # volumes that were found and are not wanted
+    files_excluded: int = 0
+    excluded_there: int = 0  # excluded volumes in the cache
+    pruned: tuple[str, ...] = ()  # ids of volumes that were taken out of the cache
+    unused: str = ""  # what the file of excluded volumes names in vain
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         """The lines that the command prints."""
@@ -52,10 +67,27 @@ class Summary:
             f"{self.failed} failed; {self.seconds:.1f} s"
             + (f", {self.done / self.seconds:.2f} volumes/s" if self.done else ""),
         ]
-        if self.unlisted:
+        if self.excluded:
+            lines.append(f"excluded: {self.excluded} volumes")
+        if self.pruned:
+            lines.append(f"taken out of the cache: {len(self.pruned)}: {some(self.pruned)}")
+        if self.excluded_there:
             lines.append(
-                f"{self.unlisted} volumes of the cache are in none of the lists given; training "
-                "uses them too: to leave them out, prepare into another folder"
+                f"{self.excluded_there} excluded volumes are in the cache, and training uses them: "
+                "add --prune to take them out"
+            )
+        if unlisted := self.unlisted - self.excluded_there:
+            lines.append(
+                f"{unlisted} volumes of the cache are in none of the lists given; training "
+                "uses them too: add --prune to take them out"
+            )
+        if self.unused:
+            lines.append(self.unused)
+        if self.shared_series:
+            lines.append(
+                f"{len(self.shared_series)} volumes have a DICOM series that is in several folders "
+                f"({some(self.shared_series[:2])} ...): copies, or parts of one scan: put the "
+                "files of each series into one folder"
             )
         if self.doubtful:
             lines.append(f"{self.doubtful} volumes of the cache are doubtful (--take-doubtful)")
@@ -65,12 +97,13 @@ class Summary:
             lines.append(f"each failed volume with its reason: {self.cache}/{FAILURES}")
         reasons = collections.Counter(why.split(":")[0] for _, why in self.aside)
         lines += [f"set aside, {reason}: {count} files" for reason, count in reasons.most_common()]
-        if self.aside:
-            total = self.files_taken + self.files_failed + len(self.aside)
+        if self.aside or self.excluded:
+            total = self.files_taken + self.files_failed + self.files_excluded + len(self.aside)
+            excluded = f"{self.files_excluded} of excluded ones, " if self.excluded else ""
             lines.append(
                 f"{total} files: {self.files_taken} of volumes taken, {self.files_failed} of "
-                f"failed ones, {len(self.aside)} set aside, each with its reason: "
-                f"{self.cache}/{ASIDE}"
+                f"failed ones, {excluded}"
+                f"{len(self.aside)} set aside, each with its reason: {self.cache}/{ASIDE}"
             )
         return "\n".join(lines)
 

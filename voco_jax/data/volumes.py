@@ -46,6 +46,7 @@ class PreparedVolume:
     affine: np.ndarray  # of the file in RAS order, voxel index to mm
     doubt: str  # why it is hardly an image of the chain's kind, taken all the same; "": it is one
     aside: tuple[Aside, ...]  # files in its folder that are no part of it
+    series: str  # digest of its SeriesInstanceUID, or ""
 
 
 def orient_ras(source: StoredVolume) -> StoredVolume:
@@ -190,6 +191,7 @@ def prepare_stored(
                 affine,
                 why,
                 stored.aside,
+                stored.series,
             )
             for stored, source, own, why in zip(channels, sources, limits, doubts, strict=True)
         )

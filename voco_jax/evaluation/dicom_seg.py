@@ -8,6 +8,7 @@ import numpy as np
 
 import voco_jax
 from voco_jax.data.formats.dicom import ordered_slices
+from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.data.formats.readers import FormatError
 from voco_jax.data.formats.stored import StoredVolume, VolumeError
 from voco_jax.errors import InputError
@@ -51,7 +52,7 @@ def write_dicom_seg(
     from highdicom.seg import SegmentAlgorithmTypeValues, SegmentationTypeValues
     from pydicom import dcmread
 
-    if not stored.path.is_dir():
+    if not (stored.path.is_dir() or is_series(stored.path)):
         raise VolumeError(
             stored.path, "no DICOM series: a DICOM-SEG refers to one; use --format nifti"
         )

@@ -1,26 +1,16 @@
-"""DICOM series: a folder whose files are the slices of one CT, read through SimpleITK (GDCM).
+"""DICOM series: slices of one CT in a folder, read through SimpleITK (GDCM).
 
-The slices must be one series on one regular grid; `dicom_files` says what else may lie in the
-folder. Missing slices at either end cannot be told.
+The slices must be on one regular grid; `dicom_files` and `dicom_series` say what else may lie in
+the folder. Missing slices at either end cannot be told.
 """
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from voco_jax.data.formats.dicom_files import (
-    DIRECTION_TOLERANCE,
-    VOLUME_TAGS,
-    Image,
-    files_in,
-    find_slices,
-    itk_message,
-    open_image,
-)
+from voco_jax.data.formats.dicom_files import Image, files_in, itk_message, open_image
+from voco_jax.data.formats.dicom_series import digest_of, find_volumes, place_of, several
 from voco_jax.data.formats.stored import (
     Aside,
     FormatError,
@@ -34,14 +24,14 @@ from voco_jax.data.formats.stored import (
 # Of the typical distance of two slices. A missing slice doubles it; positions that were rounded to
 # 0.1 mm change 1.25 mm by 8 %.
 SPACING_TOLERANCE = 0.1
-_MOST_INTERLEAVED = 4  # volumes in one series whose slices alternate
 
 
-def load_series(folder: Path) -> StoredVolume:
-    """Reads the one series in a folder.
+def load_series(path: Path) -> StoredVolume:
+    """Reads a series.
 
     Args:
-        folder: subfolders are left aside, and so are files whose name begins with a dot.
+        path: of a folder that holds one; subfolders are left aside, and so are files whose name
+            begins with a dot. Of several in a folder FOLDER/NAME, see `dicom_series`.
 
     Returns:
         The volume, rescaled to HU slice by slice (int16, int32 or float32): x along a slice's rows,
@@ -52,11 +42,12 @@ def load_series(folder: Path) -> StoredVolume:
             not one regular upright grid, colours, several frames in a file.
         OSError: the folder cannot be read.
     """
-    slices, affine, aside = _slices(folder)
+    folder, slices, aside = _slices(path)
+    affine = _affine(slices)
     shape = checked_shape((*slices[0].shape, len(slices)))
     axes = checked_axes(affine)
     return StoredVolume(
-        folder,
+        path,
         _voxels(folder, slices, shape),
         slope=1.0,
         intercept=0.0,
@@ -64,81 +55,43 @@ def load_series(folder: Path) -> StoredVolume:
         axes=axes,
         modality=slices[0].tags["modality"],
         aside=tuple(sorted(aside)),
+        series=digest_of(slices[0].tags["series"]),
     )
 
 
-def ordered_slices(folder: Path) -> list[Path]:
-    """The files of the one series in a folder, in the order of the volume's z axis.
+def ordered_slices(path: Path) -> list[Path]:
+    """The files of a series, in the order of the volume's z axis.
 
     Raises:
         FormatError: see `load_series`.
         OSError: the folder cannot be read.
     """
-    return [folder / one.name for one in _slices(folder)[0]]
+    folder, slices, _ = _slices(path)
+    return [folder / one.name for one in slices]
 
 
-def series_files(folder: Path) -> list[Path]:
-    """The files in a folder, or the folder if there is none."""
-    return [folder / name for name in files_in(folder)] or [folder]
+def series_files(path: Path) -> list[Path]:
+    """The files in the folder of a series, or the path if there is none."""
+    folder, _ = place_of(path)
+    return [folder / name for name in files_in(folder)] or [path]
 
 
-def _slices(folder: Path) -> tuple[list[Image], np.ndarray, list[Aside]]:
-    """The slices of the one volume in a folder, in order, their affine, and the files set aside."""
-    images, aside = find_slices(folder)
-    first = images[0]
-    for other in images[1:]:
-        same_size = (other.shape, other.spacing) == (first.shape, first.spacing)
-        turned = np.abs(other.directions - first.directions).max() > DIRECTION_TOLERANCE
-        if not same_size or turned:
-            raise FormatError(
-                f"mixed slices: {first.name} and {other.name} of one series differ in size, pixel "
-                "spacing or orientation; move each volume to its own folder"
-            )
-    places = {image.name: float(image.position @ first.normal) for image in images}
-    images = sorted(images, key=lambda one: places[one.name])
-    slices: list[Image] = []
-    for image in images:
-        last = slices[-1] if slices else None
-        copy = last and image.tags["uid"] == last.tags["uid"] != ""
-        if last and copy and np.array_equal(image.position, last.position):
-            aside.append((image.name, f"a copy: of {last.name}, with its SOPInstanceUID"))
-        else:
-            slices.append(image)
-    _check_one_volume(slices, [places[image.name] for image in slices])
-    return slices, _affine(slices), aside
-
-
-def _check_one_volume(slices: Sequence[Image], places: Sequence[float]) -> None:
-    """Whether slices, in order along their normal, are of one volume, as far as their tags say."""
-    for tag in VOLUME_TAGS:
-        found: dict[str, list[float]] = defaultdict(list)
-        for image, place in zip(slices, places, strict=True):
-            found[image.tags[tag]].append(place)
-        ranges = sorted((own[0], own[-1]) for own in found.values())
-        if "" not in found and any(first < end for (_, end), (first, _) in pairwise(ranges)):
-            counts = ", ".join(f"{value} ({len(own)} images)" for value, own in found.items())
-            raise FormatError(
-                f"several volumes: one series with the {tag} {counts[:500]}, which lie between "
-                "each other; move each volume to its own folder"
-            )
-    numbers = [image.tags["number"] for image in slices]
-    if not all(re.fullmatch(r"\d{1,9}", number) for number in numbers):
-        return
-    for count in range(2, _MOST_INTERLEAVED + 1):
-        parts = [list(map(int, numbers[start::count])) for start in range(count)]
-        ends = sorted((min(part[0], part[-1]), max(part[0], part[-1])) for part in parts if part)
-        in_order = all(len(part) > 2 and _is_monotonic(part) for part in parts)
-        if in_order and all(last < first for (_, last), (first, _) in pairwise(ends)):
-            said = ", ".join(f"{first} to {last}" for first, last in ends)
-            raise FormatError(
-                f"several volumes: one series with the InstanceNumbers {said}, whose slices "
-                "alternate; move each volume to its own folder"
-            )
-
-
-def _is_monotonic(numbers: Sequence[int]) -> bool:
-    """Whether numbers only grow or only shrink."""
-    return sorted(numbers) in (list(numbers), list(reversed(numbers)))
+def _slices(path: Path) -> tuple[Path, Sequence[Image], list[Aside]]:
+    """The folder, the slices of a volume, in order, and the files that are no part of it."""
+    folder, name = place_of(path)
+    volumes, aside = find_volumes(folder)
+    if name is None and len(volumes) > 1:
+        raise FormatError(several(volumes))
+    wanted = [volume for volume in volumes if volume.name == (name or ".")]
+    if not wanted:
+        there = ", ".join(volume.name for volume in volumes)
+        raise FormatError(
+            f"missing file: {folder} holds no series of this name, only {there[:1000]}"
+        )
+    (volume,) = wanted
+    if volume.fault:
+        raise FormatError(volume.fault)
+    return folder, volume.slices, [*volume.copies, *(aside if name is None else ())]
 
 
 def _affine(slices: Sequence[Image]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which files in a folder are the slices of one CT, and why the others are not.
+"""Which files in a folder are slices of which series, and why the others are not.
 
 What lies beside slices is set aside, each file with a reason: files that are no DICOM; objects
 without an image (reports, structures, DICOMDIR, of private classes too); colour pages, as of dose
@@ -61,7 +61,9 @@ _TAGS = {
     "class": "0008|0016",
     "uid": "0008|0018",
     "modality": "0008|0060",
+    "study": "0020|000d",
     "series": "0020|000e",
+    "description": "0008|103e",
     "number": "0020|0013",
     "position": "0020|0032",
     "orientation": "0020|0037",
@@ -79,11 +81,19 @@ _TAGS = {
 VOLUME_TAGS = tuple(name for name in _TAGS if name[0].isupper())
 
 
-def find_slices(folder: Path) -> tuple[list[Image], list[Aside]]:
-    """The images of the one series in a folder, in no order, and the files set aside.
+@dataclass(frozen=True)
+class Stack:
+    """The images of one series and class, seen from one side; in no order."""
+
+    images: tuple[Image, ...]
+    fault: str = ""  # a damaged image among them: a few fixed words, a colon, details
+
+
+def find_stacks(folder: Path) -> tuple[list[Stack], list[Aside]]:
+    """The stacks in a folder that can be volumes, at least one, and the files set aside.
 
     Raises:
-        FormatError: no DICOM, several series, or a damaged file.
+        FormatError: no DICOM, nothing but localisers of several series, or a damaged file.
         OSError: the folder cannot be read.
     """
     names, aside = _dicom_files(folder)
@@ -99,13 +109,14 @@ def find_slices(folder: Path) -> tuple[list[Image], list[Aside]]:
         raise FormatError(
             "no DICOM: found a folder without DICOM images, expected the slices of one CT"
         )
-    slices, others = _one_stack(images)
+    stacks, others = _stacks(images)
+    classes = {stack.images[0].tags["class"] for stack in stacks}
     for name, problem in unreadable.items():
         found = _class_of(folder / name)
-        if found in ("", slices[0].tags["class"]):
+        if found == "" or found in classes:
             raise FormatError(problem)
         aside.append((name, f"no image: a DICOM object of class {found}"))
-    return slices, aside + others
+    return stacks, aside + others
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -250,8 +261,8 @@ def _numbers(text: str, count: int) -> np.ndarray:
     return np.full(count, np.nan)
 
 
-def _one_stack(images: Sequence[Image]) -> tuple[list[Image], list[Aside]]:
-    """The images that are one series of one class, seen from one side; why the others are not."""
+def _stacks(images: Sequence[Image]) -> tuple[list[Stack], list[Aside]]:
+    """The images by series, class and view; why those of localisers and pages are none of them."""
     stacks: list[list[Image]] = []
     for image in images:
         if image.fault:
@@ -265,25 +276,30 @@ def _one_stack(images: Sequence[Image]) -> tuple[list[Image], list[Aside]]:
     if not stacks:
         raise FormatError(images[0].fault)
     long = [stack for stack in stacks if len(stack) > LOCALISER_SLICES]
-    if len(long) != 1 and len(stacks) > 1:
+    if not long and len(stacks) > 1:
         found = ", ".join(f"{s[0].tags['series'] or 'none'} ({len(s)} images)" for s in stacks)
         raise FormatError(
-            f"several series: {found[:1000]}; expected one in a folder (beside it, ones of at most "
-            f"{LOCALISER_SLICES} images are left aside): move each to its own folder"
+            f"several series: {found[:1000]}; expected more than {LOCALISER_SLICES} images of one"
         )
-    chosen = long[0] if long else stacks[0]
+    chosen = long or stacks
+    beside = "the CT" if len(chosen) == 1 else "a series"
     aside = [
-        (image.name, f"another series: {len(stack)} images beside the {len(chosen)} of the CT")
+        (
+            image.name,
+            f"another series: {len(stack)} images beside the {len(chosen[0])} of {beside}",
+        )
         for stack in stacks
         for image in stack
-        if stack is not chosen
+        if stack not in chosen
     ]
-    for image in images:
-        if image.fault:
-            if not _is_other(image, chosen[0]):
-                raise FormatError(image.fault)
+    faults = [""] * len(chosen)
+    for image in (image for image in images if image.fault):
+        of = [n for n, stack in enumerate(chosen) if not _is_other(image, stack[0])]
+        if not of:
             aside.append((image.name, image.fault))
-    return chosen, aside
+        for number in of:
+            faults[number] = faults[number] or image.fault
+    return [Stack(tuple(s), fault) for s, fault in zip(chosen, faults, strict=True)], aside
 
 
 def _same_view(one: Image, other: Image) -> bool:

@@ -11,6 +11,7 @@ from isal import igzip_lib
 
 from voco_jax.data.formats import dicom_files, image_slices
 from voco_jax.data.formats.dicom import load_series, series_files
+from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.data.formats.meta_image import load_meta, meta_files
 from voco_jax.data.formats.nifti import PAIR_SUFFIXES, load_nifti, load_pair, pair_files, pairs_in
 from voco_jax.data.formats.nrrd import load_nrrd, nrrd_files
@@ -74,7 +75,8 @@ def load(path: str | Path) -> StoredVolume:
     """Reads one volume, with all checks that need no look at the numbers.
 
     Args:
-        path: a file or folder of one of FORMATS; of a pair, either file. A file of any other name
+        path: a file or folder of one of FORMATS; of a pair, either file; of several series in a
+            folder FOLDER/NAME, see `dicom_series`. A file of any other name
             is taken for NIfTI, a folder that shows no other format for a DICOM series.
 
     Raises:
@@ -113,7 +115,8 @@ def file_signature(path: str | Path) -> tuple[int, int]:
     Raises:
         OSError: there is no such file.
     """
-    os.stat(path)
+    if not is_series(Path(path)):
+        os.stat(path)
     found = [os.stat(file) for file in files_of(path)]
     return sum(file.st_size for file in found), max(file.st_mtime_ns for file in found)
 
@@ -146,7 +149,14 @@ def volumes_in(names: Sequence[str], folder: str | None = None) -> list[str]:
     return found
 
 
+def is_dicom_folder(path: Path) -> bool:
+    """Whether a path is a folder that is read as DICOM."""
+    return path.is_dir() and _format_of_folder(path).load is load_series
+
+
 def _format_of(path: Path) -> Format:
+    if is_series(path):
+        return next(one for one in FORMATS if one.load is load_series)
     if path.is_dir():
         return _format_of_folder(path)
     name = path.name.lower()

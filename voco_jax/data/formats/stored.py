@@ -61,6 +61,7 @@ class StoredVolume:
     axes: str  # direction of each axis, as "LPS"
     modality: str = ""  # as "CT"; of DICOM alone
     aside: tuple[Aside, ...] = ()  # files in its folder that are no part of it
+    series: str = ""  # digest of its SeriesInstanceUID; of DICOM alone
 
     @property
     def spacing(self) -> tuple[float, float, float]:
