@@ -169,6 +169,7 @@ def _leave(one: Looked, why: str, aside: list[Aside]) -> None:
     assert one.dicom is not None
     folder = folder_of(one.volume)
     names = [image.name for image in one.dicom.slices] + [name for name, _ in one.dicom.copies]
+    names += one.dicom.damaged
     aside += [(f"{folder}/{name}", why) for name in names]
     aside += [(f"{folder}/{name}", other) for name, other in one.beside]
 

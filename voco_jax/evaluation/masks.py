@@ -11,8 +11,10 @@ import nibabel
 import numpy as np
 
 from voco_jax.data.collect import scan
+from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.data.formats.readers import SUFFIXES, load
 from voco_jax.data.formats.stored import StoredVolume
+from voco_jax.data.series import Choice, choose, look
 from voco_jax.data.volumes import orient_ras
 from voco_jax.errors import InputError
 
@@ -37,27 +39,38 @@ class Mask:
     spacing: tuple[float, float, float]  # mm
 
 
-def find(path: str | Path, beside: Mapping[str, Path] | None = None) -> dict[str, Path]:
+def find(
+    path: str | Path, beside: Mapping[str, Path] | None = None, series: str | None = None
+) -> dict[str, Path]:
     """The volumes in a folder, or the one that a file (or a folder of DICOM files) is, by name.
 
     Args:
-        path: a file or folder.
+        path: a file or folder; a folder with several DICOM series is as many volumes, and
+            FOLDER/NAME one of them (see `data.formats.dicom_series`).
         beside: other volumes; a single volume belongs to the only one there, whatever its name.
+        series: of DICOM only series in whose "SeriesNumber SeriesDescription" this regular
+            expression is found.
 
     Returns:
         By path below the folder without the format's suffix.
 
     Raises:
-        InputError: nothing there, or two volumes of one name.
+        InputError: nothing there, two volumes of one name, or no such series.
     """
     path = Path(path).resolve()
     if path.is_file():
         found = {without_suffix(path.name): path}
+    elif is_series(path):
+        found = {path.name: path}
     elif path.is_dir():
         found = {}
-        for volume in scan(path, segmentations=True):
+        looked = look(scan(path, segmentations=True), [], progress=False)
+        if choice := Choice.of(series, None):
+            looked = choose(looked, choice, [])
+        for volume in (one.volume for one in looked):
             place, (_, _, inside) = Path(volume.path), volume.id.partition("/")
-            name = inside if place.is_dir() else without_suffix(inside)
+            whole = place.is_dir() or is_series(place)
+            name = inside if whole else without_suffix(inside)
             name = path.name if name == "." else name
             if name in found:
                 raise InputError(

@@ -2,9 +2,10 @@
 
     python -m voco_jax.evaluation.predict --weights W.safetensors --input ct.nii.gz --output masks
 
-Takes files, folders of files and DICOM series, in any format that is read. The card beside the
-weights says what they are for, how images are prepared and what the classes are; for weights
-without one name a config file. It writes report.json (versions, device, weights, seconds, files),
+Takes files, folders of files and DICOM series (all in a folder, or those that --series chooses), in
+any format that is read. The card beside the weights says what they are for, how images are prepared
+and what the classes are; for weights without one name a config file. It writes report.json
+(versions, device, weights, seconds, files),
 
 - of a segmentation a mask of each image on its own grid, as NIfTI (with the header of a NIfTI
   image, else with the image's affine) or, of a DICOM series, as DICOM-SEG, and statistics.json (ml,
@@ -278,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 --weights runs/btcv/segmentation.safetensors --input ct.nii.gz --output masks
 --weights fold_0.safetensors fold_1.safetensors --input scans --output masks --preview
 --weights runs/btcv/segmentation.safetensors --input dicom_series --output seg --format dicom-seg
+--weights runs/btcv/segmentation.safetensors --input pacs --output masks --series "abdomen.*b30"
 --weights monai.pt --config configs/finetune_btcv.py --input scans --output masks --mirror x
 --weights runs/ccii/classification.safetensors --input scans --output classes
 """,
@@ -286,6 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--weights", nargs="+", required=True, metavar="FILE", help="several: an ensemble")
     add("--input", required=True, metavar="PATH", help="image, folder of images, DICOM series")
     add("--output", required=True, metavar="DIR", help="folder for what is written")
+    add(
+        "--series",
+        metavar="REGEX",
+        help="of DICOM only series whose 'SeriesNumber SeriesDescription' it is found in, whatever "
+        "the case; default: all",
+    )
     add("--config", metavar="PY", help="config file of weights without a card")
     add("--overlap", type=float, default=0.5, help="of windows, 0 to 0.9; default %(default)s")
     add(
@@ -313,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if note := check_jax_settings():
             print(note, flush=True)
         experiment = read_experiments(options.weights, options.config, overrides)
-        images = find(options.input)
+        images = find(options.input, series=options.series)
         if options.format == "dicom-seg":
             check_highdicom()
         start = time.monotonic()

@@ -25,11 +25,12 @@ SUFFIXES = (".dcm", ".dicom", ".ima")
 LOCALISER_SLICES = 3  # scouts have one to three
 DIRECTION_TOLERANCE = 1e-3  # of a unit vector: headers have six digits
 _MAGIC_AT, _MAGIC = 128, b"DICM"
-_HEAD = 2048  # bytes that hold the class of a file
+_HEAD = 4096  # bytes that hold the class and the series of a file
 _PROBES = 3  # files without a suffix that are looked into, in a folder that may be a series
 _OTHER_VIEW = 0.9  # cosine of the angle between two stacks: a scout's is 0
 # The class of an object: in the file's header, or, where it has none, among the first elements.
 _CLASS = re.compile(rb"[\x02\x08]\0[\x02\x16]\0(?:UI..|..\0\0)([0-9.]{8,64})", re.DOTALL)
+_SERIES = re.compile(rb"\x20\0\x0e\0(?:UI..|..\0\0)([0-9.]{1,64})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,17 @@ _TAGS = {
 VOLUME_TAGS = tuple(name for name in _TAGS if name[0].isupper())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stack:
     """The images of one series and class, seen from one side; in no order."""
 
     images: tuple[Image, ...]
     fault: str = ""  # a damaged image among them: a few fixed words, a colon, details
+    damaged: tuple[str, ...] = ()  # names of those, which are not in `images`
+
+    def with_damaged(self, name: str, fault: str) -> "Stack":
+        """The stack with one more damaged image."""
+        return replace(self, fault=self.fault or fault, damaged=(*self.damaged, name))
 
 
 def find_stacks(folder: Path) -> tuple[list[Stack], list[Aside]]:
@@ -112,10 +118,15 @@ def find_stacks(folder: Path) -> tuple[list[Stack], list[Aside]]:
     stacks, others = _stacks(images)
     classes = {stack.images[0].tags["class"] for stack in stacks}
     for name, problem in unreadable.items():
-        found = _class_of(folder / name)
-        if found == "" or found in classes:
-            raise FormatError(problem)
-        aside.append((name, f"no image: a DICOM object of class {found}"))
+        found = _find(_CLASS, folder / name)
+        if found != "" and found not in classes:
+            aside.append((name, f"no image: a DICOM object of class {found}"))
+            continue
+        series = _find(_SERIES, folder / name)
+        of = [n for n, one in enumerate(stacks) if one.images[0].tags["series"] == series]
+        if len(of) != 1:
+            raise FormatError(problem)  # nobody knows whose slice it is
+        stacks[of[0]] = stacks[of[0]].with_damaged(name, problem)
     return stacks, aside + others
 
 
@@ -277,9 +288,9 @@ def _stacks(images: Sequence[Image]) -> tuple[list[Stack], list[Aside]]:
         raise FormatError(images[0].fault)
     long = [stack for stack in stacks if len(stack) > LOCALISER_SLICES]
     if not long and len(stacks) > 1:
-        found = ", ".join(f"{s[0].tags['series'] or 'none'} ({len(s)} images)" for s in stacks)
+        told = ", ".join(f"{s[0].tags['series'] or 'none'} ({len(s)} images)" for s in stacks)
         raise FormatError(
-            f"several series: {found[:1000]}; expected more than {LOCALISER_SLICES} images of one"
+            f"several series: {told[:1000]}; expected more than {LOCALISER_SLICES} images of one"
         )
     chosen = long or stacks
     beside = "the CT" if len(chosen) == 1 else "a series"
@@ -292,14 +303,16 @@ def _stacks(images: Sequence[Image]) -> tuple[list[Stack], list[Aside]]:
         for image in stack
         if stack not in chosen
     ]
-    faults = [""] * len(chosen)
+    found = [Stack(tuple(stack)) for stack in chosen]
     for image in (image for image in images if image.fault):
         of = [n for n, stack in enumerate(chosen) if not _is_other(image, stack[0])]
-        if not of:
+        if len(of) > 1:
+            raise FormatError(image.fault)
+        if of:
+            found[of[0]] = found[of[0]].with_damaged(image.name, image.fault)
+        else:
             aside.append((image.name, image.fault))
-        for number in of:
-            faults[number] = faults[number] or image.fault
-    return [Stack(tuple(s), fault) for s, fault in zip(chosen, faults, strict=True)], aside
+    return found, aside
 
 
 def _same_view(one: Image, other: Image) -> bool:
@@ -369,7 +382,7 @@ def _begins_as_dicom(head: bytes) -> bool:
     return head[:2] in (b"\x02\0", b"\x08\0") and _CLASS.search(head) is not None
 
 
-def _class_of(path: Path) -> str:
-    """The class of a DICOM object; "": not found."""
-    found = _CLASS.search(_head(path))
+def _find(pattern: re.Pattern[bytes], path: Path) -> str:
+    """The class or series of a DICOM object; "": not found."""
+    found = pattern.search(_head(path))
     return found[1].decode() if found else ""

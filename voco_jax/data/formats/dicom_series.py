@@ -48,6 +48,7 @@ class DicomVolume:
     slices: tuple[Image, ...]  # in the order of their normal
     copies: tuple[Aside, ...]  # of slices
     fault: str  # why it cannot be read: a few fixed words, a colon, details; or ""
+    damaged: tuple[str, ...] = ()  # names of files that would be slices
     parted: str = ""  # how it was told from others of its series
 
     @property
@@ -72,7 +73,7 @@ class DicomVolume:
     @property
     def files(self) -> int:
         """How many files it has, with copies."""
-        return len(self.slices) + len(self.copies)
+        return len(self.slices) + len(self.copies) + len(self.damaged)
 
     @property
     def thickness(self) -> float:
@@ -126,7 +127,7 @@ def find_volumes(folder: Path) -> tuple[list[DicomVolume], list[Aside]]:
             own = {image.name for image in images}
             ours = tuple((name, why) for name, twin, why in copies if twin in own)
             name = f"{base}-{_slug(told)}" if told else base
-            found.append(DicomVolume(name, tuple(images), ours, fault, told))
+            found.append(DicomVolume(name, tuple(images), ours, fault, stack.damaged, told))
     counts = Counter(volume.name for volume in found)
     found = [  # values that differ only in what no name has
         replace(one, name=f"{one.name}-{number}") if counts[one.name] > 1 else one
