@@ -24,6 +24,8 @@ _COLUMNS = ("id", "path", "image")  # of a CSV file of volumes
 class Exclusion:
     """Volumes to leave out, as a file names them: by id, by path, or by a folder that they are in.
 
+    Paths are whole, or below the root as in lists.
+
     Args:
         path: a text file with one a line (empty lines and those that begin with "# " say nothing),
             as the contact sheet's exclude.txt; or CSV with a column id, path or image, else its
@@ -49,7 +51,8 @@ class Exclusion:
         """Whether a volume is to be left out."""
         found = {
             name
-            for name in (*_with_parents(volume.id), *_with_parents(str(volume.path)))
+            for place in (volume.id, _inside(volume), str(volume.path))
+            for name in (place, *map(str, PurePosixPath(place).parents))
             if name in self._names
         }
         self._used |= found
@@ -225,11 +228,7 @@ def _column(text: str) -> list[str]:
     return [row[column or 0].strip() for row in body if len(row) > (column or 0)]
 
 
-def _with_parents(name: str) -> list[str]:
-    return [name, *map(str, PurePosixPath(name).parents)]
-
-
-def _inside(volume: Volume) -> str:
+def _inside(volume: Volume | Entry) -> str:
     return volume.id.partition("/")[2]
 
 
