@@ -24,6 +24,7 @@ from voco_jax.data.manifest import LOCK, Channel, Entry, Label, token_of
 from voco_jax.data.progress import log
 from voco_jax.data.series import Divided, divide
 from voco_jax.data.storage import Folder, is_remote
+from voco_jax.data.texture import texture_of
 from voco_jax.data.volumes import PreparedVolume, prepare_files, quantise
 from voco_jax.data.workers import cluster_workers, run_jobs
 
@@ -108,6 +109,7 @@ def prepare_one(job: Job) -> Entry | Divided | str:
         class_label=volume.class_label,
         channels=_write_channels(job, further),
         fold=volume.fold,
+        texture=texture_of(prepared.voxels, chain, prepared.box),
         **facts,
     )
 

@@ -22,6 +22,7 @@ import pydantic
 from voco_jax.data.datalists import Section
 from voco_jax.data.formats.stored import Aside
 from voco_jax.data.storage import Folder
+from voco_jax.data.texture import Texture
 from voco_jax.data.volumes import Box
 from voco_jax.errors import InputError, InUseError, kind_of
 from voco_jax.files import parse_object
@@ -81,6 +82,7 @@ class Entry:
     doubt: str = ""  # why it is hardly an image of the chain's kind; taken all the same
     aside: tuple[Aside, ...] = ()  # files in its folder that are no part of it
     series: str = ""  # digest of its SeriesInstanceUID, where it has one
+    texture: Texture | None = None  # of the prepared voxels; None: of an older version
 
     @property
     def slots(self) -> tuple[int, ...]:

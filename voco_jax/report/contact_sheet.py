@@ -3,9 +3,11 @@
     python -m voco_jax.report.contact_sheet --cache CACHE --output DIR
 
 Each volume is three slices through its middle (axial, coronal, sagittal, in true proportions, the
-patient's right on the left) with its name and numbers. A volume is odd if a number of it lies far
-from those of the others: more than 3.5 robust standard deviations from the median (Iglewicz and
-Hoaglin's modified z-score, by the median absolute deviation). DIR/index.csv lists all of them.
+patient's right on the left) with its name and numbers. A volume is odd if it can be no image of a
+body (another modality, constant, without contrast, a mask, noise, of an impossible size, a copy of
+another one), or if a number of it lies far from those of all that can: more than 3.5 robust
+standard deviations from the median. DIR/index.html shows them with boxes to tick and saves what is
+ticked for `prepare --exclude`; DIR/index.csv lists all of them.
 """
 
 import csv
@@ -14,7 +16,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,81 +23,32 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from voco_jax.config.common import Chain
 from voco_jax.config.load import command_parser, load, parse_arguments, positive
 from voco_jax.data.cache import Cache, read_chain
-from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
 from voco_jax.data.volumes import dequantise
 from voco_jax.data.workers import available_cores
 from voco_jax.errors import InputError
+from voco_jax.report.oddness import UNREADABLE, Look, survey
 from voco_jax.report.planes import VIEWS, as_shown
+from voco_jax.report.tick_page import Tile, write_tick_page
 
 COLUMNS, ROWS = 5, 8  # volumes on a page
-LIMIT = 3.5  # robust standard deviations
 _PANEL, _GAP, _LINE, _HEAD = 118, 6, 15, 44  # pixels
 _TILE = (3 * _PANEL + 4 * _GAP, _PANEL + 5 * _LINE + 4 * _GAP)
 _PAPER, _INK, _PALE, _RED = (24, 24, 27), (235, 235, 235), (150, 150, 155), (255, 99, 88)
 _FRAME = (58, 58, 64)
 
 
-@dataclass(frozen=True)
-class Look:
-    """One volume of the sheet."""
-
-    entry: Entry
-    extent: tuple[float, float, float]  # of what is stored, mm
-    score: float  # largest of its z-scores, without sign
-    reasons: tuple[str, ...]  # why it is odd; (): it is not
-
-
-def survey(cache: Cache) -> list[Look]:
-    """Compares the numbers of all volumes: the odd ones, oddest first, then the others by id."""
-    entries = cache.entries
-    share = [100 * entry.foreground for entry in entries]
-    flat = [float(np.sqrt(entry.spacing[0] * entry.spacing[1])) for entry in entries]
-    # Name, numbers, smallest deviation that counts as one (of sets that are nearly uniform),
-    # whether on a logarithmic scale, how it is written.
-    quantities: list[tuple[str, list[float], float, bool, str]] = [
-        ("x-y spacing", flat, 0.1, True, "{:.3g} mm"),
-        ("z spacing", [entry.spacing[2] for entry in entries], 0.1, True, "{:.3g} mm"),
-        ("foreground", share, 0.1, True, "{:.3g}% of the file"),
-        ("mean", [entry.mean for entry in entries], 0.02, False, "{:.3f}"),
-    ]
-    scores = np.zeros(len(entries))
-    reasons: list[list[str]] = [[] for _ in entries]
-    for name, numbers, least, logarithmic, form in quantities:
-        found = robust_scores(np.log(numbers) if logarithmic else np.asarray(numbers), least)
-        scores = np.maximum(scores, np.abs(found))
-        middle = form.format(float(np.median(numbers)))
-        for index in np.flatnonzero(np.abs(found) > LIMIT):
-            way, value = "high" if found[index] > 0 else "low", form.format(numbers[index])
-            reasons[index].append(f"{way} {name}: {value} (median {middle.partition(' of')[0]})")
-    looks = [
-        Look(entry, _extent(entry, cache.chain), float(score), tuple(why))
-        for entry, score, why in zip(entries, scores, reasons, strict=True)
-    ]
-    return sorted(looks, key=lambda look: (-look.score if look.reasons else 0.0, look.entry.id))
-
-
-def robust_scores(numbers: np.ndarray, least: float) -> np.ndarray:
-    """How many robust standard deviations, at least `least` each, numbers are from the median.
-
-    0.6745 (x - median) / MAD, or less.
-    """
-    away = numbers - np.median(numbers)
-    return away / max(float(np.median(np.abs(away))) / 0.6745, least)
-
-
 def draw(
     cache: Cache, output: Path, pages: int | None = None, progress: bool = True
 ) -> tuple[list[Look], list[Path]]:
-    """Writes the pages and DIR/index.csv; older pages there are deleted.
+    """Writes the pages, DIR/index.html and DIR/index.csv; older pages there are deleted.
 
     Args:
         cache: opened.
         output: the folder; made if missing.
-        pages: at most so many; the index has all volumes. None: all.
+        pages: at most so many; index.csv has all volumes, index.html those on the pages. None: all.
         progress: whether to show a bar or lines now and then.
 
     Returns:
@@ -105,7 +57,7 @@ def draw(
     Raises:
         InputError: the folder cannot be written.
     """
-    looks = survey(cache)
+    looks = survey(cache, progress)
     odd = sum(bool(look.reasons) for look in looks)
     on_page = COLUMNS * ROWS
     total = -(-len(looks) // on_page)
@@ -126,6 +78,8 @@ def draw(
                 files.append(output / f"page_{number:04d}.png")
                 _page(tiles, title).save(files[-1], compress_level=1)
                 done.update(len(tiles))
+        ticks = [_tick_tile(number, look, len(shown)) for number, look in enumerate(shown)]
+        write_tick_page(output / "index.html", cache.path, ticks, _TILE)
     except OSError as error:
         raise InputError(f"{output}: cannot write here: {error.strerror or error}") from error
     return looks, files
@@ -154,7 +108,8 @@ def _tile(cache: Cache, look: Look) -> Image.Image:
     try:
         panels = slices(cache, look)
     except InputError:
-        panels, reasons = [], ["cannot be read: run prepare --verify", *reasons]
+        panels = []
+        reasons = reasons if UNREADABLE in reasons else [UNREADABLE, *reasons]
     for number, panel in enumerate(panels):
         left = _GAP + number * (_PANEL + _GAP) + (_PANEL - panel.width) // 2
         tile.paste(panel, (left, _GAP + (_PANEL - panel.height) // 2))
@@ -209,10 +164,25 @@ def slices(cache: Cache, look: Look) -> list[Image.Image]:
     ]
 
 
-def _page(tiles: Sequence[Image.Image], title: str) -> Image.Image:
-    rows = -(-len(tiles) // COLUMNS)
+def _page_size(count: int) -> tuple[int, int]:
+    """Of a page with so many tiles, pixels."""
     width, height = _TILE
-    page = Image.new("RGB", (COLUMNS * width + 2 * _GAP, _HEAD + rows * height + _GAP), _PAPER)
+    return COLUMNS * width + 2 * _GAP, _HEAD - (-count // COLUMNS) * height + _GAP
+
+
+def _tick_tile(number: int, look: Look, total: int) -> Tile:
+    """Where a volume is, of so many that are drawn."""
+    page, place = divmod(number, COLUMNS * ROWS)
+    row, column = divmod(place, COLUMNS)
+    size = _page_size(min(total - page * COLUMNS * ROWS, COLUMNS * ROWS))
+    corner = (_GAP + column * _TILE[0], _HEAD + row * _TILE[1])
+    name = f"page_{page + 1:04d}.png"
+    return Tile(look.entry.id, look.entry.section, look.reasons, name, (*corner, *size))
+
+
+def _page(tiles: Sequence[Image.Image], title: str) -> Image.Image:
+    width, height = _TILE
+    page = Image.new("RGB", _page_size(len(tiles)), _PAPER)
     place = (2 * _GAP, 12)
     ImageDraw.Draw(page).text(place, _fitting(title, page.width - 4 * _GAP, 17), _INK, _font(17))
     for number, tile in enumerate(tiles):
@@ -241,16 +211,6 @@ def _write_index(path: Path, looks: Sequence[Look]) -> None:
                     *(f"{entry.foreground:.6f}", f"{entry.mean:.6f}"),
                 ]
             )
-
-
-def _extent(entry: Entry, chain: Chain) -> tuple[float, float, float]:
-    """Of what is stored, mm."""
-    if chain.fit == "resize":  # the box was stretched to fit
-        lengths = np.subtract(entry.box[1], entry.box[0]) * (chain.spacing or entry.spacing)
-    else:
-        lengths = np.multiply(entry.stored, chain.spacing or entry.spacing)
-    x, y, z = lengths.tolist()
-    return x, y, z
 
 
 @functools.cache
@@ -320,7 +280,7 @@ def _tell(output: str, looks: Sequence[Look], files: Sequence[Path]) -> None:
     if len(odd) > 20:
         print(f"and {len(odd) - 20} more odd ones")
     print(f"{len(looks)} volumes, {len(odd)} odd")
-    print(f"{output}: index.csv and {len(files)} pages")
+    print(f"{output}: index.html, index.csv and {len(files)} pages")
 
 
 if __name__ == "__main__":
