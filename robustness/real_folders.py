@@ -2,12 +2,12 @@
 
     python -m robustness.real_folders --ct ../shared/ct/images     # 40 patients, two minutes
 
-Makes a tree of patients: DICOM series with all that lies beside slices (dose and protocol pages,
-scouts, reports, private objects, a DICOMDIR, files of the viewer on the CD), in the layouts of
-TotalSegmentator, nnU-Net and Decathlon, NRRD and MetaImage, and what is no CT or damaged. Prepares
-it, then checks that every file is accounted for as it should be, and that each cached volume is,
-voxel for voxel, what dcm2niix (of DICOM), nibabel or ITK make of its file. Needs the packages of
-requirements-test.txt.
+Makes a tree of patients: DICOM series, alone and several in a folder, with all that lies beside
+slices (dose and protocol pages, scouts, reports, private objects, a DICOMDIR, files of the viewer on
+the CD), in the layouts of TotalSegmentator, nnU-Net and Decathlon, NRRD and MetaImage, and what is
+no CT or damaged. Prepares it, then checks that every file is accounted for as it should be, and that
+each cached volume is, voxel for voxel, what dcm2niix (of DICOM), nibabel or ITK make of its file.
+Needs the packages of requirements-test.txt.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from robustness.samples import sources
 from voco_jax.config.common import Chain
 from voco_jax.data.cache import ASIDE, FAILURES, Cache
 from voco_jax.data.collect import scan
+from voco_jax.data.formats.dicom_series import find_volumes
 from voco_jax.data.formats.stored import Aside
 from voco_jax.data.prepare import prepare
 from voco_jax.errors import InputError
@@ -178,7 +179,29 @@ def _two_in_one(tree: Tree, number: int, image: SimpleITK.Image) -> None:
     for index, made in enumerate(_slices(image, "1.2.9")):
         made.AcquisitionNumber = 1 + index % 2
         _save(made, folder / f"{index}.dcm")
-    tree.failed[tree.name(folder)] = "several volumes"
+    voxels = np.maximum(by_slices(image), -1024)
+    for one in find_volumes(folder)[0]:
+        first = int(one.name[-1]) - 1
+        tree.taken[tree.name(folder / one.name)] = lambda first=first: voxels[:, :, first::2]  # type: ignore[misc]
+
+
+def _archive(tree: Tree, number: int, image: SimpleITK.Image) -> None:
+    """A study as a PACS exports it: three series in one folder, their files mixed, and pages."""
+    folder = tree.folder("dicom", f"archive {number}")
+    reformatted = SimpleITK.PermuteAxes(image, (0, 2, 1))
+    kinds = {2: ("Soft", image), 3: ("Lung 1.0", image), 4: ("MPR cor", reformatted)}
+    for series, (description, one) in kinds.items():
+        for index, made in enumerate(_slices(one, f"1.2.{number}.{series}")):
+            made.SeriesDescription = description
+            _save(made, folder / f"{index:04d}_{series}.dcm")
+    for name, (made, reason) in _beside_slices("1.2.9").items():
+        if name in ("dose", "report", "scout", "lateral"):
+            _save(made, folder / f"{name}.dcm")
+            tree.aside[tree.name(folder / f"{name}.dcm")] = reason
+    for volume in find_volumes(folder)[0]:
+        tree.taken[tree.name(folder / volume.name)] = lambda volume=volume: by_dcm2niix(  # type: ignore[misc]
+            folder, volume.number
+        )
 
 
 def _magnetic(tree: Tree, number: int, image: SimpleITK.Image) -> None:
@@ -254,8 +277,10 @@ def _truncated(tree: Tree, number: int, image: SimpleITK.Image) -> None:
 
 
 _TAKEN = [_total_segmentator, _nnunet, _decathlon, _nrrd, _meta]
-_FAILED = [_two_in_one, _magnetic, _scaled, _unnamed_mask, _truncated]
-_PATIENTS = [_dicom, *_TAKEN, *_FAILED, *[_dicom] * 14, *_TAKEN * 3]  # each kind once, then more
+_FAILED = [_magnetic, _scaled, _unnamed_mask, _truncated]
+_SEVERAL = [_two_in_one, _archive]
+# Each kind once, then more.
+_PATIENTS = [_dicom, *_TAKEN, *_SEVERAL, *_FAILED, *[_dicom] * 12, _archive, *_TAKEN * 3]
 
 
 def make(root: Path, images: Sequence[SimpleITK.Image], count: int) -> Tree:
@@ -277,16 +302,21 @@ def by_nibabel(path: Path) -> np.ndarray:
 
 def by_itk(path: Path) -> np.ndarray:
     """Any file that ITK reads."""
-    image = SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), "LPS")
-    return SimpleITK.GetArrayFromImage(image).T[::-1, ::-1].astype(np.float32)
+    return by_slices(SimpleITK.ReadImage(str(path)))
 
 
-def by_dcm2niix(folder: Path) -> np.ndarray:
-    """The largest volume in a folder of DICOM files."""
+def by_slices(image: SimpleITK.Image) -> np.ndarray:
+    """An image of ITK's, whatever its axes."""
+    turned = SimpleITK.DICOMOrient(image, "LPS")
+    return SimpleITK.GetArrayFromImage(turned).T[::-1, ::-1].astype(np.float32)
+
+
+def by_dcm2niix(folder: Path, series: str = "*") -> np.ndarray:
+    """The largest volume in a folder of DICOM files, or of a SeriesNumber there."""
     with tempfile.TemporaryDirectory() as out:
         command = [dcm2niix, "-b", "n", "-z", "n", "-f", "%s_%j", "-o", out, str(folder)]
         subprocess.run(command, capture_output=True, check=False)
-        found = list(Path(out).glob("*.nii"))
+        found = list(Path(out).glob(f"{series}_*.nii"))
         sizes = [nibabel.load(path).header.get_data_shape() for path in found]  # type: ignore[attr-defined]
         return by_nibabel(found[int(np.argmax([np.prod(size) for size in sizes]))])
 

@@ -160,7 +160,7 @@ def test_textures_of_prepared_volumes_are_kept_and_are_those_of_the_cache(tmp_pa
     assert [look.entry.id for look in survey(cache) if look.reasons] == ["data/noise.nii"]
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 CLICKS = """<script>
 const texts = [], errors = [];
 addEventListener("error", (event) => errors.push(event.message));
@@ -185,7 +185,7 @@ setTimeout(() => {
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 def test_volumes_are_ticked_in_a_browser_and_left_out(tmp_path, capsys):
     cache = fill(tmp_path / "c", {}, rubbish={5: NOISE, 6: NOISE[::-1].copy()})
     out = tmp_path / "out"
