@@ -13,15 +13,29 @@ import pages
 import pytest
 import yaml
 from pages import PAGES, ROOT, blocks, prose
+from PIL import Image
 
 import voco_jax
+from voco_jax.config import load
+from voco_jax.data.crops import overlap_labels
+from voco_jax.data.labels import prepare_labels
+from voco_jax.data.phantom import make_phantoms
+from voco_jax.data.volumes import prepare_volume
+from voco_jax.report import method
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 ALL_PAGES = [*PAGES, ROOT / "CHANGELOG.md"]
 SHELL = ("sh", "bash")
 # Of other projects; a block with any other program says what it needs.
 FOREIGN = {"pip", "python", "pytest", "ruff", "mypy", "lint-imports", "tensorboard", "cd", "uv"}
-FOREIGN_FLAGS = {"--shm-size", "--cpus-per-task", "--nthreads", "--preload", "--build-arg"}
+FOREIGN_FLAGS = {
+    "--logdir",
+    "--shm-size",
+    "--cpus-per-task",
+    "--nthreads",
+    "--preload",
+    "--build-arg",
+}
 
 
 def test_blocks_say_what_becomes_of_them():
@@ -72,7 +86,7 @@ def test_refuses_what_is_wrong():
         "python main.py --config configs/demo.py --workdir r --config.batch_size=many",
         "python main.py --config configs/absent.py --workdir r",
         "python -m voco_jax.benchmark stp --config configs/demo.py",
-        "voco-export --checkpoint r",
+        "voco-export --checkpoint r --nothing",
         "launch/absent.sh --config configs/demo.py",
     ):
         try:
@@ -94,9 +108,51 @@ def test_python_blocks_use_what_exists():
                             f"{node.module}.{alias.name}"
                         )
                         assert found, f"{block}: {node.module}.{alias.name}"
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id == "voco_jax":
-                    assert hasattr(voco_jax, node.attr), f"{block}: voco_jax.{node.attr}"
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "voco_jax":
+                assert hasattr(voco_jax, node.attr), f"{block}: voco_jax.{node.attr}"
+
+
+def test_config_blocks_are_configs():
+    """A block with a get_config() is a complete config of its task."""
+    found = [b for b in BLOCKS if b.language == "python" and "def get_config" in b.text]
+    assert found
+    for block in found:
+        names: dict = {}
+        exec(compile(block.text, str(block), "exec"), names)
+        load.parse(names["get_config"]())
+
+
+# ---- the preprocessing in MONAI
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_monais_compose_is_our_chain(tmp_path):
+    """The blocks of docs/monai.md as they stand, on phantoms, beside `prepare_volume`."""
+    mt = pytest.importorskip("monai.transforms")
+    found = [b.text for b in BLOCKS if b.page.name == "monai.md" and "mt.Compose(" in b.text]
+    features, finetuning = (_compose(text) for text in found)
+    without = _compose(found[0].replace(", align_corners=True", ""))
+    assert isinstance(features, mt.Compose)
+    make_phantoms(tmp_path, 2, 0, (64, 64, 32), labelled=True)
+    for image in sorted(tmp_path.glob("phantom_*.nii.gz")):
+        chain = load.load("configs/voco_10k.py").data.sources["ct"].chain
+        ours = prepare_volume(image, chain).voxels
+        assert np.abs(features({"image": image})["image"].numpy()[0] - ours).max() < 1e-5
+        assert np.abs(without({"image": image})["image"].numpy()[0] - ours).max() > 0.1
+
+        chain = load.load("configs/finetune_btcv.py").data.sources["ct"].chain
+        label = image.with_name(f"label_{image.name}")
+        volume = prepare_volume(image, chain)
+        theirs = finetuning({"image": image, "label": label})
+        assert np.abs(theirs["image"].numpy()[0] - volume.voxels).max() < 1e-3
+        ours = prepare_labels(label, chain, volume).voxels
+        assert (theirs["label"].numpy()[0] == ours).mean() > 0.9999  # halves may be rounded apart
+
+
+def _compose(text: str):
+    names: dict = {}
+    exec(text, names)
+    return names["preprocess"]
 
 
 def test_data_blocks_parse():
@@ -184,7 +240,9 @@ def _exists(code: str, files: set[str]) -> bool:
     found = [one for one in files if one == path or one.endswith(f"/{path}")]
     if not found or not name or not path.endswith(".py"):
         return bool(found)
-    return any(re.search(rf"\b{re.escape(name)}\b", (ROOT / one).read_text("utf-8")) for one in found)
+    return any(
+        re.search(rf"\b{re.escape(name)}\b", (ROOT / one).read_text("utf-8")) for one in found
+    )
 
 
 def _importable(name: str, top: str) -> bool:
@@ -218,3 +276,44 @@ def test_spelling():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- pictures, citation
+
+
+def test_readmes_picture_is_drawn_by_the_project(tmp_path):
+    """docs/method.png is what the command draws; fonts may differ by a little."""
+    assert method.main(["--output", str(tmp_path / "method.png")]) == 0
+    drawn, kept = (
+        np.asarray(Image.open(path).convert("RGB"), np.float32)
+        for path in (tmp_path / "method.png", ROOT / "docs" / "method.png")
+    )
+    assert drawn.shape == kept.shape
+    assert np.abs(drawn - kept).mean() < 3
+
+
+def test_the_picture_shows_the_overlaps():
+    """The colour of each cell of the heat map is as strong as its overlap ratio."""
+    grid, size, origin = (3, 2, 1), (32, 32, 16), (40, 10, 0)
+    volume = np.zeros(np.multiply(grid, size), np.float32)
+    picture = method.draw_method(volume, origin, grid=grid, crop_size=size).astype(int)
+    overlaps = overlap_labels(np.array([origin]), grid, size)[0].reshape(grid[:2])
+    scale = method._SIDE / 96
+    for (i, j), share in np.ndenumerate(overlaps):
+        column = 896 + (96 - 32 * (i + 1) + 4) * scale  # a corner of the cell, right to left
+        row = method._TOP + (64 - 32 * (j + 1) + 4) * scale
+        found = picture[int(row), int(column)]
+        white = np.array([255, 255, 255])
+        expected = white + 0.9 * share * (np.array([217, 72, 15]) - white)
+        assert np.abs(found - expected).max() < 4, (i, j)
+
+
+def test_citation():
+    """Fields that version 1.2.0 of the format requires, and our version."""
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(found)
+    assert found["cff-version"] == "1.2.0"
+    cite = (ROOT / "docs" / "cite.md").read_text("utf-8")
+    assert found["version"] == voco_jax.__version__
+    assert f"version = {{{voco_jax.__version__}}}" in cite
+    assert found["preferred-citation"]["title"].split(": ")[1] in cite

@@ -32,6 +32,7 @@ _PAPER, _INK, _PALE = "#ffffff", "#1f2328", "#59636e"
 _BASE, _SUB = "#1f6feb", "#d9480f"
 _WIDTH, _HEIGHT = 1240, 440  # pixels
 _TOP = 88  # of all panels
+_SIDE = 320  # of slice and overlaps
 _COLOURS = 96  # of the file
 _ORIGIN = (173, 67, 0)  # of the sub-volume: touches four base crops, unequally
 
@@ -61,11 +62,11 @@ def draw_method(
     overlaps = overlap_labels(np.asarray(origin)[None], grid, crop_size)[0]
 
     _title(axis, 24, "1", "Cut", "base crops and a random sub-volume")
-    _draw_volume(axis, (24, _TOP, 320 / picture.shape[1]), picture, cells, own, crop_size)
+    _draw_volume(axis, (24, _TOP, _SIDE / picture.shape[1]), picture, cells, own, crop_size)
     _title(axis, 404, "2", "Encode", "every crop becomes a vector")
     _draw_encoding(axis, picture, cells, own, crop_size, grid)
     _title(axis, 896, "3", "Predict", "similarity must equal overlap")
-    _draw_overlaps(axis, (896, _TOP, 320 / picture.shape[1]), cells, own, crop_size, overlaps)
+    _draw_overlaps(axis, (896, _TOP, _SIDE / picture.shape[1]), cells, own, crop_size, overlaps)
     note = "known from the positions: no annotation"
     axis.text(896, _HEIGHT - 14, note, fontsize=10.5, color=_PALE)
     canvas = FigureCanvasAgg(figure)
