@@ -5,8 +5,8 @@ Prepare once (0.14 TB for 9,863 volumes before compression), then train:
     python -m voco_jax.data.prepare --config configs/voco_10k.py
     python main.py --config configs/voco_10k.py --workdir runs/voco_10k
 
-The seven data sets are folders under data/, the lists under data/lists/ (see README). Without the
-lists, --config.data.sources.ct.lists="()" takes every volume found in the folders.
+The seven data sets are folders under data/, the lists under data/lists/ (see docs/data.md).
+Without the lists, --config.data.sources.ct.lists="()" takes every volume found in the folders.
 Every other config file starts from this one.
 """
 

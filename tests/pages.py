@@ -160,7 +160,9 @@ def _stopping():
         depth += 1
         try:
             found, rest = real(self, args, namespace, **options)
-        except (InputError, SystemExit) as error:
+        except SystemExit as error:
+            raise Refused(str(error)) if error.code else Parsed from error  # 0: --help, --version
+        except InputError as error:
             raise Refused(str(error)) from error
         finally:
             depth -= 1

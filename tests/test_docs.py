@@ -135,12 +135,12 @@ def test_monais_compose_is_our_chain(tmp_path):
     assert isinstance(features, mt.Compose)
     make_phantoms(tmp_path, 2, 0, (64, 64, 32), labelled=True)
     for image in sorted(tmp_path.glob("phantom_*.nii.gz")):
-        chain = load.load("configs/voco_10k.py").data.sources["ct"].chain
+        chain = load.load(ROOT / "configs" / "voco_10k.py").data.sources["ct"].chain
         ours = prepare_volume(image, chain).voxels
         assert np.abs(features({"image": image})["image"].numpy()[0] - ours).max() < 1e-5
         assert np.abs(without({"image": image})["image"].numpy()[0] - ours).max() > 0.1
 
-        chain = load.load("configs/finetune_btcv.py").data.sources["ct"].chain
+        chain = load.load(ROOT / "configs" / "finetune_btcv.py").data.sources["ct"].chain
         label = image.with_name(f"label_{image.name}")
         volume = prepare_volume(image, chain)
         theirs = finetuning({"image": image, "label": label})
@@ -203,7 +203,7 @@ def _codes(page: Path) -> list[str]:
 def test_names_in_the_text_exist():
     """Files, modules, settings and flags; names with capitals stand for the reader's own."""
     files = {str(path.relative_to(ROOT)) for path in _sources()}
-    files |= {str(folder) for path in files for folder in Path(path).parents}
+    files |= {str(p.relative_to(ROOT)) for p in ROOT.glob("*/**") if p.is_dir()}
     sources = "".join(p.read_text("utf-8") for p in _sources() if p.suffix in (".py", ".sh"))
     flags = set(re.findall(r"--[a-z][\w-]+", sources)) | FOREIGN_FLAGS
     wrong = []
