@@ -3,6 +3,9 @@
 import json
 from types import SimpleNamespace
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import strided_cnn
@@ -13,7 +16,9 @@ from voco_jax.config.load import parse
 from voco_jax.errors import InputError
 from voco_jax.models.encoders import ENCODERS
 from voco_jax.training import loop
+from voco_jax.voco.losses import RECIPES
 from voco_jax.voco.probe import LabelProbe
+from voco_jax.voco.step import State, make_predict
 from voco_jax.voco.task import METHOD
 
 ENTRIES = [SimpleNamespace(id=f"v{i}") for i in range(12)]
@@ -75,7 +80,38 @@ def test_a_run_tells_it_at_each_validation(monkeypatch, tmp_path, capsys):
     (row,) = [row for row in rows if "validation/probe_accuracy" in row]
     assert row["validation/probe_chance"] == 0.5
     assert f"probe {row['validation/probe_accuracy']:.1%} (chance 50.0%)" in capsys.readouterr().out
-    # Features differ, and are not those of sub-volumes or of the projector.
     (features,) = seen
     assert features.shape == (5, values["model"]["features"] * 4)
     assert len(np.unique(features, axis=0)) == 5
+
+
+class Means(nn.Module):
+    """Its features are a crop's mean and largest voxel."""
+
+    def setup(self):
+        self.proj_head = nn.Dense(3)
+
+    def encode(self, x, train):
+        axes = (1, 2, 3, 4)
+        return SimpleNamespace(pooled=jnp.stack([x.mean(axes), x.max(axes)], axis=1))
+
+    def project(self, pooled):
+        return self.proj_head(pooled)
+
+    def __call__(self, x):
+        return self.project(self.encode(x, False).pooled)
+
+
+def test_features_are_the_mean_over_the_base_crops(generator):
+    network, size = Means(), (4, 4, 4)
+    params = network.init(jax.random.key(0), jnp.zeros((1, *size, 1)))["params"]
+    batch = {
+        "subs": generator.integers(0, 256, (2, 3, *size), np.uint8),
+        "bases": generator.integers(0, 200, (2, 5, *size), np.uint8),
+        "labels": generator.random((2, 3, 5)).astype(np.float32),
+    }
+    predict = make_predict(network, encoder_size=size, recipe=RECIPES["paper"])
+    found = predict(State(0, params, {}, ()), batch).pooled
+    crops = batch["bases"].reshape(2, 5, -1) / 255
+    expected = np.stack([crops.mean((1, 2)), crops.max(2).mean(1)], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

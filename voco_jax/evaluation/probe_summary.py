@@ -45,7 +45,7 @@ def as_results(probed: Probed, settings: Mapping[str, Any]) -> dict[str, Any]:
     gains = []
     for method in METHODS:
         for fraction in probed.training_patients:
-            mean, low, high = probed.gain(method, fraction)
+            mean, low, high = probed.gain(method, method, fraction)
             entry = {"method": method, "fraction": fraction}
             gains.append({**entry, "balanced_accuracy": mean, "interval": [low, high]})
     return {
@@ -96,16 +96,22 @@ def as_results(probed: Probed, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def in_sentences(probed: Probed) -> list[str]:
     """What a reader should take from it."""
-    method, best = probed.best
-    mean, low, high = probed.gain(method, probed.most)
-    said = f"({mean:+.2f}, {low:+.2f} to {high:+.2f}; {NAMES[method]}, balanced accuracy)"
+    ours, theirs = probed.best(TRAINED), probed.best(RANDOM)
+    mean, low, high = probed.gain(ours, theirs, probed.most)
+    said = (
+        f"(balanced accuracy {mean:+.2f}, {low:+.2f} to {high:+.2f}; {NAMES[ours]} against "
+        f"{NAMES[theirs]}, the best of each)"
+    )
     if low > 0:
         lines = [f"the weights tell {probed.label} better than random weights {said}"]
+    elif high < 0:
+        lines = [f"random weights tell {probed.label} better than the weights {said}"]
     else:
         lines = [
             f"the weights do not tell {probed.label} better than random weights do {said}: what "
             "they were trained for is of no use here, or the data are too few to show it"
         ]
+    best = probed.balanced(TRAINED, ours, probed.most).mean
     for leak in probed.leaks:
         lines += in_words(leak, probed.label, best, len(probed.labelled.names))
     return lines

@@ -64,18 +64,18 @@ class Probed:
         """The largest fraction."""
         return max(self.training_patients)
 
-    @property
-    def best(self) -> tuple[str, float]:
-        """The method with the best balanced accuracy with the most labels, and that."""
-        found = {m: self.measured[TRAINED, m, self.most]["balanced_accuracy"].mean for m in METHODS}
-        method = max(found, key=lambda name: found[name])
-        return method, found[method]
+    def best(self, features: str) -> str:
+        """The method with the best balanced accuracy with the most labels."""
+        return max(METHODS, key=lambda method: self.balanced(features, method, self.most).mean)
 
-    def gain(self, method: str, fraction: float) -> tuple[float, float, float]:
-        """Balanced accuracy above that of random weights: mean, low, high."""
-        ours, theirs = (
-            self.measured[name, method, fraction]["balanced_accuracy"] for name in (TRAINED, RANDOM)
-        )
+    def balanced(self, features: str, method: str, fraction: float) -> Measured:
+        """The balanced accuracy."""
+        return self.measured[features, method, fraction]["balanced_accuracy"]
+
+    def gain(self, method: str, other: str, fraction: float) -> tuple[float, float, float]:
+        """Balanced accuracy above that of random weights by another method: mean, low, high."""
+        ours = self.balanced(TRAINED, method, fraction)
+        theirs = self.balanced(RANDOM, other, fraction)
         return ours.mean - theirs.mean, *interval(ours.resamples - theirs.resamples)
 
 
@@ -135,7 +135,7 @@ def probe(
     result = Probed(
         label, labelled, kept, left_out, notes, training_patients, scores, measured, leaks=[]
     )
-    best = scores[TRAINED, result.best[0], result.most]
+    best = scores[TRAINED, result.best(TRAINED), result.most]
     found_leaks = [
         look_for_leak(name, own[kept], table.vectors[kept], labelled, best, folds, seeds)
         for name, own in leak_values.items()

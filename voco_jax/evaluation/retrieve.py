@@ -66,7 +66,7 @@ def draw(
     labels: np.ndarray,
     progress: bool = True,
 ) -> np.ndarray:
-    """Draws at most `DRAWN` queries, evenly among them, each with its neighbours.
+    """Draws at most `DRAWN` queries, at random but always the same, each with its neighbours.
 
     Args:
         table: whose files are read, and whose manifest says how they are prepared.
@@ -78,7 +78,8 @@ def draw(
     Returns:
         (rows, columns, 3) uint8.
     """
-    chosen = np.unique(np.linspace(0, len(queries) - 1, DRAWN).round().astype(int)).tolist()
+    some = np.random.default_rng(0).permutation(len(queries))[:DRAWN]
+    chosen = np.sort(some).tolist()
     wanted = {int(row) for one in chosen for row in (queries[one], *neighbours.rows[one])} - {-1}
     tiles = _tiles(table, sorted(wanted), progress)
     drawn = []

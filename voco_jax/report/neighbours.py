@@ -14,6 +14,7 @@ from voco_jax.report.planes import AXIAL, CORONAL, as_shown
 _VIEWS = (AXIAL, CORONAL)
 _GREY, _QUERY, _RIGHT, _WRONG = "#9a9aa0", "#1f5fb4", "#2e8b57", "#c0392b"
 _LETTERS = 26  # of a title's line
+_WIDTH, _TALLEST = 2.0, 1.2  # inches of a column, and of its width
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ def draw_neighbours(rows: Sequence[Sequence[Tile]], title: str) -> np.ndarray:
         (rows, columns, 3) uint8.
     """
     columns = len(rows[0])
-    figure = Figure(figsize=(2.1 * columns, 4.6 * len(rows) + 0.4), dpi=100, layout="constrained")
+    heights = [max(_height(tile, view) for line in rows for tile in line) for view in (0, 1)]
+    size = (_WIDTH * columns, (sum(heights) + 0.6) * len(rows) + 0.4)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", parse_math=False)
     for part, tiles in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        panels = part.subplots(2, columns, squeeze=False)
+        panels = part.subplots(2, columns, squeeze=False, height_ratios=heights)
         for place, tile in enumerate(tiles):
             lines = "\n".join(_cut(line) for line in tile.title)
             panels[0, place].set_title(lines, fontsize=8, parse_math=False)
@@ -68,6 +71,16 @@ def draw_neighbours(rows: Sequence[Sequence[Tile]], title: str) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _height(tile: Tile, number: int) -> float:
+    """Inches that its plane needs in a column."""
+    across, up = _VIEWS[number].shown
+    if tile.planes is None:
+        return 0.5 * _WIDTH
+    width, height = tile.planes[number].shape
+    proportion = height * tile.spacing[up] / (width * tile.spacing[across])
+    return _WIDTH * min(proportion, _TALLEST)
 
 
 def _draw(panel: Axes, tile: Tile, number: int, colour: str) -> None:
