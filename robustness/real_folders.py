@@ -3,11 +3,11 @@
     python -m robustness.real_folders --ct ../shared/ct/images     # 40 patients, two minutes
 
 Makes a tree of patients: DICOM series, alone and several in a folder, with all that lies beside
-slices (dose and protocol pages, scouts, reports, private objects, a DICOMDIR, files of the viewer on
-the CD), in the layouts of TotalSegmentator, nnU-Net and Decathlon, NRRD and MetaImage, and what is
-no CT or damaged. Prepares it, then checks that every file is accounted for as it should be, and that
-each cached volume is, voxel for voxel, what dcm2niix (of DICOM), nibabel or ITK make of its file.
-Needs the packages of requirements-test.txt.
+slices (dose and protocol pages, scouts, reports, private objects, a DICOMDIR, files of the viewer
+on the CD), in the layouts of TotalSegmentator, nnU-Net and Decathlon, NRRD and MetaImage, and what
+is no CT or damaged. Prepares it, then checks that every file is accounted for as it should be, and
+that each cached volume is, voxel for voxel, what dcm2niix (of DICOM), nibabel or ITK make of its
+file. Needs the packages of requirements-test.txt.
 """
 
 import argparse

@@ -152,6 +152,7 @@ def test_prepare_divides_folders_and_files_add_up(tmp_path, capsys):
     found = manifest(cache)
     assert list(found) == [*(f"d/dump/{name}" for name in names), "d/one"]
     assert "asked for 4: 4 prepared now, 0 already there, 0 failed" in said
+    assert "1 folders hold several DICOM series: taken as 3 volumes; --dry-run shows" in said
     assert "50 files: 48 of volumes taken, 0 of failed ones, 2 set aside" in said
     assert sorted(one["file"] for one in aside(cache)) == ["d/dump/IM3000", "d/dump/IM3001"]
     opened = Cache.open(cache, read_chain(cache))

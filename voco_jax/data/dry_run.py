@@ -69,7 +69,7 @@ def show(wanted: Wanted, exclude: Exclusion | None, options: argparse.Namespace)
     there = len(ids & entries.keys())
     lines.append(f"{len(ids)} volumes, {there} of them in the cache; {len(left)} excluded")
     if options.prune is not None:
-        old = stale(entries, volumes, ())
+        old = stale(entries, volumes, ids - says.keys())
         lines += [f"--prune would take out: {entry.id}" for entry in old]
         lines.append(f"--prune would take out {len(old)} of {len(entries)} volumes of the cache")
         try:

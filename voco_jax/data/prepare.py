@@ -108,6 +108,8 @@ def prepare(
             summary = _summarise(cache, asked, done, left)
             summary = dataclasses.replace(
                 summary,
+                divided=len(done.divided),
+                parts=sum(len(one.volumes) for one in done.divided.values()),
                 excluded=len(excluded),
                 files_excluded=sum(max(one.files, 1) for one in excluded),
                 excluded_there=sum(map(exclude.has, cache.entries.values())) if exclude else 0,

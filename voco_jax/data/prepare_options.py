@@ -133,6 +133,11 @@ def find_wanted(options: argparse.Namespace, overrides: dict[str, str]) -> list[
             f"--datalist, --scan: found beside the sources {', '.join(sources)} of "
             f"{options.config}, expected one: choose it with --source"
         )
+    if options.write_list and len(sources) > 1:
+        raise InputError(
+            f"--write-list: found the sources {', '.join(sources)}, expected one list of one: "
+            "choose it with --source"
+        )
     found = []
     for name, source in sources.items():
         aside: list[Aside] = []

@@ -51,6 +51,8 @@ class Summary:
     files_failed: int
     size: int | None  # of the cache's volumes, bytes; None: in an object store
     shared_series: tuple[str, ...]  # ids of volumes whose DICOM series is in several folders
+    divided: int = 0  # folders with several DICOM volumes
+    parts: int = 0  # these volumes
     excluded: int = 0  # volumes that were found and are not wanted
     files_excluded: int = 0
     excluded_there: int = 0  # excluded volumes in the cache
@@ -67,6 +69,11 @@ class Summary:
             f"{self.failed} failed; {self.seconds:.1f} s"
             + (f", {self.done / self.seconds:.2f} volumes/s" if self.done else ""),
         ]
+        if self.divided:
+            lines.append(
+                f"{self.divided} folders hold several DICOM series: taken as {self.parts} volumes; "
+                "--dry-run shows them, --series and --one-series choose"
+            )
         if self.excluded:
             lines.append(f"excluded: {self.excluded} volumes")
         if self.pruned:

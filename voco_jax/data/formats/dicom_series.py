@@ -7,7 +7,9 @@ digits of a hash of the SeriesInstanceUID, as "series-3-Chest_B30f-1a2b3c", and 
 from other volumes of the series, as "-echo_2". It stays the same when other series come or go.
 """
 
+import functools
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from voco_jax.data.formats.dicom_files import (
     VOLUME_TAGS,
     Image,
     Stack,
+    files_in,
     find_stacks,
 )
 from voco_jax.data.formats.stored import Aside
@@ -118,6 +121,15 @@ def find_volumes(folder: Path) -> tuple[list[DicomVolume], list[Aside]]:
             nobody can tell whose it is.
         OSError: the folder cannot be read.
     """
+    return _find(folder, tuple(_signature(folder, name) for name in files_in(folder)))
+
+
+@functools.lru_cache(maxsize=2)  # whoever reads one volume of a folder often reads the next
+def _find(
+    folder: Path, signature: tuple[tuple[str, int, int], ...]
+) -> tuple[list[DicomVolume], list[Aside]]:
+    """See `find_volumes`; the signature is another one once a file has changed."""
+    del signature
     stacks, aside = find_stacks(folder)
     found = []
     for base, stack in zip(_names(stacks), stacks, strict=True):
@@ -141,6 +153,12 @@ def find_volumes(folder: Path) -> tuple[list[DicomVolume], list[Aside]]:
 def digest_of(uid: str) -> str:
     """Of a SeriesInstanceUID, which is not to be found everywhere a cache goes; of "" it is ""."""
     return hashlib.blake2b(uid.encode("utf-8", "replace"), digest_size=8).hexdigest() if uid else ""
+
+
+def _signature(folder: Path, name: str) -> tuple[str, int, int]:
+    path = folder / name
+    found = os.stat(path) if path.exists() else os.lstat(path)  # a link that leads nowhere
+    return name, found.st_size, found.st_mtime_ns
 
 
 def several(volumes: Sequence[DicomVolume]) -> str:
