@@ -97,7 +97,10 @@ def test_what_is_in_the_cache_stays_until_it_is_pruned(data, cache, tmp_path, ca
     assert "--prune would take out: data/1.nii.gz\n--prune would take out: data/sub/4.nii" in said
     assert len(ids(cache)) == 6
     assert main([*flags, "--prune"]) == 0
-    assert "taken out of the cache: 2: data/1.nii.gz, data/sub/4.nii.gz" in capsys.readouterr().out
+    assert (
+        "taken out of the cache: 2 volumes: data/1.nii.gz, data/sub/4.nii.gz; a run"
+        in capsys.readouterr().out
+    )
     assert ids(cache) == names(0, 2, 3, 5)
     # A run that began before reads them still, for 30 days.
     assert sorted(os.listdir(cache / "volumes")) == files
@@ -159,7 +162,7 @@ def test_a_cache_by_itself(cache, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("data/0.nii.gz\ndata/sub/5.nii.gz\n")
     assert len(ids(cache)) == 6
     assert main(["--cache", str(cache), "--exclude", file, "--prune"]) == 0
-    assert "2 volumes: data/0.nii.gz, data/sub/5.nii.gz\n" in capsys.readouterr().out
+    assert "2 volumes: data/0.nii.gz, data/sub/5.nii.gz; a run" in capsys.readouterr().out
     assert ids(cache) == names(1, 2, 3, 4)
     assert main(["--cache", str(cache), "--prune"]) == 2
     assert "nothing says which volumes are wanted" in capsys.readouterr().err

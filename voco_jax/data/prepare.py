@@ -87,8 +87,8 @@ def prepare(
     if not asked:
         what = f", all {len(excluded)} are excluded" if excluded else ""
         raise InputError(f"prepare: found no volumes to prepare, expected at least one{what}")
-    how = How(workers if workers is not None else available_cores(), scheduler, progress,
-               stop or threading.Event(), take_doubtful)  # fmt: skip
+    count = workers if workers is not None else available_cores()
+    how = How(count, scheduler, progress, stop or threading.Event(), take_doubtful)
     try:
         with CacheWriter(cache_path, chain) as cache:
             done = fill(cache, asked, how)
@@ -233,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _verify_all(options, overrides, stop)
         status = 0
         names = ("workers", "strict", "scheduler", "take_doubtful", "prune")
-        flags = {name: getattr(options, name) for name in names}
         exclude = Exclusion(options.exclude) if options.exclude else None
+        flags = {name: getattr(options, name) for name in names} | {"exclude": exclude}
         if of_cache_alone(options):
             print(tend(options, exclude))
             return 0
@@ -242,10 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if one.looked is not None and (options.dry_run or options.write_list):
                 print(show(one, exclude, options))
                 continue
+            source = one.source
             try:
-                source = one.source
-                print(prepare(one.volumes, source.cache, source.chain, stop=stop, aside=one.aside,
-                              exclude=exclude, **flags))  # fmt: skip
+                print(
+                    prepare(
+                        one.volumes, source.cache, source.chain, stop=stop, aside=one.aside, **flags
+                    )
+                )
             except PrepareError as error:  # the other sources are done all the same
                 print(f"error: {error}", file=sys.stderr)
                 status = 1

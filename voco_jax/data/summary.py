@@ -19,6 +19,14 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
+def pruned_line(ids: Sequence[str]) -> str:
+    """What to say about volumes that were taken out of a cache."""
+    return (
+        f"taken out of the cache: {len(ids)} volumes: {some(ids)}; a run that began with them goes "
+        "on, but cannot be resumed once it has stopped"
+    )
+
+
 @dataclass(frozen=True)
 class Failure:
     """A volume that is not in the cache, and why: a line of failures.jsonl."""
@@ -77,7 +85,7 @@ class Summary:
         if self.excluded:
             lines.append(f"excluded: {self.excluded} volumes")
         if self.pruned:
-            lines.append(f"taken out of the cache: {len(self.pruned)}: {some(self.pruned)}")
+            lines.append(pruned_line(self.pruned))
         if self.excluded_there:
             lines.append(
                 f"{self.excluded_there} excluded volumes are in the cache, and training uses them: "

@@ -14,7 +14,7 @@ from voco_jax.data.datalists import SECTIONS, Volume, read_text
 from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.data.manifest import Entry
 from voco_jax.data.storage import is_remote
-from voco_jax.data.summary import some
+from voco_jax.data.summary import pruned_line, some
 from voco_jax.errors import InputError
 from voco_jax.files import expand, write_atomically
 
@@ -160,14 +160,9 @@ def tend_cache(path: str, exclude: Exclusion, prune: int | None, dry_run: bool) 
             found = [entry for entry in writer.entries.values() if exclude.has(entry)]
             check_prune(found, len(writer.entries), prune)
             writer.forget(found)
-            lines = [pruned_line(found), f"{writer.path}: {len(writer.entries)} volumes are left"]
+            lines = [pruned_line([entry.id for entry in found])] if found else []
+            lines.append(f"{writer.path}: {len(writer.entries)} volumes are left")
     return "\n".join(filter(None, [*lines, str(exclude)]))
-
-
-def pruned_line(entries: Sequence[Entry]) -> str:
-    """What to say about volumes that were taken out."""
-    names = f": {some([entry.id for entry in entries])}" if entries else ""
-    return f"taken out of the cache: {len(entries)} volumes{names}"
 
 
 def volume_of(entry: Entry) -> Volume:
