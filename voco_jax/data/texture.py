@@ -2,7 +2,7 @@
 
 Measured: 15 CTs with the chain of voco_10k, with a window of bone and uncropped, and 200 MRs of the
 hippocampus have a span of 253 at least, 58 effective grey values and a likeness of 0.68. Noise has
-a likeness of -0.01 to 0.01, also where it was resized; 50 masks, not resized, 2 grey values at most.
+a likeness of -0.01 to 0.01, also where it was resized; 50 masks, not resized, 2 grey values.
 """
 
 from dataclasses import dataclass
