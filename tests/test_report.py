@@ -22,8 +22,11 @@ from voco_jax.report import page as report
 from voco_jax.report.embedding_map import nearest_cells, project
 from voco_jax.report.images import spread
 from voco_jax.report.page import main, render
-from voco_jax.report.run import read_metrics, read_run
+from voco_jax.report.results import confusion, segmentations
+from voco_jax.report.run import read_run
+from voco_jax.report.series import read_metrics
 from voco_jax.report.svg import Curve, plot, thin
+from voco_jax.report.volumes import summarise_source
 
 NOW = 1_800_000_000.0
 HOSTILE = "<script>alert('1')</script>\"&<img src=x onerror=alert(1)>"
@@ -444,7 +447,7 @@ def test_tables_of_a_segmentation(tmp_path):
         for n, d in enumerate((0.8, 0.2, 0.5))
     ]  # fmt: skip
     (folder / "cases.json").write_text(json.dumps({"step": 40, "cases": cases}), "utf-8")
-    found = report.segmentations(read_run(folder))
+    found = segmentations(read_run(folder))
     first, second = found.classes
     assert (first.name, first.dice, first.resampled) == ("anterior", 0.5, pytest.approx(0.25))
     assert (first.cases, first.worst, first.lowest) == (3, "case1", 0.2)
@@ -465,7 +468,7 @@ def test_tables_of_a_classification(tmp_path, generator):
         for n, (r, p) in enumerate(zip(reference, shares.tolist(), strict=True))
     ]
     (folder / "cases.json").write_text(json.dumps({"step": 40, "cases": cases}), "utf-8")
-    found = report.confusion(read_run(folder))
+    found = confusion(read_run(folder))
     expected = sklearn.metrics.confusion_matrix(reference, shares.argmax(axis=1))
     assert found.counts == expected.tolist()
     wrong = np.flatnonzero(reference != shares.argmax(axis=1))
@@ -497,7 +500,7 @@ def test_the_volumes_of_a_run(tmp_path):
     assert len(shown) == 12
     assert {f"Three slices of ct/{slot:03d}.nii" for slot in ODD} == set(shown[: len(ODD)])
     assert "high z spacing: 10 mm (median 1.25 mm)" in page.text
-    summary = report.summarise_source("ct", {"cache": "gs://bucket/cache"}, {}, 3)
+    summary = summarise_source("ct", {"cache": "gs://bucket/cache"}, {}, 3)
     assert "object store" in summary.note  # which was not asked
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from voco_jax.report.charts import VALIDATION
-from voco_jax.report.run import Evaluation, Run, finite
+from voco_jax.report.run import Evaluation, Run
+from voco_jax.report.series import finite
 
 WORST = 10  # cases that are listed
 GRIDS = ("dice", "dice_resampled")

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from voco_jax.report.run import Series
+from voco_jax.report.series import Series
 
 COLOURS, DASHES = 6, ("", "6 3", "2 3")
 MOST_RUNS = COLOURS * len(DASHES)
