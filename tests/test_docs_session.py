@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.scripts, pytest.mark.skipif(not HAS_TORCH, reason="nee
 
 SHRUNK = '''
 from originals import {name} as original
+from originals.{name} import *
 
 
 def get_config(*argument):
