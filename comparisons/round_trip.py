@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from voco_jax.config.load import DEFAULT, load_pretraining, to_dict
+from voco_jax.config.load import load_pretraining, to_dict
 from voco_jax.interop.export import Card, export
 from voco_jax.interop.load import load_into
 from voco_jax.training.mesh import make_mesh
@@ -27,7 +27,7 @@ from voco_jax.voco.task import make_network
 
 def round_trip(size: str, suffix: str, folder: Path) -> bool:
     """Whether every bit comes back; prints a line."""
-    config = load_pretraining(DEFAULT.with_name(f"voco_160k.py:{size}"))
+    config = load_pretraining(f"voco_160k:{size}")
     encoder = make_network(config, make_mesh()).encoder
     shapes = nn.unbox(describe_parameters(encoder, (64, 64, 64)))
     generator = np.random.default_rng(0)

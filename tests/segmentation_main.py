@@ -28,9 +28,9 @@ def get_config():
 if __name__ == "__main__":
     import strided_cnn
 
-    import main
+    from voco_jax import train
     from voco_jax.models.encoders import ENCODERS
 
     ENCODERS["strided_cnn"] = strided_cnn.ENCODER
     encoders.ENCODERS["strided_cnn"] = strided_cnn.Settings
-    main.main()
+    train.main()

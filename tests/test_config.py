@@ -21,6 +21,7 @@ from voco_jax.config.load import (
     override,
     parse,
     parse_arguments,
+    shipped,
     to_dict,
 )
 from voco_jax.config.pretraining import Pretraining
@@ -33,6 +34,8 @@ GOLDEN = ROOT / "tests" / "golden_configs"
 SHIPPED = {
     "demo": "configs/demo.py",
     "hippocampus": "configs/hippocampus.py",
+    "small": "configs/small.py",
+    "small-cpu": "configs/small.py:cpu",
     "tiny": "configs/tiny.py",
     "voco_10k": "configs/voco_10k.py",
     "voco_paper": "configs/voco_paper.py",
@@ -64,6 +67,42 @@ def test_every_shipped_config_has_a_golden_file():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"regions"}
     assert {name.partition("-")[0] for name in SHIPPED} == files
     assert {path.stem for path in GOLDEN.glob("*.json")} == set(SHIPPED)
+
+
+def test_shipped_configs_have_names():
+    assert "regions" not in shipped()  # no get_config()
+    assert to_dict(load("voco_160k:l")) == to_dict(load(ROOT / "configs/voco_160k.py:l"))
+    assert to_dict(load("demo.py")) == to_dict(load(ROOT / "configs/demo.py"))
+    with pytest.raises(InputError, match=r"voco_11k: no such config file.* shipped: .*voco_10k"):
+        load("voco_11k")
+    with pytest.raises(InputError, match="--config: found device 'tpu', expected gpu or cpu"):
+        load("small:tpu")
+
+
+def test_whose_configs_are_imported(tmp_path, monkeypatch):
+    """A shipped config imports shipped ones; one of a user's project its own, then shipped ones."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.py").write_text("raise ValueError('not this one')\n", "utf-8")
+    (tmp_path / "configs" / "base.py").write_text("STEPS = 7\n", "utf-8")
+    (tmp_path / "mine.py").write_text(
+        "from configs import base, tiny_too, voco_10k\n\n"
+        "def get_config():\n    config = voco_10k.get_config()\n"
+        "    config.optimizer.warmup_steps = 0\n    config.total_steps = base.STEPS\n"
+        "    return config\n",
+        "utf-8",
+    )
+    with pytest.raises(InputError, match=r"mine.py: this config file fails: .*tiny_too"):
+        load("mine.py")
+    (tmp_path / "configs" / "tiny_too.py").touch()
+    before, path = sys.modules.get("configs"), list(sys.path)
+    assert load("mine.py").total_steps == 7
+    assert load("tiny").total_steps == 4  # by way of demo
+    (tmp_path / "tiny").write_text("", "utf-8")  # no .py: not a file to run
+    with pytest.raises(InputError, match="--config: tiny: no such config file"):
+        load("tiny")
+    assert sys.modules.get("configs") is before
+    assert sys.path == path
 
 
 def test_voco_10k_has_the_published_settings():
@@ -299,6 +338,16 @@ def test_what_is_printed_fits_every_encoding(encoding, monkeypatch):
     told = raw.getvalue().decode(encoding)
     assert told.endswith(".nii → ₂\n" if encoding == "utf-8" else ".nii \\u2192 \\u2082\n")
     assert "\\udcff" in told
+
+
+@pytest.mark.parametrize(("typed", "shown"), [("/bin/voco-x", "voco-x"), ("x.py", "python x.py")])
+def test_a_command_is_shown_as_it_was_typed(typed, shown, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [typed])
+    with pytest.raises(SystemExit):
+        command_parser("x.py", "", "--flag=1").parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: {shown} ")
+    assert f"  {shown} --flag=1\n" in out
 
 
 def test_without_a_home_no_folder_of_that_name_is_made(monkeypatch):

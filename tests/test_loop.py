@@ -622,7 +622,7 @@ def test_options_that_xla_lacks_are_left_out():
 @pytest.mark.skipif(not HAS_TORCH, reason="need PyTorch")
 def test_a_run_starts_without_torch_and_matplotlib():
     code = (
-        "import sys, main, voco_jax.training.loop; main.methods(); "
+        "import sys, voco_jax.train, voco_jax.training.loop; voco_jax.train.methods(); "
         "print(sorted({'torch', 'matplotlib'} & sys.modules.keys())); import torch"
     )
     done = subprocess.run(

@@ -8,7 +8,7 @@ import time
 
 from pydantic.dataclasses import dataclass
 
-import main
+from voco_jax import train
 from voco_jax.config import common, load
 
 
@@ -48,5 +48,5 @@ if __name__ == "__main__":
     from voco_jax.training.task import Method
 
     load.EXPERIMENTS["toy"] = Toy
-    main.methods = lambda: {"toy": Method(make_program=make_program, make_task=_make_slow_task)}
-    main.main()
+    train.methods = lambda: {"toy": Method(make_program=make_program, make_task=_make_slow_task)}
+    train.main()

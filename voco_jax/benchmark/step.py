@@ -254,7 +254,7 @@ def compare_steps(
             if dtype not in ceilings:
                 log(f"measuring {dtype} matrix products ...")
                 ceilings[dtype] = in_own_process_within(None, product_ceiling, dtype)
-            log(f"{name}, batch {size}: compiling and running ...")
+            log(f"{name}, batch {size}: compiling (minutes for a large model), then running ...")
             measured, problem = None, None
             try:
                 measured = in_own_process_within(

@@ -267,7 +267,7 @@ class Experiment(Protocol):
 
     @property
     def task(self) -> str:
-        """A name of main.py's table."""
+        """A name of train.py's table."""
 
     @property
     def mesh(self) -> Mesh:

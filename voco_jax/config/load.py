@@ -2,22 +2,27 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import importlib.metadata
 import importlib.util
 import io
 import json
 import os
+import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import ml_collections
 import pydantic
 
+import voco_jax
 from voco_jax.config.common import WORKDIR, Experiment
 from voco_jax.config.encoders import ENCODERS, Model
 from voco_jax.config.finetuning import ClassificationFinetuning, SegmentationFinetuning
@@ -32,8 +37,14 @@ EXPERIMENTS: dict[str, type[AnyExperiment]] = {
     "classification": ClassificationFinetuning,
 }
 """What a config file's `task` makes of it."""
-DEFAULT = Path(__file__).parents[2] / "configs" / "voco_10k.py"
-"""The file that the others start from; it is beside the package in a checkout."""
+DEFAULT = "voco_10k"
+"""The shipped config that the others start from."""
+SHIPPED = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+    if folder.is_dir()
+)
+"""The shipped configs' folder: in the package once it is installed, in a checkout beside it."""
 
 
 # ---- the command line
@@ -57,14 +68,23 @@ def command_parser(program: str, description: str | None, examples: str) -> argp
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name may not be in its encoding
             stream.reconfigure(errors="backslashreplace")
-    lines = "".join(f"  python {program} {line}\n" for line in examples.strip().splitlines())
-    return _Parser(
-        prog=f"python {program}",
+    typed = Path(sys.argv[0]).name  # a console script of pyproject.toml, or else Python's file
+    typed = typed if typed.startswith("voco-") else f"python {program}"
+    lines = "".join(f"  {typed} {line}\n" for line in examples.strip().splitlines())
+    parser = _Parser(
+        prog=typed,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog=f"examples:\n{lines}",
     )
+    parser.add_argument("--version", action="version", version=_versions(), help="show it and exit")
+    return parser
+
+
+def _versions() -> str:
+    jax = importlib.metadata.version("jax")
+    return f"voco_jax {voco_jax.__version__}, jax {jax}, Python {platform.python_version()}"
 
 
 def parse_arguments(
@@ -113,7 +133,8 @@ def load(
     """A config file with some settings set anew.
 
     Args:
-        path: of the file; FILE.py:TEXT calls `get_config(TEXT)`.
+        path: of the file, or a shipped config's name; with :TEXT behind it, `get_config(TEXT)` is
+            called.
         overrides: by dotted name; see `override`.
         workdir: replaces "{workdir}" in every setting; None: left as it stands.
 
@@ -149,23 +170,67 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: there is no such file, it fails, or it has no `get_config()`.
     """
     file, *argument = str(path).split(":", 1)
+    named = SHIPPED / f"{file.removesuffix('.py')}.py"
+    if not os.path.isfile(file) and Path(file).name == file and named.stem in shipped():
+        file = str(named)
     spec = importlib.util.spec_from_file_location("voco_config", file)
     if not os.path.isfile(file) or spec is None or spec.loader is None:
-        raise InputError(f"--config: {file}: no such config file, expected a .py with get_config()")
+        raise InputError(
+            f"--config: {file}: no such config file, expected a .py with get_config(), or one of "
+            f"those that are shipped: {', '.join(shipped())}"
+        )
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, os.getcwd())  # config files import each other from the project's root
+    with _configs_importable(Path(file)):
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise InputError(f"{file}: this config file fails: {error!r}") from error
+        if not hasattr(module, "get_config"):
+            raise InputError(f"{file}: found no get_config() in it; see configs/voco_10k.py")
+        try:
+            return _plain(module.get_config(*argument))
+        except InputError:
+            raise
+        except Exception as error:
+            where = ":".join([file, *argument])
+            raise InputError(f"{where}: this config fails: {error!r}") from error
+
+
+def shipped() -> list[str]:
+    """The names of the configs that come with this package."""
+    found = (path for path in SHIPPED.glob("*.py") if "def get_config(" in path.read_text("utf-8"))
+    return sorted(path.stem for path in found)
+
+
+@contextlib.contextmanager
+def _configs_importable(file: Path) -> Iterator[None]:
+    """While a config file runs, `configs` is those of the working folder, then the shipped ones.
+
+    For a shipped one the shipped ones come first. Installed they lie in this package, for any
+    project may have a folder named configs.
+    """
+    folders = [os.path.join(os.getcwd(), "configs"), str(SHIPPED)]
+    if file.resolve().parent == SHIPPED:
+        folders.reverse()
+    package = types.ModuleType("configs")
+    package.__path__ = folders
+    before = {name: module for name, module in sys.modules.items() if _of_configs(name)}
+    for name in before:
+        del sys.modules[name]
+    sys.modules["configs"] = package
+    sys.path.insert(0, os.getcwd())  # what else a config file imports from its project's root
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{file}: this config file fails: {error!r}") from error
-    if not hasattr(module, "get_config"):
-        raise InputError(f"{file}: found no get_config() in it; see configs/voco_10k.py")
-    try:
-        return _plain(module.get_config(*argument))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{':'.join([file, *argument])}: this config fails: {error!r}") from error
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # removed by the file itself
+            sys.path.remove(os.getcwd())
+        for name in [name for name in sys.modules if _of_configs(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _of_configs(module: str) -> bool:
+    return module.partition(".")[0] == "configs"
 
 
 def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from voco_jax.data.progress import bar
 from voco_jax.types import Size
 
 ORIENTATIONS = ("LPS", "LPS", "RAS", "LAS", "PLI", "RPI", "SAR")
@@ -55,18 +56,20 @@ def make_phantoms(
     folder.mkdir(parents=True, exist_ok=True)
     size = "x".join(map(str, shape))
     listed: list[dict[str, str | int]] = []
-    for index in range(count):
-        ill = lesions and index % 2 == 1
-        name = f"phantom_{seed}_{size}_{index:04d}{'_lesions' * ill}.nii.gz"
-        files = [name, f"label_{name}"] if labelled else [name]
-        if not all((folder / file).exists() for file in files):
-            for file, image in zip(files, phantom(seed, index, shape, ill), strict=False):
-                part = folder / f".part_{file}"
-                nibabel.save(image, part)
-                os.replace(part, folder / file)
-        listed.append(dict(zip(("image", "label"), files, strict=False)))
-        if lesions:
-            listed[-1]["label"] = int(ill)
+    with bar("phantoms", count, True) as shown:
+        for index in range(count):
+            ill = lesions and index % 2 == 1
+            name = f"phantom_{seed}_{size}_{index:04d}{'_lesions' * ill}.nii.gz"
+            files = [name, f"label_{name}"] if labelled else [name]
+            if not all((folder / file).exists() for file in files):
+                for file, image in zip(files, phantom(seed, index, shape, ill), strict=False):
+                    part = folder / f".part_{file}"
+                    nibabel.save(image, part)
+                    os.replace(part, folder / file)
+            listed.append(dict(zip(("image", "label"), files, strict=False)))
+            if lesions:
+                listed[-1]["label"] = int(ill)
+            shown.update()
     content = {"name": "phantom CT", "training": listed}
     path = folder / "phantoms.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

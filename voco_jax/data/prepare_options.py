@@ -167,11 +167,6 @@ def find_sources(options: argparse.Namespace, overrides: dict[str, str]) -> dict
         InputError: a config or flags that are wrong, or no cache.
     """
     path = options.config or DEFAULT
-    if not options.config and not DEFAULT.is_file():
-        raise InputError(
-            f"--config: missing, and {DEFAULT}, whose chain is the default, is not there; name a "
-            "config file"
-        )
     sources = load(path, overrides).data.sources
     wanted = options.source or list(sources)
     unknown = [name for name in wanted if name not in sources]

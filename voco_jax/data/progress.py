@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def bar(what: str, total: int, show: bool) -> tqdm:
-    """A bar of volumes on a terminal, else a line now and then; both with the time left."""
+    """A bar of volumes on a terminal, else a line every 15 s; both with the time left."""
     terminal = sys.stderr.isatty()
     line = "{desc}: {n_fmt}/{total_fmt} volumes{postfix}, {rate_fmt}, {remaining} left\n"
     return tqdm(
@@ -17,6 +17,7 @@ def bar(what: str, total: int, show: bool) -> tqdm:
         miniters=1,
         mininterval=0.1 if terminal else 15,
         maxinterval=30,
+        delay=0 if terminal else 15,
         bar_format=None if terminal else line,
     )
 

@@ -94,6 +94,7 @@ def local_workers(count: int) -> Iterator[Any]:
     with (
         tempfile.TemporaryDirectory(prefix="voco_prepare_") as scratch,
         dask.config.set(settings),
+        _unlogged("distributed"),
         LocalCluster(
             n_workers=count,
             threads_per_worker=1,
@@ -109,6 +110,23 @@ def local_workers(count: int) -> Iterator[Any]:
         Client(cluster) as client,
     ):
         yield client
+
+
+@contextlib.contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Leaves out what a logger says below CRITICAL.
+
+    Dask's silence_logs does so for its own handler; where another library, as absl, has given the
+    root logger one, Dask writes there, of every start, connection and end. Whoever starts the jobs
+    tells which of them killed their workers.
+    """
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

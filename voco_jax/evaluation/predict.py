@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from voco_jax.accelerators import cpu_where_nothing_else_is
 from voco_jax.config.finetuning import ClassificationFinetuning, SegmentationFinetuning
 from voco_jax.config.load import command_parser, parse_arguments, positive
 from voco_jax.data.formats import readers
@@ -387,8 +388,14 @@ def _classifying(
     return lambda images, journal: classify_all(classifier, images, Path(options.output), journal)
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """The command as a process of its own, as `python -m` and voco-predict start it."""
     restart_with_large_pages()
+    cpu_where_nothing_else_is()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else JAX has read it
         jax.config.update("jax_compilation_cache_dir", compilation_cache())
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -6,7 +6,9 @@ bandwidth, and "bidirectional inter-chip interconnect bandwidth per chip": both 
 table 4 of Google's "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning with
 Hardware Support for Embeddings" (ISCA 2023) has 6 links of 50 GB/s.
 GPU: NVIDIA's data sheets of A100 80GB, H100 and H200 (SXM): dense bf16 (half of what is given
-"with sparsity"), memory, and NVLink, of which the sheets give both directions together.
+"with sparsity"), memory, and NVLink, of which the sheets give both directions together. NVIDIA's
+white papers of Ada (RTX 4090) and GA102 (RTX 3070), the tables of their appendices: dense bf16 with
+sums in float32. Between these cards is PCIe 4.0 x16.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ class Chip:
         flops: peak of bf16 matrix products, FLOP/s.
         memory: bytes.
         memory_bandwidth: bytes/s.
-        link_bandwidth: bytes/s in one direction; of a GPU all its NVLinks together.
+        link_bandwidth: bytes/s in one direction; of a GPU all its NVLinks together, or PCIe.
         wraparound: a TPU's torus closes along an axis whose length is a multiple of this: of v5e
             and v6e the pod's full 16; of v4 and v5p 4, if all three are (slices of full cubes).
             0: every device reaches every other through a switch.
@@ -50,6 +52,8 @@ _CHIPS = {
     "TPU v6 lite": Chip("TPU v6e", 918e12, 32 * _GiB, 1638e9, 100e9, 16),
     "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 312e12, 80 * 10**9, 2039e9, 300e9, 0),
     "NVIDIA H100 80GB HBM3": Chip("H100 SXM", 989e12, 80 * 10**9, 3350e9, 450e9, 0),
+    "NVIDIA GeForce RTX 4090": Chip("RTX 4090", 165e12, 24 * 10**9, 1008e9, 32e9, 0),
+    "NVIDIA GeForce RTX 3070": Chip("RTX 3070", 40.6e12, 8 * 10**9, 448e9, 32e9, 0),
     "NVIDIA H200": Chip("H200 SXM", 989e12, 141 * 10**9, 4800e9, 450e9, 0),
 }
 

@@ -11,6 +11,7 @@ devices share links. Of a GPU's memory JAX takes three quarters, or XLA_CLIENT_M
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from voco_jax.config.load import command_parser, load_pretraining, parse_arguments, positive
 from voco_jax.config.pretraining import Pretraining
+from voco_jax.data.progress import log
 from voco_jax.errors import InputError
 from voco_jax.plan.devices import find_devices
 from voco_jax.plan.gpu_targets import NAMES as GPUS
@@ -97,9 +99,16 @@ def _run(options: argparse.Namespace, overrides: dict[str, str]) -> "Estimate":
     devices = find_devices(options.topology)
     from voco_jax.plan.estimate import estimate
     from voco_jax.plan.table import table
+    from voco_jax.training.waiting import Watch
 
     def of(volumes: int) -> "Estimate":
-        return estimate(dataclasses.replace(config, batch_size=volumes), devices)
+        log(
+            f"compiling the step of {volumes} volumes for {options.topology} (minutes for a large "
+            "model; a quarter of an hour and more for a TPU) ..."
+        )
+        with contextlib.closing(Watch(log)) as watch:
+            watch.at("compiling")
+            return estimate(dataclasses.replace(config, batch_size=volumes), devices)
 
     tried: dict[int, Estimate] = {}
 

@@ -3,11 +3,15 @@
 jax reads its environment when it is imported: here only after that is set.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
 import os
 import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from voco_jax.errors import InputError
@@ -113,14 +117,37 @@ def _gpus_of_a_host(topology: str) -> list["jax.Device"]:
 def _described(named: str, platform: str, **options: Any) -> list["jax.Device"]:
     """Devices that only the compiler knows, for compiling ahead of time."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-    from jax.experimental import topologies
+    # What the compilers say as they are loaded is of devices that are not here. What goes wrong
+    # is an exception, with what was said.
+    with _stderr_aside():
+        import jax
+        from jax.experimental import topologies
 
-    try:
-        found = topologies.get_topology_desc(platform=platform, **options)
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise InputError(f"--topology: {named}: {str(error).splitlines()[0]}") from error
+        try:
+            found = topologies.get_topology_desc(platform=platform, **options)
+        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+            raise InputError(f"--topology: {named}: {str(error).splitlines()[0]}") from error
+        jax.devices()  # looks through the plugins
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def _stderr_aside() -> Iterator[None]:
+    """Keeps what C++ and Python write to stderr; it is written only if there is an exception."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as aside:
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            aside.seek(0)
+            os.write(stderr, aside.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _installed(module: str) -> bool:

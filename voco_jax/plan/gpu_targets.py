@@ -2,6 +2,8 @@
 
 The figures are those of XLA's own specs (a100_sxm_80, h100_sxm, h200) in
 https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs
+and of the GeForce cards NVIDIA's: its white papers of Ada and GA102, and the tables of compute
+capabilities 8.6 and 8.9 in the CUDA C++ Programming Guide.
 """
 
 # By the proto's names and in its units; `name` becomes JAX's device_kind: chips.py knows it.
@@ -17,6 +19,13 @@ _HOPPER = {
     "l2_cache_size": 52428800,
     "shared_memory_per_core": 233472,
     "shared_memory_per_block_optin": 232448,
+    "threads_per_core_limit": 2048,
+}
+_GEFORCE = {
+    "fpus_per_core": 128,
+    "shared_memory_per_core": 102400,
+    "shared_memory_per_block_optin": 101376,
+    "threads_per_core_limit": 1536,
 }
 _TARGETS = {
     "a100": {
@@ -31,6 +40,7 @@ _TARGETS = {
         "l2_cache_size": 41943040,
         "shared_memory_per_core": 167936,
         "shared_memory_per_block_optin": 166912,
+        "threads_per_core_limit": 2048,
     },
     "h100": _HOPPER,
     "h200": {
@@ -38,6 +48,28 @@ _TARGETS = {
         "name": "NVIDIA H200",
         "device_memory_size": 151397597184,
         "memory_bandwidth": 4800000000000,
+    },
+    "rtx4090": {
+        **_GEFORCE,
+        "name": "NVIDIA GeForce RTX 4090",
+        "cuda_compute_capability": "major: 8 minor: 9",
+        "platform_version": "Compute Capability 8.9",
+        "core_count": 128,
+        "clock_rate_ghz": 2.52,
+        "device_memory_size": 24 * 2**30,
+        "memory_bandwidth": 1008 * 10**9,
+        "l2_cache_size": 72 * 2**20,
+    },
+    "rtx3070": {
+        **_GEFORCE,
+        "name": "NVIDIA GeForce RTX 3070",
+        "cuda_compute_capability": "major: 8 minor: 6",
+        "platform_version": "Compute Capability 8.6",
+        "core_count": 46,
+        "clock_rate_ghz": 1.725,
+        "device_memory_size": 8 * 2**30,
+        "memory_bandwidth": 448 * 10**9,
+        "l2_cache_size": 4 * 2**20,
     },
 }
 
@@ -68,7 +100,7 @@ gpu_device_info {{
   registers_per_block_limit: 65536
   threads_per_warp: 32
   threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
+  threads_per_core_limit: {threads_per_core_limit}
   thread_dim_limit_x: 1024
   thread_dim_limit_y: 1024
   thread_dim_limit_z: 64

@@ -137,7 +137,7 @@ class MakeTask(Protocol[E]):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Generic[E]):
-    """A line of main.py's table: an experiment becomes a program, then a task.
+    """A line of train.py's table: an experiment becomes a program, then a task.
 
     Attributes:
         make_program: (experiment, mesh) -> program; raises `InputError` for settings that cannot
