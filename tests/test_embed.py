@@ -308,20 +308,18 @@ def test_labels_go_where_the_cache_s_go(tmp_path, generator, spacing):
     np.testing.assert_array_equal(found, center_crop(expected, (50, 20, 9)))
 
 
-def test_labels_of_resized_volumes_are_the_nearest(tmp_path):
-    """A mask that is the image's own: bright voxels, away from where they are interpolated."""
-    hu = np.full((40, 36, 24), 40.0)
-    hu[10:25, 8:30, 6:15] = 200
-    hu += np.random.default_rng(0).integers(-9, 9, hu.shape)
-    hu[:2] = -1000
+def test_labels_of_resized_volumes_are_the_nearest(tmp_path, generator):
+    """Where the voxels of a volume resized with aligned corners lie in its box."""
+    labels = generator.integers(0, 200, (40, 36, 24))
     chain = _experiment().data.sources["ct"].chain
-    volume = prepare_volume(save(tmp_path / "ct.nii.gz", hu), chain)
-    mask = (hu > 120).astype(np.uint8)
-    found = fit_labels(mask, volume.spacing, chain, volume.box, (40, 32, 10))
-    intensity = volume.voxels * 425 - 175
-    clear = (intensity < 60) | (intensity > 180)
-    assert clear.mean() > 0.9
-    np.testing.assert_array_equal(found[clear], intensity[clear] > 120)
+    volume = prepare_volume(save(tmp_path / "ct.nii.gz", body((40, 36, 24))), chain)
+    assert volume.box != ((0, 0, 0), (40, 36, 24))
+    places = [
+        np.rint(np.linspace(first, last - 1, count)).astype(int)
+        for first, last, count in zip(*volume.box, (40, 32, 10), strict=True)
+    ]
+    found = fit_labels(labels, volume.spacing, chain, volume.box, (40, 32, 10))
+    np.testing.assert_array_equal(found, labels[np.ix_(*places)])
 
 
 def test_organs_of_files(tmp_path, weights, scans_folder, capsys):
@@ -356,6 +354,11 @@ def test_organs_of_files(tmp_path, weights, scans_folder, capsys):
     members = np.array([[0, 1]], np.float32)
     expected = encoder.pool(encoder.stored(file), fitted, members)
     np.testing.assert_allclose(table.vectors[0], expected[0], rtol=1e-5)
+    save(tmp_path / "masks" / "ct_1.nii.gz", np.zeros((40, 36, 24)))  # nothing in it any more
+    assert _run(weights, scans_folder, output, *options, tmp_path / "dataset.json") == 1
+    assert read_table(output).id == ["ct_0#liver", "ct_0#both"]
+    assert _run(weights, scans_folder, output, *options, tmp_path / "dataset.json") == 1
+    assert read_table(output).id == ["ct_0#liver", "ct_0#both"]
     save(tmp_path / "masks" / "ct_1.nii.gz", np.zeros((40, 36, 20)))
     assert _run(weights, scans_folder, output, *options, "7") == 1
     assert "another grid: 40x36x20 voxels" in capsys.readouterr().err
@@ -471,7 +474,7 @@ def _columns(path):
     return {name: table[name].to_pylist() for name in table.column_names}
 
 
-def test_other_weights_start_over(tmp_path, weights, scans_folder, monkeypatch):
+def test_other_weights_start_over(tmp_path, weights, scans_folder):
     output = tmp_path / "t.parquet"
     assert _run(weights, scans_folder, output) == 0
     before = read_table(output)
@@ -483,6 +486,11 @@ def test_other_weights_start_over(tmp_path, weights, scans_folder, monkeypatch):
     assert (np.abs(table.vectors - before.vectors).max(axis=1) > 1e-3).all()
     assert _run(weights, scans_folder, output, "--crops") == 0  # another kind of rows
     assert set(read_table(output).kind) == {"crop"}
+    _weights(weights, _experiment({**STRIDED, "features": 8}))
+    (scans_folder / "ct_0.nii.gz").write_bytes(b"broken since")
+    assert _run(weights, scans_folder, output) == 1
+    table = read_table(output)
+    assert (table.id, table.vectors.shape) == (before.id[1:], (2, 32))
 
 
 def test_random_weights_are_another_row_of_the_same_scans(tmp_path, weights, scans_folder):

@@ -54,12 +54,16 @@ class Store:
                 path.unlink()
         self._rows: list[dict[str, Any]] = []
         self._volumes: dict[str, tuple[Signatures, Any]] = {}
+        self._empty: set[str] = set()  # volumes without rows, whatever a file has of them
         self._since = time.monotonic()
 
     def find(self, volume: str, files: Signatures) -> Any:
         """What `add` was told of a volume, if its rows are there and its files are still those."""
         done = self._journal.find(volume, files)
-        return done if done is not None and (volume in self._place or not done["rows"]) else None
+        if done is not None and not done["rows"]:
+            self._empty.add(volume)
+            return done
+        return done if volume in self._place else None
 
     def add(
         self, volume: str, files: Signatures, rows: Sequence[Mapping[str, Any]], found: Any = None
@@ -73,6 +77,8 @@ class Store:
             found: what else is to be known of it, as plain values.
         """
         self._rows += map(dict, rows)
+        if not rows:
+            self._empty.add(volume)
         self._volumes[volume] = files, {"rows": len(rows), "found": found}
         if len(self._rows) >= PART_ROWS or time.monotonic() - self._since > PART_SECONDS:
             self.flush()
@@ -114,7 +120,7 @@ class Store:
         part = self._table.with_name(f"{self._table.name}.part")
         count, waiting, rows = 0, [], 0
         with pq.ParquetWriter(part, schema(self._features, manifest)) as writer:
-            for batch in self._batches(frozenset(volumes)):
+            for batch in self._batches(set(volumes) - self._empty):
                 waiting.append(batch)
                 rows += batch.num_rows
                 if rows >= GROUP_ROWS:
