@@ -20,7 +20,6 @@ Of many files prepare a cache first, on all cores: here a single thread reads ah
 
 import argparse
 import dataclasses
-import os
 import platform
 import sys
 import time
@@ -53,9 +52,7 @@ from voco_jax.evaluation.features import manifest_path
 from voco_jax.evaluation.journal import Signatures, signatures
 from voco_jax.evaluation.load_encoder import read_encoder
 from voco_jax.evaluation.masks import find
-from voco_jax.files import compilation_cache
-from voco_jax.large_pages import restart_with_large_pages
-from voco_jax.training.jax_settings import check_jax_settings
+from voco_jax.training.jax_settings import check_jax_settings, prepare_process
 
 SUFFIX = ".parquet"
 Row = dict[str, Any]
@@ -315,8 +312,11 @@ def _check_options(options: argparse.Namespace) -> None:
         raise InputError("--organs: found it without --masks, expected a folder of masks")
 
 
+def command() -> int:
+    """The command as a process of its own, as `python -m` and voco-embed start it."""
+    prepare_process()
+    return main()
+
+
 if __name__ == "__main__":
-    restart_with_large_pages()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else JAX has read it
-        jax.config.update("jax_compilation_cache_dir", compilation_cache())
-    sys.exit(main())
+    sys.exit(command())

@@ -20,7 +20,6 @@ length of the scan. Exit status: 0; 1 if an image failed; 2 for bad input.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from voco_jax.accelerators import cpu_where_nothing_else_is
 from voco_jax.config.finetuning import ClassificationFinetuning, SegmentationFinetuning
 from voco_jax.config.load import command_parser, parse_arguments, positive
 from voco_jax.data.formats import readers
@@ -57,11 +55,9 @@ from voco_jax.evaluation.journal import Journal
 from voco_jax.evaluation.masks import find, to_file_axes, write_mask
 from voco_jax.evaluation.sliding_window import Grid, Windows, segment
 from voco_jax.evaluation.statistics import statistics
-from voco_jax.files import compilation_cache
-from voco_jax.large_pages import restart_with_large_pages
 from voco_jax.models.attention import attend
 from voco_jax.models.encoders import build_segmentation_network
-from voco_jax.training.jax_settings import check_jax_settings
+from voco_jax.training.jax_settings import check_jax_settings, prepare_process
 
 JOURNAL = "journal.jsonl"
 PredictAll = Callable[[Mapping[str, Path], Journal], list[Done]]
@@ -390,10 +386,7 @@ def _classifying(
 
 def command() -> int:
     """The command as a process of its own, as `python -m` and voco-predict start it."""
-    restart_with_large_pages()
-    cpu_where_nothing_else_is()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else JAX has read it
-        jax.config.update("jax_compilation_cache_dir", compilation_cache())
+    prepare_process()
     return main()
 
 

@@ -4,7 +4,10 @@ import os
 
 import jax
 
+from voco_jax.accelerators import cpu_where_nothing_else_is
 from voco_jax.errors import InputError
+from voco_jax.files import compilation_cache
+from voco_jax.large_pages import restart_with_large_pages
 
 # What this package is written and tested for. Another value gives other types or random draws, so
 # that nothing that was begun without it can be repeated or resumed with it.
@@ -43,3 +46,15 @@ def check_jax_settings() -> str:
         )
     told = [f"{name}={os.environ[name]}" for name in _ROUNDING if os.environ.get(name)]
     return f"set in the environment, may change rounding: {', '.join(told)}" if told else ""
+
+
+def prepare_process() -> None:
+    """What a command that computes with JAX does first, as a process of its own.
+
+    It starts again with large pages where that helps, computes on the CPU where no other device is,
+    and keeps compiled programs for the next time.
+    """
+    restart_with_large_pages()
+    cpu_where_nothing_else_is()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else JAX has read it
+        jax.config.update("jax_compilation_cache_dir", compilation_cache())
