@@ -141,7 +141,11 @@ def test_what_is_no_flat_loss():
     assert flat(windows(still, rate=rising), (), lambda: 0.4) == []  # warm-up
     assert flat(windows(np.linspace(0.6, 0.5, 80)), (), lambda: 0.4) == []
     wide = 0.5 * noise(1, 80, 0.5)
-    assert flat(windows(wide), (), lambda: 0.1) == []  # a fall of 5% would not be seen
+    assert flat(windows(wide), (), None) == []  # a fall of 5% would not be seen
+    assert flat(windows(wide), (), lambda: 0.45) == []  # nor is it above that for certain
+    assert kinds(flat(windows(wide), (), lambda: 0.3)) == ["flat"]
+    falls = windows(np.linspace(0.9, 0.6, 80) * noise(2, 80, 0.1))
+    assert flat(falls, (), lambda: 0.3) == []
 
 
 def test_windows_of_steps_and_of_an_earlier_run():

@@ -183,7 +183,7 @@ def rate_too_high(
     elif blind_loss is not None:
         gradient = float(np.median([window.gradient_norm for window in windows[-size:]]))
         shrunk = gradient < SHRUNK * windows[0].gradient_norm
-        if shrunk and _above(last, blind := blind_loss(), _error(last, last)):
+        if shrunk and _above(last, blind := blind_loss(), _error(last)):
             found = (
                 f"the loss is {last.mean():.4f}, though {blind:.4f} is reached without a look at "
                 f"the input, and the gradient's norm has shrunk to {gradient:.2g} from "
@@ -212,7 +212,8 @@ def flat(
     """Whether the loss has not moved for long, of a model that has not learned yet.
 
     The second half of all steps is compared with the quarter before it, once the rate was up by
-    then. Nothing is said where noise could hide a fall of `MOVED`, nor where the loss is low.
+    then. Nothing is said where noise could hide a fall of `MOVED`, unless the loss is for certain
+    above one that needs no look at the input; nor where the loss is low.
 
     Args:
         windows: of all steps.
@@ -226,15 +227,18 @@ def flat(
     if len(before) < FEWEST_WINDOWS or before[0].rate < max(one.rate for one in after) / 2:
         return []
     old, new = (np.array([one.loss for one in part]) for part in (before, after))
-    if old.mean() - new.mean() + CERTAIN * _error(old, new) > MOVED * abs(old.mean()):
+    fall, error = old.mean() - new.mean(), CERTAIN * _error(old, new)
+    still = fall + error <= MOVED * abs(old.mean())
+    if fall > max(error, MOVED * abs(old.mean())):
         return []
     if blind_loss is None:
-        limit = (1 - LEARNED) * float(np.mean([one.loss for one in windows[:FEWEST_WINDOWS]]))
-        reached = ""
+        low = (1 - LEARNED) * float(np.mean([one.loss for one in windows[:FEWEST_WINDOWS]]))
+        high, reached = math.inf, ""
     else:
-        limit = blind_loss()
-        reached = f", and {limit:.4f} is reached without a look at the input"
-    if new.mean() < limit:
+        blind = blind_loss()
+        low, high = (1 - MOVED) * blind, blind + CERTAIN * _error(new)
+        reached = f", and {blind:.4f} is reached without a look at the input"
+    if new.mean() <= (low if still else high):
         return []
     rate, gradient = (
         float(np.median([getattr(one, name) for one in after]))
@@ -267,6 +271,6 @@ def flat(
     ]
 
 
-def _error(one: np.ndarray, other: np.ndarray) -> float:
-    """The standard error of the difference of two means."""
-    return math.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
+def _error(*parts: np.ndarray) -> float:
+    """The standard error of a mean, or of the difference of two."""
+    return math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
