@@ -51,7 +51,7 @@ def collapsed(metrics: PositionMetrics) -> list[Finding]:
     if metrics.embedding_spread < VANISHING_SPREAD:
         signs.append(
             "all crops have nearly one embedding "
-            f"(spread {metrics.embedding_spread:.4f}, expected {VANISHING_SPREAD} or more)"
+            f"(spread {abs(metrics.embedding_spread):.4f}, expected {VANISHING_SPREAD} or more)"
         )
     if not signs:
         return []
