@@ -187,16 +187,34 @@ def test_a_damaged_series_leaves_the_others(tmp_path, capsys):
     assert "failed, unreadable: 1" in capsys.readouterr().err
 
 
+def test_prune_keeps_series_whose_folder_cannot_be_read_now(tmp_path, capsys):
+    data, cache = tmp_path / "d", tmp_path / "c"
+    data.mkdir()
+    dump(data / "p")
+    series(data / "q")
+    flags = ["--scan", str(data), "--cache", str(cache), *FLAGS]
+    assert main(flags) == 0
+    before = manifest(cache)
+    (data / "p/IM0005").write_bytes(b"")
+    capsys.readouterr()
+    assert main([*flags, "--dry-run", "--prune"]) == 0
+    assert "--prune would take out 0 of 4 volumes" in capsys.readouterr().out
+    assert main([*flags, "--prune"]) == 0
+    assert "failed, damaged slice: 1" in capsys.readouterr().out
+    assert manifest(cache) == before
+
+
 def test_series_are_chosen(tmp_path, capsys):
     data, cache = tmp_path / "d", tmp_path / "c"
     data.mkdir()
     dump(data / "p")
     series(data / "q", lambda k: BONE | {"SeriesInstanceUID": "1.2.3.77"})
+    (data / "q/README").write_text("of the viewer")
     flags = ["--scan", str(data), "--cache", str(cache), *FLAGS]
     assert main([*flags, "--series", "^3 chest.*b30F"]) == 0
     assert [id.rpartition("-")[0] for id in manifest(cache)] == ["d/p/series-3-Chest_B30f_1.25"]
     said = capsys.readouterr().out
-    assert "50 files: 12 of volumes taken, 0 of failed ones, 38 set aside" in said
+    assert "51 files: 12 of volumes taken, 0 of failed ones, 39 set aside" in said
     assert "set aside, a series not chosen: 36 files" in said
     assert main([*flags, "--series", "abdomen"]) == 2
     said = capsys.readouterr().err
