@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel
@@ -36,7 +36,9 @@ from voco_jax.data.cache import Cache, checksum
 from voco_jax.data.collect import scan
 from voco_jax.data.datalists import Volume, read_list
 from voco_jax.data.formats import readers
+from voco_jax.data.formats.dicom_series import find_volumes, is_series, place_of
 from voco_jax.data.prepare import prepare
+from voco_jax.data.series import divide
 from voco_jax.data.summary import Failure
 from voco_jax.data.volumes import dequantise
 from voco_jax.errors import InputError
@@ -154,8 +156,8 @@ def find_problems(cache_path: Path, volumes: Sequence[Volume], kinds: Kinds) -> 
         failure = json.loads(line)
         reasons[failure["id"]].append(failure["reason"])
     problems = []
-    for volume in volumes:
-        kind, format = kinds[volume.id]
+    for whole_folder, volume in _divided(volumes):
+        kind, format = kinds[whole_folder]
         entry, found = whole.get(volume.id), reasons[volume.id]
         if (entry is not None) + len(found) != 1:
             problem = f"{len(found)} failure lines"
@@ -172,6 +174,14 @@ def find_problems(cache_path: Path, volumes: Sequence[Volume], kinds: Kinds) -> 
     return problems
 
 
+def _divided(volumes: Sequence[Volume]) -> Iterator[tuple[str, Volume]]:
+    """Volumes, or those that a folder of several series is, each with the id of the whole."""
+    for volume in volumes:
+        parts = divide(volume)
+        for one in parts.volumes if parts else (volume,):
+            yield volume.id, one
+
+
 def _wrong_reason(kind: str, reason: str) -> str:
     if not re.match(r"[\w /-]+: ", reason):
         return f"no reason: {reason}"
@@ -183,8 +193,10 @@ def _differs(path: Path) -> str:
     """How the stored voxels are other than nibabel or ITK read them, or ""."""
     ours = readers.load(path)
     try:
-        if path.is_dir():
-            files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(path))
+        if path.is_dir() or is_series(path):
+            folder, name = place_of(path)
+            of = [one for one in find_volumes(folder)[0] if one.name == (name or ".")]
+            files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), of[0].series)
             aside = {name for name, _ in ours.aside}  # a copy would be a slice to ITK
             files = [file for file in files if Path(file).name not in aside]
             theirs = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(files)).T
