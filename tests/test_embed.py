@@ -34,6 +34,7 @@ from voco_jax.errors import InputError
 from voco_jax.evaluation import embed, embed_store
 from voco_jax.evaluation.encoder import Encoder, crop_corners
 from voco_jax.evaluation.features import read_table
+from voco_jax.evaluation.load_encoder import read_encoder
 from voco_jax.interop.export import Card, export
 from voco_jax.interop.names import from_torch, torch_shapes
 from voco_jax.models.attention import attend
@@ -230,6 +231,22 @@ def test_similarity_map_is_the_method_s_prediction(tmp_path, generator, with_pro
     expected = jax.jit(predict)(state, batch).similarities
     np.testing.assert_allclose(found.reshape(-1), expected[0, 0], atol=1e-5)
     assert np.ptp(found) > 0.05
+
+
+def test_sources_that_differ_are_named(tmp_path):
+    values = to_dict(_experiment())
+    values["data"]["phantoms"] = 0
+    (name,) = values["data"]["sources"]
+    chest = json.loads(json.dumps(values["data"]["sources"][name]))
+    chest["chain"]["window"], chest["cache"] = [-1000.0, 500.0], "another"
+    values["data"]["sources"]["chest"] = chest
+    experiment, path = parse(values), tmp_path / "w.safetensors"
+    _weights(path, experiment)
+    with pytest.raises(InputError, match="sources ct, chest prepare volumes differently"):
+        voco_jax.load_encoder(path)
+    wanted = experiment.data.sources["chest"].chain
+    assert voco_jax.load_encoder(path, source="chest").chain == wanted
+    assert read_encoder(path, like=wanted).chain == wanted  # as of a cache
 
 
 def test_fine_tuned_weights_leave_their_decoder_aside(tmp_path, scans_folder):
