@@ -2,6 +2,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -307,6 +308,53 @@ def test_steps_that_were_done_again_count_once(tmp_path):
     steps, values = read_metrics(path)["loss"]
     assert steps.tolist() == [1, 2, 3, 4]
     assert values.tolist() == [0.5, 0.25, 0.2, 0.1]
+
+
+def test_files_of_a_strange_shape_stop_nothing(tmp_path):
+    """Each value of a small file is once taken away and once exchanged for something else."""
+    junk = itertools.cycle([None, "x", [[]], {"a": 1}, "\ud800", 10**30])
+    folder = make(tmp_path / "run", steps=10)
+    found = {"mean": 0.5, "interval": [0.1, 0.9], "cases": 2}
+    contents = {
+        "cases.json": {"cases": [{"id": "a", "reference": "b", "probabilities": {"b": 1.0}}]},
+        "volumes.json": {"ct": {"training": {"a": ""}}},
+        "environment.json": {"devices": "1 cpu", "versions": {"jax": "1"}},
+        "events.jsonl": {"step": 3, "event": "finding", "kind": "flat", "text": "a", "advice": ""},
+        "evaluation/summary.json": {
+            "how": {},
+            "classes": {"liver": {"dice": found}},
+            "mean": {"dice": found},
+            "cases": {"evaluated": 2, "left_out": 0},
+        },
+    }
+    (folder / "evaluation").mkdir()
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content), "utf-8")
+    Page(render([folder], NOW))
+    for name, content in contents.items():
+        for place in places(content):
+            for other in ("without", next(junk)):
+                (folder / name).write_text(json.dumps(exchange(content, place, other)), "utf-8")
+                render([folder], NOW).encode()
+        (folder / name).write_text(json.dumps(content), "utf-8")
+
+
+def places(value, path=()):
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield (*path, key)
+        if isinstance(value[key], dict | list):
+            yield from places(value[key], (*path, key))
+
+
+def exchange(value, path, junk):
+    value = value.copy()
+    if len(path) > 1:
+        value[path[0]] = exchange(value[path[0]], path[1:], junk)
+    elif junk == "without":
+        del value[path[0]]
+    else:
+        value[path[0]] = junk
+    return value
 
 
 @pytest.mark.parametrize(

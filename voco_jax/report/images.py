@@ -35,6 +35,16 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     return [items[round(place * (count - 1) / (most - 1))] for place in range(most)]
 
 
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > _PIXELS:
+                raise ValueError(f"{opened.width}x{opened.height} pixels")
+            return opened.convert("RGB")
+    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, of damaged files
+        raise ValueError(str(error)) from error
+
+
 def inline(picture: Path | Image.Image, limit: int = LARGEST) -> Inline:
     """A picture, made smaller until it fits.
 
@@ -46,13 +56,7 @@ def inline(picture: Path | Image.Image, limit: int = LARGEST) -> Inline:
         OSError: the file cannot be read.
         ValueError: it is too large to be a picture of a run.
     """
-    if isinstance(picture, Image.Image):
-        image = picture
-    else:
-        with Image.open(picture) as opened:
-            if opened.width * opened.height > _PIXELS:
-                raise ValueError(f"{opened.width}x{opened.height} pixels")
-            image = opened.convert("RGB")
+    image = picture if isinstance(picture, Image.Image) else _read(picture)
     width = min(image.width, _WIDTH)
     while True:
         height = max(1, round(image.height * width / image.width))

@@ -8,6 +8,7 @@ there is of it. A run may be at work meanwhile. Every run writes WORKDIR/report.
 """
 
 import base64
+import functools
 import hashlib
 import sys
 import time
@@ -59,27 +60,25 @@ def render(workdirs: Sequence[Path], now: float | None = None) -> str:
     for page in pages:
         page.draw(limit)
     style, script = (_file(name) for name in ("style.css", "script.js"))
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_file),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+    html = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            pages=pages,
+            single=len(pages) == 1,
+            charts=make_charts(runs),
+            numbers=_numbers(runs),
+            differences=_differences(runs),
+            written=utc(now),
+            version=voco_jax.__version__,
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+        )
     )
-    environment.filters |= {"short": short, "label": label, "data": _data}
-    return environment.get_template("page.html").render(
-        pages=pages,
-        single=len(pages) == 1,
-        charts=make_charts(runs),
-        numbers=_numbers(runs),
-        differences=_differences(runs),
-        written=utc(now),
-        version=voco_jax.__version__,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-    )
+    # Python carries bytes of names that are no UTF-8 as what cannot be written.
+    return html.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_report(workdirs: Sequence[Path], output: Path) -> None:
@@ -145,6 +144,19 @@ def _data(value: float | None, form: str = "") -> Markup:
         return Markup("–")
     shown = format(value, form) if form else short(value)
     return Markup('<data value="{}">{}</data>').format(repr(value), shown)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"short": short, "label": label, "data": _data}
+    return environment
 
 
 def _file(name: str) -> str:

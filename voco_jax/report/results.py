@@ -56,12 +56,21 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A mean over cases; None: no number."""
+
+    mean: float | None
+    interval: tuple[float, float] | None
+    cases: int
+
+
+@dataclass(frozen=True)
 class EvaluationView:
     """A folder's evaluation."""
 
     folder: str
     metrics: list[str]
-    rows: list[tuple[str, list[Mapping[str, Any] | None]]]  # class, of each metric
+    rows: list[tuple[str, list[Cell]]]  # class, of each metric
     worst: list[tuple[str, str, float]]  # case, class, Dice
     evaluated: int
     left_out: int
@@ -94,13 +103,13 @@ def segmentations(run: Run) -> Segmentations | None:
 def confusion(run: Run) -> Confusion | None:
     """None: there is nothing of a classification."""
     cases = [case for case in run.cases if isinstance(case.get("probabilities"), dict)]
-    if not cases:
+    names = list(cases[0]["probabilities"]) if cases else []
+    if not names:
         return None
-    names = list(cases[0]["probabilities"])
     table = np.zeros((len(names), len(names)), int)
     wrong = []
     for case in cases:
-        shares = [float(case["probabilities"].get(name, 0.0)) for name in names]
+        shares = [_number(case, "probabilities", name) or 0.0 for name in names]
         is_, found = str(case.get("reference")), int(np.argmax(shares))
         if is_ not in names:
             continue
@@ -116,7 +125,7 @@ def view(folder: str, found: Evaluation) -> EvaluationView:
     """The tables of an evaluation.
 
     Raises:
-        KeyError, TypeError, AttributeError: it is damaged.
+        LookupError, TypeError, ValueError, AttributeError: it is damaged.
     """
     summary = found.summary
     classes = {**summary["classes"], "mean of the classes": summary.get("mean") or {}}
@@ -125,12 +134,14 @@ def view(folder: str, found: Evaluation) -> EvaluationView:
         for name in next(iter(classes.values()), {})
         if name.startswith(("dice", "nsd", "hd95", "volume_error_ml"))
     ]
-    rows = [(name, [entry.get(metric) for metric in metrics]) for name, entry in classes.items()]
+    rows = [
+        (name, [_cell(entry.get(metric)) for metric in metrics]) for name, entry in classes.items()
+    ]
     worst = []
     for row in found.cases:
         try:
             worst.append((row["case"], row["class"], float(row["dice"])))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):
             continue  # left out, or no number
     worst.sort(key=lambda row: row[2])
     counts = summary["cases"]
@@ -139,8 +150,20 @@ def view(folder: str, found: Evaluation) -> EvaluationView:
     )
 
 
-def _number(case: Mapping[str, Any], grid: str, name: str) -> float | None:
-    values = case.get(grid)
+def _cell(spread: Mapping[str, Any] | None) -> Cell:
+    """As `evaluation.summary` writes it."""
+    if not spread:
+        return Cell(None, None, 0)
+    mean, interval = spread["mean"], spread["interval"]
+    return Cell(
+        None if mean is None else float(mean),
+        None if interval is None else (float(interval[0]), float(interval[1])),
+        int(spread["cases"]),
+    )
+
+
+def _number(case: Mapping[str, Any], kind: str, name: str) -> float | None:
+    values = case.get(kind)
     value = values.get(name) if isinstance(values, dict) else None
     return float(value) if value is not None and finite(value) else None
 

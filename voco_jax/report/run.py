@@ -59,10 +59,10 @@ class Run:
         """In a word: running, finished, failed, stopped, or lost (killed)."""
         if self.lock is not None:
             return "running" if self.now - self.lock < SIGN_OF_LIFE else "lost"
-        if self.total and self.step >= self.total:
-            return "finished"
-        last = self.events[-1]["event"] if self.events else ""
-        return "failed" if last == "failed" else "stopped"
+        starts_and_ends = [event["event"] for event in self.starts_and_ends]
+        if starts_and_ends and starts_and_ends[-1] == "failed":  # perhaps at the export
+            return "failed"
+        return "finished" if self.total and self.step >= self.total else "stopped"
 
     @property
     def seconds_left(self) -> float | None:
@@ -80,6 +80,11 @@ class Run:
         return (self.total - self.step) * size / float(np.median(rates))
 
     @property
+    def starts_and_ends(self) -> list[dict[str, Any]]:
+        """The events that are no findings."""
+        return [event for event in self.events if event["event"] not in ("finding", "resolved")]
+
+    @property
     def findings(self) -> list[dict[str, Any]]:
         """Of each kind the newest, with the `first` step of it, and `resolved`, None: it holds.
 
@@ -93,7 +98,8 @@ class Run:
                 holds = before is not None and before["resolved"] is None
                 first = before["first"] if before and holds else event["step"]
                 by_kind.pop(kind, None)
-                by_kind[kind] = {**event, "first": first, "resolved": None}
+                words = {name: str(event.get(name, "")) for name in ("kind", "text", "advice")}
+                by_kind[kind] = {"step": event["step"], "first": first, "resolved": None, **words}
             elif event["event"] == "resolved" and before:
                 before["resolved"] = event["step"]
         newest = list(by_kind.values())[::-1]
@@ -103,7 +109,10 @@ class Run:
     def classes(self) -> list[str]:
         """Names of the classes of a fine-tuning, the background left out; []: there are none."""
         for source in self.sources.values():
-            pairs = (source.get("chain") or {}).get("classes") or []
+            chain = source.get("chain")
+            pairs = chain.get("classes") if isinstance(chain, dict) else None
+            if not isinstance(pairs, list):
+                continue
             names = [str(pair[0]) for pair in pairs if isinstance(pair, list) and pair]
             return names[1:] if self.config.get("task") == "segmentation" else names
         return []
@@ -115,7 +124,7 @@ class Run:
         sources = data.get("sources") if isinstance(data, dict) else None
         if not isinstance(sources, dict):
             return {}
-        return {name: one for name, one in sources.items() if isinstance(one, dict)}
+        return {name: source for name, source in sources.items() if isinstance(source, dict)}
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric."""

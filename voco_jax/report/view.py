@@ -72,7 +72,7 @@ class RunView:
         for folder, found in run.evaluations.items():
             try:
                 self.evaluations.append(view(folder, found))
-            except (KeyError, TypeError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
                 run.notes.append(f"{folder}/summary.json: cannot be read: {error!r}")
         self.map = self._map()
         most = max(2, FRAMES // runs)
@@ -121,9 +121,8 @@ class RunView:
                 "time": re.sub(r"T(\d\d:\d\d:\d\d).*", r" \1", str(event.get("time", ""))),
                 **{name: event.get(name, "") for name in ("step", "event", "reason")},
             }
-            for event in self.run.events
-            if event["event"] not in ("finding", "resolved")
-        ][-50:]
+            for event in self.run.starts_and_ends[-50:]
+        ]
 
     @property
     def watched(self) -> bool:
