@@ -400,7 +400,7 @@ def test_damaged_files_beside_the_numbers_are_noted(tmp_path):
 def test_runs_side_by_side(tmp_path):
     one = make(tmp_path / "one")
     two = make(tmp_path / "two", steps=30, total=50, optimizer__learning_rate="0.003")
-    other = make(tmp_path / "more" / "two", checkpoint__keep="7")
+    other = make(tmp_path / "more" / "two", checkpoint__keep="7", data__phantoms="9")
     text = render([one, two, other], NOW)
     page = Page(text)
     head, *rows = page.rows["differences"]
@@ -409,6 +409,7 @@ def test_runs_side_by_side(tmp_path):
     assert table == {
         "total_steps": ["40", "50", "40"],
         "optimizer.learning_rate": ["0.001", "0.003", "0.001"],
+        "data.phantoms": ["40", "40", "9"],
     }
     assert "checkpoint.keep" in page.text  # among those that change no number
     assert "export_to" in page.text
@@ -420,6 +421,7 @@ def test_runs_side_by_side(tmp_path):
     labels = re.findall(r'<g class="(c\d)" data-label="([^"]+)"', text)
     assert len({label for _, label in labels}) == len({colour for colour, _ in labels}) == 3
     assert all(labels.count(pair) == len(labels) / 3 for pair in set(labels))
+    assert text.count(">chance<") == 1
     with pytest.raises(InputError, match="found 19 workdirs, expected at most 18"):
         render([one] * 19, NOW)
 

@@ -191,7 +191,7 @@ def _chart(plan: Plan, runs: Sequence[Run]) -> Chart | None:
         steps=max(max(run.total, run.step) for run in runs),
         logarithmic=plan.logarithmic and _spans_decades(curves),
         unit=plan.unit,
-        chance=chances[0] if chances and len(set(chances)) == 1 else None,
+        chance=float(np.mean(chances)) if chances and np.ptp(chances) < 0.02 else None,
         marks=marks[-200:],
     )
     legend = [(swatch(curve.number), curve.label) for curve in curves]

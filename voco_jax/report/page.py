@@ -31,6 +31,8 @@ from voco_jax.report.view import RunView, short
 from voco_jax.report.volumes import plain
 
 REPORT = "report.html"
+# May change when a run resumes, but make another run of it: its length and its data.
+_TOLD = ("total_steps", "data.phantoms", "data.sources.*.lists", "data.sources.*.roots")
 
 
 def render(workdirs: Sequence[Path], now: float | None = None) -> str:
@@ -133,7 +135,7 @@ def _differences(runs: Sequence[Run]) -> dict[bool, list[tuple[str, list[str]]]]
     for name in dict.fromkeys(name for one in settings for name in one):
         texts = [plain(one[name]) if name in one else "–" for one in settings]
         if len(set(texts)) > 1:
-            aside = may_change(name, patterns) and name != "total_steps"
+            aside = may_change(name, patterns) and not may_change(name, _TOLD)
             found[aside].append((name, texts))
     return found
 
