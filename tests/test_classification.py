@@ -466,6 +466,12 @@ def unbroken(ccii, tmp_path_factory):
 
 
 def test_it_learns_and_says_what_it_found(unbroken):
+    found = json.loads((unbroken / "cases.json").read_text("utf-8"))
+    likely = [max(c["probabilities"], key=c["probabilities"].get) for c in found["cases"]]
+    right = np.mean(
+        [c["reference"] == name for c, name in zip(found["cases"], likely, strict=True)]
+    )
+    assert _rows(unbroken)[found["step"], "validation/accuracy"] == pytest.approx(right)
     output = "".join(path.read_text() for path in (unbroken / "logs").iterdir())
     assert "24 volumes to train on, 12 held out" in output
     assert "class 1 CP: 8 training volumes, 4 held out" in output

@@ -232,6 +232,13 @@ def test_it_trains_validates_and_says_what_it_found(unbroken):
     assert sorted(path.name for path in (workdir / "pictures").iterdir()) == [
         f"segmentations_{step:07d}.png" for step in (4, 8, 12)
     ]
+    found = json.loads((workdir / "cases.json").read_text("utf-8"))
+    assert found["step"] == 12
+    for name in ("lungs", "liver"):  # the cases are what the means are of
+        values = [case["dice"][name] for case in found["cases"]]
+        known = [value for value in values if value is not None]
+        assert rows[12, f"validation/dice_{name}"] == pytest.approx(np.mean(known))
+    assert {case["dice_resampled"]["bladder"] for case in found["cases"]} == {None}
     card = read_card(workdir / "segmentation.safetensors")
     assert card["classes"] == ["background", "lungs", "liver", "spleen", "kidneys", "bladder"]
     assert card["chain"]["spacing"] == [12.0, 12.0, 12.0]
