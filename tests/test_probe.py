@@ -205,17 +205,9 @@ def test_balanced_accuracy_with_weights_is_that_of_repeated_rows(generator):
     )
     weights = generator.integers(0, 3, (2, 40))
     weights[1, labels == 2] = 0  # a resample that lacks a class
-    expected = [
-        balanced_accuracy_score(np.repeat(labels, w), np.where(True, np.repeat(predicted, w), 0))
-        for w in weights[:1]
-    ]
-    kept = labels < 2
-    recalls = [
-        np.average(predicted[labels == c] == c, weights=weights[1, labels == c]) for c in (0, 1)
-    ]
-    assert kept.any()
+    expected = balanced_accuracy_score(labels.repeat(weights[0]), predicted.repeat(weights[0]))
     found = balanced_accuracy(labels, predicted, weights)
-    np.testing.assert_allclose(found, [*expected, np.mean(recalls)])
+    np.testing.assert_allclose(found, [expected, np.nan])
 
 
 def test_metrics_are_those_of_scikit_learn_and_intervals_cover(generator):

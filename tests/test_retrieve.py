@@ -82,6 +82,11 @@ def test_planes_and_their_way_round(generator):
     axial, coronal = middle_planes(voxels)
     np.testing.assert_array_equal(axial, voxels[:, :, 2])
     np.testing.assert_array_equal(coronal, voxels[:, 2])
+    voxels[:, :, 2:] = 0  # the middle is empty
+    np.testing.assert_array_equal(middle_planes(voxels)[1], voxels[:, 2])
+    np.testing.assert_array_equal(
+        middle_planes(voxels)[0], voxels[:, :, int(voxels[:, :, 1].std() > voxels[:, :, 0].std())]
+    )
     dark = np.zeros((8, 8, 8))
     dark[4:] = 1  # the patient's right half
     picture = draw_neighbours([[Tile(("q",), middle_planes(dark), (1, 1, 1))]], "t").astype(int)

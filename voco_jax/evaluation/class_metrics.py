@@ -29,17 +29,20 @@ def accuracy(
 def balanced_accuracy(
     reference: np.ndarray, prediction: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """`accuracy` of the cases of each class, and then the mean over the classes that there are.
+    """`accuracy` of the cases of each class that `reference` has, and then the mean over these.
+
+    Args: see `accuracy`.
 
     Returns:
-        (...) float64; NaN where all weights are 0.
+        (...) float64; NaN where all cases of a class have the weight 0: without its hardest class
+        a resample would look too good.
     """
     weights = np.ones(len(reference)) if weights is None else weights
     of_class = [
         accuracy(reference[own], prediction[own], weights[..., own])
         for own in (reference == number for number in np.unique(reference))
     ]
-    return mean_known(np.stack(of_class, axis=-1))
+    return np.mean(of_class, axis=0)
 
 
 def roc_auc(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voco_jax.evaluation.class_metrics import accuracy
+from voco_jax.evaluation.class_metrics import balanced_accuracy
 from voco_jax.evaluation.probe_folds import (
     Fold,
     Labelled,
@@ -116,14 +116,12 @@ def _within(
     chances = [1 / len(np.unique(labelled.labels[rows])) for rows in parts]
 
     def mean(found: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-        values = []
-        for rows in parts:
-            recalls = []
-            for number in np.unique(labelled.labels[rows]):
-                own = rows & (labelled.labels == number)
-                drawn = None if weights is None else weights[:, own]
-                recalls.append(accuracy(labelled.labels[own], found[own], drawn))
-            values.append(np.mean(recalls, axis=0))
+        values = [
+            balanced_accuracy(
+                labelled.labels[rows], found[rows], None if weights is None else weights[:, rows]
+            )
+            for rows in parts
+        ]
         known = ~np.isnan(values)  # where a resample lacks a class, the value has no part in it
         shares = np.where(known, sizes.reshape(-1, *[1] * (known.ndim - 1)), 0.0)
         with np.errstate(invalid="ignore"):

@@ -10,7 +10,6 @@ from voco_jax.evaluation.class_metrics import (
     accuracy,
     balanced_accuracy,
     interval,
-    mean_known,
     one_against_rest,
     resample,
 )
@@ -160,13 +159,14 @@ def measure(
         weights: (..., rows) or None, see `class_metrics`.
 
     Returns:
-        (...) float64 each; "auroc" is the mean of each class against the others.
+        (...) float64 each, NaN where a class has no weight; "auroc" is the mean of each class
+        against the others.
     """
     predicted = scores.argmax(axis=1)
     return {
         "balanced_accuracy": balanced_accuracy(labels, predicted, weights),
         "accuracy": accuracy(labels, predicted, weights),
-        "auroc": mean_known(one_against_rest(labels, scores, weights)),
+        "auroc": one_against_rest(labels, scores, weights).mean(axis=-1),
     }
 
 

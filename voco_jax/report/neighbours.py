@@ -14,6 +14,7 @@ from voco_jax.report.planes import AXIAL, CORONAL, as_shown
 _VIEWS = (AXIAL, CORONAL)
 _GREY, _QUERY, _RIGHT, _WRONG = "#9a9aa0", "#1f5fb4", "#2e8b57", "#c0392b"
 _LETTERS = 26  # of a title's line
+_EMPTY = 0.02  # standard deviation of a plane in which there is nothing to be seen
 _WIDTH, _TALLEST = 2.0, 1.2  # inches of a column, and of its width
 
 
@@ -37,10 +38,17 @@ class Tile:
 
 
 def middle_planes(voxels: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The axial (x, y) and the coronal (x, z) plane through the middle of x y z voxels; copies."""
-    return tuple(
-        voxels.take(voxels.shape[view.through] // 2, view.through).copy() for view in _VIEWS
-    )
+    """The axial (x, y) and the coronal (x, z) plane through the middle of x y z voxels of 0..1.
+
+    Where that is empty, the plane whose voxels differ most. Copies.
+    """
+    planes = []
+    for view in _VIEWS:
+        index = voxels.shape[view.through] // 2
+        if voxels.take(index, view.through).std() < _EMPTY:
+            index = int(voxels.std(axis=view.shown).argmax())
+        planes.append(voxels.take(index, view.through).copy())
+    return tuple(planes)
 
 
 def draw_neighbours(rows: Sequence[Sequence[Tile]], title: str) -> np.ndarray:
