@@ -90,7 +90,8 @@ def test_the_blocks_that_run(tmp_path):
     ran = 0
     for block in (one for page in PAGES for one in blocks(page) if one.mark == "runs"):
         text = block.text.replace("/data/", f"{tmp_path}/data/").replace(
-            "feature_size=48", "feature_size=12, depths=(1, 1, 1, 1)"
+            "feature_size=48",
+            "feature_size=12, depths=(1, 1, 1, 1), window_size=(4, 4, 4)",
         )
         if block.language == "python":
             if "def get_config" in text:  # test_docs.py parses it
