@@ -22,6 +22,7 @@ import strided_main
 import toy_task
 from conftest import HAS_TORCH
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs import tiny
 from voco_jax.config import encoders
@@ -92,7 +93,10 @@ def test_a_run_leaves_everything(finished):
     assert (finished / "voco_encoder.safetensors").exists()
     card = json.loads((finished / "voco_encoder.safetensors.json").read_text())
     assert (card["recipe"], card["step"], card["network"]) == ("voco_10k", 4, "teacher")
-    assert list((finished / "tensorboard").glob("events*"))
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()  # as TensorBoard itself reads
+    read = {event.step: event.value for event in board.Scalars("loss")}
+    assert read == pytest.approx(_losses(finished))
+    assert [image.step for image in board.Images("positions")] == [4]
     validation = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert validation["validation/chance"] >= 0.5
 

@@ -289,6 +289,9 @@ def test_killed_at_any_moment_it_leaves_whole_volumes(tmp_path, workers):
         check=True,
     )
     assert f"{43 - there} prepared now, {there} already there, 0 failed" in done.stdout
+    assert len(done.stdout.splitlines()) == 2
+    # Of long runs how far they are, of Dask nothing.
+    assert all(line.startswith("prepare: ") for line in done.stderr.split("\n") if line)
     named = {f"c.{entry.slot}.0.0.0" for entry in check_whole(cache).entries}
     assert len(named) == 43
     unused = cache / "unused.json"  # what was written just before a kill; deleted in a month

@@ -1,6 +1,7 @@
 """Dask: what listens where, an existing cluster, and workers that die."""
 
 import dataclasses
+import logging
 import os
 import signal
 import socket
@@ -33,13 +34,31 @@ TLS = "distributed.comm.tls"
 
 
 @pytest.fixture(scope="module")
-def client():
+def logged():
+    """What reaches a handler of the root logger, as absl gives it one in training."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger().addHandler(handler)
+    yield records
+    logging.getLogger().removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def client(logged):
     """Two local workers; a cluster that runs already, for those who connect to its scheduler.
 
     Dask's settings hold its certificates, as those of a user would.
     """
+    dask_logger = logging.getLogger("distributed")
+    dask_logger.propagate, before = True, dask_logger.propagate  # as where Dask is imported later
     with local_workers(2) as client, dask.config.set(certificates(client.security)):
         yield client
+    dask_logger.propagate = before
+
+
+def test_dask_starts_without_a_word(client, logged):
+    assert [record.getMessage() for record in logged if record.name.startswith("dist")] == []
 
 
 def certificates(security):
