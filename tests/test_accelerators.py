@@ -36,7 +36,8 @@ def test_only_where_no_plugin_has_a_device(plugins, libtpu, devices, said, monke
     monkeypatch.delitem(sys.modules, "jax", raising=False)
     environment = {"TPU_WORKER_ID": "0"} if "TPU_WORKER_ID" in devices else {}
     monkeypatch.setattr(os, "environ", environment)
-    accelerators.cpu_where_nothing_else_is()
+    only_cpu = accelerators.cpu_where_nothing_else_is()
+    assert only_cpu == bool(said or not (plugins or libtpu))
     assert capsys.readouterr().err.startswith(said)
     assert environment.get("JAX_PLATFORMS") == ("cpu" if said else None)
 
@@ -45,6 +46,6 @@ def test_a_choice_of_the_user_stays(monkeypatch, capsys):
     points = [SimpleNamespace(name="xla_cuda13")]
     monkeypatch.setattr(accelerators.importlib.metadata, "entry_points", lambda group: points)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
-    accelerators.cpu_where_nothing_else_is()
+    assert not accelerators.cpu_where_nothing_else_is()
     assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
     assert capsys.readouterr().err == ""

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from voco_jax.accelerators import cpu_where_nothing_else_is
+from voco_jax.accelerators import cpu_where_nothing_else_is, silence_compiler
 from voco_jax.config.load import command_parser, load, parse_arguments
 from voco_jax.errors import InputError
 from voco_jax.files import compilation_cache, expand, say
@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(_fail(error, 2))
     # Compiled programs are kept for the next run. JAX reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compilation_cache())
-    cpu_where_nothing_else_is()
+    if cpu_where_nothing_else_is() and not options.coordinator:  # else others' ends are told there
+        silence_compiler()
     signals.listen(_leave_early, lambda: _leave(_INTERRUPTED))
     from voco_jax.training import distributed
     from voco_jax.training.loop import DivergedError, PreemptedError, run

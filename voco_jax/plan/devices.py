@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from voco_jax.accelerators import silence_compiler
 from voco_jax.errors import InputError
 from voco_jax.plan import gpu_targets
 
@@ -32,6 +33,7 @@ def find_devices(topology: str) -> list["jax.Device"]:
     Raises:
         InputError: a topology that does not exist, or none such here.
     """
+    silence_compiler()
     kind, _, shape = topology.partition(":")
     if kind in ("cpu", "gpu"):
         if not re.fullmatch(r"[1-9]\d*", shape):
