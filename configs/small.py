@@ -5,8 +5,8 @@
 
 Prepares the folder (default: data/ct) into WORKDIR/cache, holds out one volume in ten for
 validation, trains, and exports an encoder of feature size 24, half of voco_10k's. As compiled for
-an RTX 3070 a step needs 4.5 GiB of the 5.6 that JAX takes of 8 GB (`python -m voco_jax.plan --config
-small --topology rtx3070:1`, jax 0.10.2); a step of small.py:cpu costs 6.5 seconds of one core.
+an RTX 3070 a step needs 4.5 GiB, of the 5.6 that JAX takes of 8 GB (`python -m voco_jax.plan
+--config configs/small.py --topology rtx3070:1`, jax 0.10.2).
 """
 
 import ml_collections

@@ -210,7 +210,7 @@ def _configs_importable(file: Path) -> Iterator[None]:
     project may have a folder named configs.
     """
     folders = [os.path.join(os.getcwd(), "configs"), str(SHIPPED)]
-    if file.resolve().parent == SHIPPED:
+    if file.resolve().parent == SHIPPED.resolve():
         folders.reverse()
     package = types.ModuleType("configs")
     package.__path__ = folders
