@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.ndimage import maximum_filter1d
 from test_contact_sheet import ODD, fill
 
-import main as program
+from voco_jax import train
 from voco_jax.config.load import load, to_dict
 from voco_jax.errors import InputError
 from voco_jax.report import page as report
@@ -567,7 +567,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 def test_a_report_that_fails_harms_no_run(tmp_path, capsys, monkeypatch):
     folder = make(tmp_path / "run")
-    program._write_report(str(folder))
+    train._write_report(str(folder))
     assert f"report: {folder}/report.html" in capsys.readouterr().out
     Page((folder / "report.html").read_text("utf-8"))
 
@@ -575,7 +575,7 @@ def test_a_report_that_fails_harms_no_run(tmp_path, capsys, monkeypatch):
         raise MemoryError("none left")
 
     monkeypatch.setattr(report, "write_report", fails)
-    program._write_report(str(folder))
+    train._write_report(str(folder))
     assert "no report was written (MemoryError('none left'))" in capsys.readouterr().out
     log = (folder / "logs" / "process_0.log").read_text("utf-8")
     assert "none the worse" in log
