@@ -394,6 +394,17 @@ def test_what_tells_the_disease_is_told(study, capsys):
     assert "100 % (48)" in capsys.readouterr().out
 
 
+def test_a_label_that_is_too_easy_is_told(study):
+    write, run, folder = study
+    write(30.0, 0.0)
+    random = take(read_table(folder / "t.parquet"), range(60))
+    random.vectors[:, -1] += 1
+    write_table(folder / "r.parquet", random)
+    _, results = run("--label", "dx", "--fractions", "1", "--seeds", "1")
+    assert "random weights tell dx as well" in results["words"][0]
+    assert "too easy to show what training has done" in results["words"][0]
+
+
 def test_mistakes_are_one_line(study, capsys):
     write, run, folder = study
     write(1.0, 0.0)

@@ -22,6 +22,7 @@ NAMES = {
     "logistic": "logistic regression",
     "linear": "linear, closed form",
 }
+_EASY = 0.98  # balanced accuracy of random weights above which there is nothing left to win
 
 
 def as_results(probed: Probed, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +107,11 @@ def in_sentences(probed: Probed) -> list[str]:
         lines = [f"the weights tell {probed.label} better than random weights {said}"]
     elif high < 0:
         lines = [f"random weights tell {probed.label} better than the weights {said}"]
+    elif probed.balanced(RANDOM, theirs, probed.most).mean > _EASY:
+        lines = [
+            f"random weights tell {probed.label} as well {said}: with all labels it is too easy to "
+            "show what training has done; compare few labels, and nearest neighbours"
+        ]
     else:
         lines = [
             f"the weights do not tell {probed.label} better than random weights do {said}: what "
