@@ -231,7 +231,7 @@ def test_settings_that_messages_name_exist():
         for path in (ROOT / "voco_jax").rglob("*.py")
         for text in texts(ast.parse(path.read_text("utf-8")))
         for name in settings_named(text)
-    } - {"data.pkl"}
+    } - {"data.pkl", "crops.parquet"}
     assert {"model.window_size", "projector_size", "data.sources.*.cache"} <= found
     assert sorted(name for name in found if not is_setting(name)) == []
     for wrong in ("model.in_channels", "init.allow", "modell.remat", "in_channels"):

@@ -289,7 +289,7 @@ def test_slices_show_the_right_way_up_and_in_proportion(tmp_path, fit):
     box = {"box": ((0, 0, 0), (40, 20, 10)), "shape": (40, 20, 10), "spacing": (1.0, 2.0, 8.0)}
     cache = fill(tmp_path / "c", {0: box}, 1, chain, volume)
     (look,) = survey(cache)
-    axial, coronal, sagittal = contact_sheet._slices(cache, look)
+    axial, coronal, sagittal = contact_sheet.slices(cache, look)
     assert look.extent == (40, 40, 80)
     assert (axial.width, axial.height) == (59, 59)  # 118 pixels for 80 mm
     assert (coronal.width, coronal.height) == (59, 118)

@@ -127,7 +127,7 @@ def test_contact_sheet(tmp_path, fit):
                   mean=0.3, checksum=checksum(volume), **facts)
         )  # fmt: skip
     cache = Cache.open(tmp_path, chain)
-    panels = contact_sheet._slices(cache, contact_sheet.survey(cache)[0])
+    panels = contact_sheet.slices(cache, contact_sheet.survey(cache)[0])
     for panel in map(np.asarray, panels):
         x, y = where(panel, lambda p: (p > 200).all(axis=-1))
         assert x > 0.6
