@@ -74,11 +74,11 @@ def test_luck_is_no_learning(generator):
 @pytest.mark.parametrize(
     ("accuracy", "count", "grid", "words"),
     [
-        (0.25, 64, (3, 3, 1), "at chance; 25% is blind, 56% good, 81% very good"),
+        (0.25, 64, (3, 3, 1), "not above blind; 25% is blind, 56% good, 81% very good"),
         (0.37, 64, (3, 3, 1), "learning; 25% is blind, 56% good, 81% very good"),
         (0.57, 64, (3, 3, 1), "good; 25% is blind, 56% good, 81% very good"),
         (0.9, 64, (4, 4, 1), "very good; 11% is blind, 56% good, 81% very good"),
-        (0.5, 64, (2, 1, 1), "at chance; 50% is blind, 75% good, 90% very good"),
+        (0.5, 64, (2, 1, 1), "not above blind; 50% is blind, 75% good, 90% very good"),
         (1.0, 1, (2, 1, 1), "1 sub-volumes are too few to judge it"),
     ],
 )

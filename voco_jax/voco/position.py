@@ -86,7 +86,7 @@ def describe_accuracy(accuracy: float, count: int, grid: Size) -> str:
     if least > good:
         return f"{count} sub-volumes are too few to judge it"
     bands = ("very good", very_good), ("good", good), ("learning", least)
-    word = next((word for word, lowest in bands if accuracy >= lowest), "at chance")
+    word = next((word for word, lowest in bands if accuracy >= lowest), "not above blind")
     return (
         f"{word}; {blind_accuracy(grid):.0%} is blind, {good:.0%} good, {very_good:.0%} very good"
     )
