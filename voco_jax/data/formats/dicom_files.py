@@ -300,8 +300,8 @@ def _stacks(images: Sequence[Image]) -> tuple[list[Stack], list[Aside]]:
             f"another series: {len(stack)} images beside the {len(chosen[0])} of {beside}",
         )
         for stack in stacks
+        if long and len(stack) <= LOCALISER_SLICES
         for image in stack
-        if stack not in chosen
     ]
     found = [Stack(tuple(stack)) for stack in chosen]
     for image in (image for image in images if image.fault):
