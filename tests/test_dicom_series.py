@@ -158,6 +158,8 @@ def test_prepare_divides_folders_and_files_add_up(tmp_path, capsys):
     opened = Cache.open(cache, read_chain(cache))
     middle = [opened.read(entry).mean() for entry in opened.entries]
     assert middle[0] == middle[1] == middle[3] != middle[2]  # the coronal one
+    assert len({entry.study for entry in opened.entries}) == 1 < len(opened.entries)
+    assert "" not in {entry.study for entry in opened.entries}
     assert main(flags) == 0
     assert "asked for 4: 0 prepared now, 4 already there" in capsys.readouterr().out
     # A second series where there was one: the folder is a volume no more.

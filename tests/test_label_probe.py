@@ -21,7 +21,7 @@ from voco_jax.voco.probe import LabelProbe
 from voco_jax.voco.step import State, make_predict
 from voco_jax.voco.task import METHOD
 
-ENTRIES = [SimpleNamespace(id=f"v{i}") for i in range(12)]
+ENTRIES = [SimpleNamespace(id=f"v{i}", study="") for i in range(12)]
 
 
 def write(path, lines):
@@ -39,6 +39,9 @@ def test_every_patient_is_told_by_the_others(tmp_path, generator):
     # be told wrong every time; without, nothing is known of it.
     alike = np.repeat(generator.normal(size=(3, 5)), 4, 0) + 0.01 * generator.normal(size=(12, 5))
     assert 0.2 < probe(alike)["probe_accuracy"] < 0.8
+    studies = [SimpleNamespace(id=f"v{i}", study=f"s{i // 4}") for i in range(12)]
+    own = [line.rpartition(",")[0] for line in lines]
+    assert LabelProbe(write(tmp_path / "l.csv", own), studies)(alike) == probe(alike)
 
 
 @pytest.mark.parametrize(

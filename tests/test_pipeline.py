@@ -184,6 +184,16 @@ def test_split(cache):
         split(cache.entries, 1.0, seed=0)
 
 
+def test_series_of_a_study_are_held_out_together(cache):
+    """Two reconstructions of a scan are nearly the same volume."""
+    (chosen,) = split(cache.entries, 0.01, seed=0)[1]
+    series = [dataclasses.replace(chosen, id=id, study="1a2b") for id in (chosen.id, "B70f")]
+    others = [entry for entry in cache.entries if entry.id != chosen.id]
+    training, held_out = split([*others, *series], 0.01, seed=0)
+    assert set(held_out) == set(series)
+    assert training == tuple(others)
+
+
 def test_validation_section_is_never_trained_on(cache):
     entries = (dataclasses.replace(cache.entries[0], section="validation"), *cache.entries[1:])
     training, held_out = split(entries, 0.0, seed=0)

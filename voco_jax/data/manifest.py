@@ -82,6 +82,7 @@ class Entry:
     doubt: str = ""  # why it is hardly an image of the chain's kind; taken all the same
     aside: tuple[Aside, ...] = ()  # files in its folder that are no part of it
     series: str = ""  # digest of its SeriesInstanceUID, where it has one
+    study: str = ""  # digest of its StudyInstanceUID, where it has one
     texture: Texture | None = None  # of the prepared voxels; None: of an older version
 
     @property

@@ -76,7 +76,8 @@ def split(
     Args:
         entries: of the cache.
         held_out: fraction of the training volumes to hold out (at least one, if not 0), chosen
-            by a hash of (seed, id); volumes of a list's "validation" section always are.
+            by a hash of (seed, id), with all volumes of a chosen one's DICOM study; volumes of a
+            list's "validation" section always are.
         seed: of the experiment.
 
     Returns:
@@ -88,7 +89,8 @@ def split(
     candidates = [entry for entry in entries if entry.section == "training"]
     candidates.sort(key=partial(shuffle_key, seed))
     count = max(1, round(held_out * len(candidates))) if held_out > 0 else 0
-    kept = {entry.id for entry in candidates[count:]}
+    studies = {entry.study for entry in candidates[:count]} - {""}
+    kept = {entry.id for entry in candidates[count:] if entry.study not in studies}
     training = tuple(e for e in entries if e.id in kept)
     if not training:
         raise InputError(

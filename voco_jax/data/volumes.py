@@ -47,6 +47,7 @@ class PreparedVolume:
     doubt: str  # why it is hardly an image of the chain's kind, taken all the same; "": it is one
     aside: tuple[Aside, ...]  # files in its folder that are no part of it
     series: str  # digest of its SeriesInstanceUID, or ""
+    study: str  # digest of its StudyInstanceUID, or ""
 
 
 def orient_ras(source: StoredVolume) -> StoredVolume:
@@ -192,6 +193,7 @@ def prepare_stored(
                 why,
                 stored.aside,
                 stored.series,
+                stored.study,
             )
             for stored, source, own, why in zip(channels, sources, limits, doubts, strict=True)
         )

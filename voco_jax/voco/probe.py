@@ -22,7 +22,7 @@ class LabelProbe:
 
         Args:
             path: of a CSV file with the columns id and label, and patient if somebody has several
-                volumes.
+                volumes; without it a volume, or all of a DICOM study, are of one.
             volumes: that are validated on.
 
         Raises:
@@ -35,7 +35,10 @@ class LabelProbe:
         found = [find_row(rows, entry.id) for entry in volumes]
         self._known = [place for place, row in enumerate(found) if row.get(LABEL)]
         names = [found[place][LABEL] for place in self._known]
-        patients = [found[place].get(PATIENT) or volumes[place].id for place in self._known]
+        patients = [
+            found[place].get(PATIENT) or volumes[place].study or volumes[place].id
+            for place in self._known
+        ]
         self._classes, self._labels = np.unique(names, return_inverse=True)
         _, self._patients = np.unique(patients, return_inverse=True)
         counts = [

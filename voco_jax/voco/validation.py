@@ -9,6 +9,7 @@ import numpy as np
 
 from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.crops import base_origins, join
+from voco_jax.data.manifest import Entry
 from voco_jax.data.pipeline import Part, Sample, held_out_sample, shuffle_key
 from voco_jax.data.volumes import dequantise
 from voco_jax.training.distributed import compile_on_all, is_process_0, run_on_all
@@ -17,7 +18,6 @@ from voco_jax.training.task import Program, Validation
 from voco_jax.types import Batch
 from voco_jax.voco.health import at_chance, collapsed, count_volumes, empty_crops, is_empty
 from voco_jax.voco.position import describe_accuracy, measure
-from voco_jax.voco.probe import LabelProbe
 from voco_jax.voco.step import Predictions, State
 
 EMBEDDINGS = 2048  # of base crops, kept for a picture of them
@@ -51,7 +51,7 @@ class Validator:
         self._kept = max(EMBEDDINGS // math.prod(experiment.crops.grid), 1)  # volumes
         self._different = count_volumes(training)
         path, entries = experiment.validation.probe_labels, [entry for entry, _ in self._volumes]
-        self._probe = run_on_all(lambda: LabelProbe(path, entries)) if path else None
+        self._probe = run_on_all(lambda: _open_probe(path, entries)) if path else None
 
     def __call__(self, state: State, step: int) -> Validation:
         """Predicts all held-out volumes in batches of the training's size.
@@ -163,6 +163,12 @@ class Validator:
             crop_size=crops.crop_size,
             title=title,
         )
+
+
+def _open_probe(path: str, volumes: Sequence[Entry]) -> Callable[[np.ndarray], dict[str, float]]:
+    from voco_jax.voco.probe import LabelProbe  # SciPy and pyarrow: for those who ask for it
+
+    return LabelProbe(path, volumes)
 
 
 def _describe(probed: Mapping[str, float]) -> str:

@@ -56,6 +56,7 @@ def load_series(path: Path) -> StoredVolume:
         modality=slices[0].tags["modality"],
         aside=tuple(sorted(aside)),
         series=digest_of(slices[0].tags["series"]),
+        study=digest_of(slices[0].tags["study"]),
     )
 
 

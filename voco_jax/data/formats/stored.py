@@ -62,6 +62,7 @@ class StoredVolume:
     modality: str = ""  # as "CT"; of DICOM alone
     aside: tuple[Aside, ...] = ()  # files in its folder that are no part of it
     series: str = ""  # digest of its SeriesInstanceUID; of DICOM alone
+    study: str = ""  # digest of its StudyInstanceUID; of DICOM alone
 
     @property
     def spacing(self) -> tuple[float, float, float]:
