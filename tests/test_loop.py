@@ -723,6 +723,15 @@ def test_nan_stops_the_run_and_names_the_checkpoint(tmp_path, monkeypatch):
         run(config, tmp_path)
 
 
+def test_the_blind_loss_is_computed_once(tmp_path, monkeypatch):
+    losses = iter([0.3])
+    monkeypatch.setattr(task, "blind_loss", lambda *_: next(losses))
+    experiment = parse(small(), str(tmp_path))
+    program = METHOD.make_program(experiment, make_mesh(1))
+    made = METHOD.make_task(experiment, program, workdir=tmp_path, resumes=False, log=print)
+    assert [made.blind_loss(), made.blind_loss()] == [0.3, 0.3]
+
+
 def test_progress_has_its_own_clock():
     times = iter([0.0, 10.0, 25.0])
     progress = Progress(100, 200, clock=lambda: next(times))

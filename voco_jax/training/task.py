@@ -98,6 +98,7 @@ class Task(Generic[S]):
         console: metrics for a log line, besides the loss; those that there are.
         findings: what is amiss before the first step.
         blind_loss: () -> the loss of a network that does not look at its input; None: not known.
+            It may be asked for at every log line.
     """
 
     program: Program[S]

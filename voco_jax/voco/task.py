@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +210,10 @@ def make_task(
         networks=experiment.networks,
         console=("pos", "neg", "reg", "inter"),
         findings=tuple(few_volumes(training, experiment.crops.grid, experiment.batch_size)),
-        blind_loss=partial(
-            blind_loss, losses.RECIPES[experiment.recipe], experiment.crops, weigh(experiment)
+        blind_loss=cache(  # a flat run asks for it at every log line
+            partial(
+                blind_loss, losses.RECIPES[experiment.recipe], experiment.crops, weigh(experiment)
+            )
         ),
     )
 
