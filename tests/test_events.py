@@ -149,16 +149,26 @@ def test_a_finding_is_written_when_new_and_once_in_a_while(tmp_path, clock):
         (3, 70, [other], [str(other)]),
         (4, 71, [], ["no longer flat"]),
         (5, 72, [], []),
-        (6, 73, [FINDING], []),  # nor because it comes and goes
-        (7, 135, [FINDING], [str(FINDING)]),
+        (6, 73, [FINDING], []),  # nor because it comes and goes,
+        (7, 74, [], []),  # of which the console says nothing
+        (8, 75, [FINDING], []),
+        (9, 131, [FINDING], [str(FINDING)]),
+        (10, 136, [FINDING], []),
+        (11, 137, [], ["no longer flat"]),
     ):
         found.step, clock.now = step, 1e9 + 60 * minutes
         assert found.found("training", findings) == lines, step
+        assert found.open == {one.kind for one in findings}, step
+        assert Events(tmp_path, clock=clock).open == found.open, step
     assert kinds(tmp_path) == [
         (1, "finding", "flat"),
         (3, "finding", "flat"),
         (4, "resolved", "flat"),
-        (7, "finding", "flat"),
+        (6, "finding", "flat"),
+        (7, "resolved", "flat"),
+        (8, "finding", "flat"),
+        (10, "finding", "flat"),
+        (11, "resolved", "flat"),
     ]
 
 
@@ -188,6 +198,23 @@ def test_the_next_process_goes_on_from_the_file(tmp_path, clock):
     clock.now += AGAIN
     again.found("training", [FINDING])
     assert len((tmp_path / "events.jsonl").read_text("utf-8").splitlines()) == 6
+
+
+def test_the_other_processes_hear_of_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "events.jsonl").mkdir()
+    heard = []
+
+    def on_all(function):
+        try:
+            return distributed.run_on_all(function)
+        except InputError as error:
+            heard.append(str(error))
+            raise
+
+    monkeypatch.setattr(loop, "run_on_all", on_all)
+    with pytest.raises(InputError, match=r"events\.jsonl"):
+        run(tmp_path)
+    assert len(heard) == 1
 
 
 def test_other_processes_write_and_tell_nothing(tmp_path, monkeypatch):

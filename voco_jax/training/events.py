@@ -13,6 +13,7 @@ Lines are added and never taken away, also where a run resumes from before them.
 import dataclasses
 import datetime
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,8 @@ class Events:
         self._path = None if workdir is None else workdir / EVENTS
         self._open: dict[str, str] = {}  # kind -> source
         self._written: dict[str, float] = {}  # kind -> when it was written last
-        self._told: set[str] = set()  # kinds, on this console
+        self._told: dict[str, float] = {}  # kind -> when this console was told last
+        self._silent: set[str] = set()  # open kinds that came back without a word on it
         if self._path is None or not self._path.exists():
             return
         with written(self._path):
@@ -93,16 +95,16 @@ class Events:
     def found(self, source: str, findings: Sequence[Finding]) -> list[str]:
         """Takes all that a source finds now; what it found before and does not now is resolved.
 
-        A finding is written when it is new, and once in `AGAIN` while it holds; one that comes and
-        goes is not written more often.
+        A finding is written when it is new or comes back, and once in `AGAIN` while it holds; one
+        that comes and goes is told only once in `AGAIN`.
 
         Args:
             source: "start", "training" or "validation"; a kind that another has open is left to it.
             findings: at most one of each kind.
 
         Returns:
-            Lines for people: of the findings just written, or not told yet by this process, and
-            of the resolved ones. None on processes without a file.
+            Lines for people: of findings that this process has not told for `AGAIN`, and of the
+            resolved ones, unless their return was not told. None on processes without a file.
         """
         if self._path is None:
             return []
@@ -110,16 +112,22 @@ class Events:
         now = self._clock()
         mine = [one for one in findings if self._open.get(one.kind, source) == source]
         for one in mine:
-            due = now - self._written.get(one.kind, -AGAIN) >= AGAIN
-            if due:
+            new = one.kind not in self._open
+            if new or now - self._written[one.kind] >= AGAIN:
                 self.write("finding", **dataclasses.asdict(one), source=source)
                 self._open[one.kind], self._written[one.kind] = source, now
-            if due or one.kind not in self._told:
+            if now - self._told.get(one.kind, -math.inf) >= AGAIN:
                 lines.append(str(one))
-                self._told.add(one.kind)
+                self._told[one.kind] = now
+                self._silent.discard(one.kind)
+            elif new:
+                self._silent.add(one.kind)
         gone = {kind for kind, by in self._open.items() if by == source} - {m.kind for m in mine}
         for kind in sorted(gone):
             self.write("resolved", kind=kind, source=source)
             del self._open[kind]
-            lines.append(f"no longer {kind}")
+            if kind in self._silent:
+                self._silent.remove(kind)
+            else:
+                lines.append(f"no longer {kind}")
         return lines

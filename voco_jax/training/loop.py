@@ -26,6 +26,7 @@ from voco_jax.training.distributed import (
     compile_on_all,
     gather,
     is_process_0,
+    run_on_all,
     run_on_process_0,
 )
 from voco_jax.training.events import Events
@@ -113,7 +114,7 @@ def _run(
     experiment: Experiment, folder: Path, method: Method[Any], program: Program[Any], log: Log
 ) -> None:
     """In a workdir that is this run's own; why it ends is kept in the log and in the events."""
-    events = Events(folder if is_process_0() else None)
+    events = run_on_all(lambda: Events(folder if is_process_0() else None))
     try:
         log(f"devices: {meshes.describe(program.mesh)}; workdir: {folder}")
         if message := run_on_process_0(lambda: set_damaged_aside(folder)):
