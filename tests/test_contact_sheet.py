@@ -177,7 +177,7 @@ choose_("filter", "all", "change"); choose_("search", "047", "input"); steps.sea
 document.querySelector("label.tile").click(); $("save").click();
 choose_("search", "", "input"); $("on").click(); steps.second = shown().length;
 choose_("filter", "ticked", "change"); steps.ticked = shown();
-steps.kept = JSON.parse(localStorage.getItem(KEY));
+steps.kept = JSON.parse(localStorage.getItem(KEY)); steps.count = $("count").textContent;
 const picture = document.querySelector(".picture").style.backgroundImage;
 setTimeout(() => {
   document.title = JSON.stringify({ ...steps, texts, errors, picture });
@@ -192,6 +192,10 @@ def test_volumes_are_ticked_in_a_browser_and_left_out(tmp_path, capsys):
     contact_sheet.draw(cache, out, progress=False)
     page = (out / "index.html").read_text("utf-8")
     assert "http" not in page.replace("http-equiv", "")  # it loads nothing from elsewhere
+    line = "let ticked = "
+    assert page.count(line) == 1
+    larger = """localStorage.setItem(KEY, '["ct/900.nii"]');"""  # a sheet with more pages was there
+    page = page.replace(line, f"{larger} {line}")
     (out / "test.html").write_text(page.replace("</body>", f"{CLICKS}</body>"), "utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     flags += ["--virtual-time-budget=4000", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -205,7 +209,9 @@ def test_volumes_are_ticked_in_a_browser_and_left_out(tmp_path, capsys):
     assert found["second"] == 10
     noise, wanted = ["ct/005.nii", "ct/006.nii"], ["ct/005.nii", "ct/006.nii", "ct/047.nii"]
     assert (found["odd"], found["noise"], found["search"]) == (noise, noise, ["ct/047.nii"])
-    assert found["ticked"] == found["kept"] == wanted
+    assert found["ticked"] == wanted
+    assert found["kept"] == ["ct/900.nii", *wanted]
+    assert found["count"] == "3 of 50 ticked"
     assert found["texts"] == ["\n".join(wanted) + "\n"]
     assert "page_0001.png" in found["picture"]
     (tmp_path / "exclude.txt").write_text(found["texts"][0], "utf-8")

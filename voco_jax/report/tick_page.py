@@ -119,17 +119,18 @@ const CACHE = {{ cache | tojson }}, PER_VIEW = {{ per_view }};
 const ROWS = {{ rows | tojson }};
 const $ = (id) => document.getElementById(id);
 const KEY = "voco_jax contact sheet: " + CACHE;
-const known = new Set(ROWS.map((row) => row[0]));
-let ticked = new Set(), view = [], start = 0;
+let ticked = new Set(), view = [], start = 0;  // ticked: on larger sheets of this cache, too
 try {
-  const kept = JSON.parse(localStorage.getItem(KEY) || "[]");
-  ticked = new Set(kept.filter((id) => known.has(id)));
+  ticked = new Set(JSON.parse(localStorage.getItem(KEY) || "[]"));
 } catch (error) { /* a browser that keeps nothing */ }
+
+const tickedHere = () => ROWS.map((row) => row[0]).filter((id) => ticked.has(id));
 
 function keep() {
   try { localStorage.setItem(KEY, JSON.stringify([...ticked])); } catch (error) { /* as above */ }
-  $("count").textContent = ticked.size + " of " + ROWS.length + " ticked";
-  $("save").disabled = !ticked.size;
+  const count = tickedHere().length;
+  $("count").textContent = count + " of " + ROWS.length + " ticked";
+  $("save").disabled = !count;
 }
 
 function kindOf(reason) {
@@ -206,7 +207,7 @@ function tickAll(on) {
 }
 
 function save() {
-  const ids = ROWS.map((row) => row[0]).filter((id) => ticked.has(id));
+  const ids = tickedHere();
   const plain = ids.every((id) => id === id.trim() && !/[\r\n]|^# /.test(id));
   const quoted = ids.map((id) => '"' + id.replaceAll('"', '""') + '"');
   const text = (plain ? ids : ["id", ...quoted]).join("\n") + "\n";
