@@ -18,6 +18,7 @@ from test_contact_sheet import ODD, fill
 
 from voco_jax import train
 from voco_jax.config.load import load, to_dict
+from voco_jax.data.cache import Cache
 from voco_jax.errors import InputError
 from voco_jax.report import page as report
 from voco_jax.report.embedding_map import nearest_cells, project
@@ -28,6 +29,7 @@ from voco_jax.report.run import read_run
 from voco_jax.report.series import read_metrics
 from voco_jax.report.svg import Curve, plot, thin
 from voco_jax.report.volumes import summarise_source
+from voco_jax.training import distributed, loop
 
 NOW = 1_800_000_000.0
 HOSTILE = "<script>alert('1')</script>\"&<img src=x onerror=alert(1)>"
@@ -552,6 +554,43 @@ def test_the_volumes_of_a_run(tmp_path):
     assert "high z spacing: 10 mm (median 1.25 mm)" in page.text
     summary = summarise_source("ct", {"cache": "gs://bucket/cache"}, {}, 3)
     assert "object store" in summary.note  # which was not asked
+
+
+def test_of_a_cache_without_textures_only_what_is_drawn_is_read(tmp_path, monkeypatch):
+    cache = fill(tmp_path / "cache", {}, 12)
+    whole, read = Cache.read_whole, []
+
+    def read_whole(self, entry):
+        read.append(entry.id)
+        return whole(self, entry)
+
+    monkeypatch.setattr(Cache, "read_whole", read_whole)
+    for most in (0, 1, 4):
+        read.clear()
+        shown = summarise_source("ct", {"cache": cache.path}, {}, most).thumbnails
+        assert [one.id for one in shown] == read
+        assert len(read) == most
+        assert not any(one.reasons for one in shown)
+
+
+def test_a_process_that_has_lost_the_others_writes_no_report(tmp_path, monkeypatch):
+    def diverges(*_):
+        raise loop.DivergedError("step 3: loss is not finite")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    made = []
+    monkeypatch.setattr(loop, "run", diverges)
+    monkeypatch.setattr(train, "_leave", leave)
+    monkeypatch.setattr(train, "_write_report", made.append)
+    monkeypatch.setattr(train.signals, "listen", lambda *_: None)
+    flags = ["--config", "configs/demo.py", "--workdir", str(tmp_path)]
+    for label, reports in (("process 0 of 2: ", []), ("", [str(tmp_path)])):
+        monkeypatch.setattr(distributed, "label", lambda label=label: label)
+        with pytest.raises(SystemExit, match="3"):
+            train.main(flags)
+        assert made == reports
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

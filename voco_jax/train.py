@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         _leave(_fail(error, error.status))
     except DivergedError as error:
-        _write_report(options.workdir)
+        if not distributed.label():  # others have left by now, and JAX ends who stays
+            _write_report(options.workdir)
         _leave(_fail(error, 3))
     except PreemptedError as error:
         signals.ignore()  # more of them must not change the status

@@ -39,20 +39,25 @@ class Look:
     reasons: tuple[str, ...]  # why it is odd; (): it is not
 
 
-def survey(cache: Cache, progress: bool = False) -> list[Look]:
+def survey(cache: Cache, progress: bool = False, read: bool = True) -> list[Look]:
     """The odd volumes, oddest first, those that break absolute rules before; then the others by id.
 
     Args:
-        cache: opened. Of volumes that were prepared before their textures were kept, the voxels
-            are read.
-        progress: whether to show a bar or lines now and then for these.
+        cache: opened.
+        progress: whether to show a bar or lines now and then where voxels are read.
+        read: whether to read those of volumes that were prepared before their textures were kept;
+            else these are judged by their numbers alone.
     """
     entries = cache.entries
-    textures = _textures(cache, progress)
+    textures = _textures(cache, progress) if read else [entry.texture for entry in entries]
     reasons = [
         absolute_reasons(entry, texture, cache.chain)
         for entry, texture in zip(entries, textures, strict=True)
     ]
+    if read:
+        for texture, own in zip(textures, reasons, strict=True):
+            if texture is None:
+                own.append(UNREADABLE)
     first: dict[str, str] = {}
     for entry, own in zip(entries, reasons, strict=True):
         twin = first.setdefault(entry.digest, entry.id)
@@ -77,12 +82,12 @@ def absolute_reasons(entry: Entry, texture: Texture | None, chain: Chain) -> lis
 
     Args:
         entry: of the manifest.
-        texture: of its voxels; None: they cannot be read.
+        texture: of its voxels; None: not known.
         chain: that it was prepared with.
     """
     found = [doubt.partition(",")[0] for doubt in filter(None, entry.doubt.split("; "))]
     if texture is None:
-        found.append(UNREADABLE)
+        pass
     elif texture.span == 0:
         found.append("constant: all voxels are equal after the window")
     elif texture.span < _SPAN:
@@ -147,7 +152,7 @@ def _compare(entries: Sequence[Entry]) -> tuple[np.ndarray, list[list[str]]]:
 
 
 def _textures(cache: Cache, progress: bool) -> list[Texture | None]:
-    """As the manifest has them, else of the voxels."""
+    """As the manifest has them, else of the voxels; None: these cannot be read."""
     missing = [entry for entry in cache.entries if entry.texture is None]
 
     def read(entry: Entry) -> Texture | None:

@@ -131,12 +131,14 @@ def _ranges(cache: Cache) -> list[tuple[str, str, str, str]]:
 
 
 def _thumbnails(cache: Cache, most: int) -> list[Thumbnail]:
-    """Of odd volumes, at most half of them, and of others evenly."""
-    looks = survey(cache)
+    """Of odd volumes, at most half of them, and of others evenly; no other voxels are read."""
+    if most == 0:
+        return []
+    looks = survey(cache, read=False)
     odd = [look for look in looks if look.reasons][: most // 2]
     others = [look for look in looks if not look.reasons]
     thumbnails = []
-    for look in odd + spread(others, max(most - len(odd), 1)):
+    for look in odd + spread(others, most - len(odd)):
         try:
             thumbnails.append(_thumbnail(look, slices(cache, look)))
         except InputError:
