@@ -1,7 +1,9 @@
 """Encoders in Python and tables of features: against MONAI, closed forms, and kills."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -35,6 +37,7 @@ from voco_jax.evaluation import embed, embed_store
 from voco_jax.evaluation.encoder import Encoder, crop_corners
 from voco_jax.evaluation.features import read_table
 from voco_jax.evaluation.load_encoder import read_encoder
+from voco_jax.evaluation.table_rows import same_rows
 from voco_jax.interop.export import Card, export
 from voco_jax.interop.names import from_torch, torch_shapes
 from voco_jax.models.attention import attend
@@ -486,6 +489,45 @@ def test_the_same_command_goes_on_where_it_was(tmp_path, weights, scans_folder, 
     assert "ct_0" not in read_table(output).volume
 
 
+def test_one_process_a_table_which_is_on_the_disk_before_its_parts_go(
+    tmp_path, weights, scans_folder, monkeypatch, capsys
+):
+    output = tmp_path / "new" / "t.parquet"
+    synced, fsync, rows_of, inner = set(), embed_store.os.fsync, embed.rows_of, []
+
+    def counted(descriptor):
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        synced.add((found.st_ino, found.st_size))
+
+    def second(*arguments):
+        if not inner:
+            inner.append(None)
+            before = sorted(output.parent.rglob("*"))
+            inner[0] = _run(weights, scans_folder, output, "--crops")
+            assert sorted(output.parent.rglob("*")) == before
+        return rows_of(*arguments)
+
+    monkeypatch.setattr(embed_store.os, "fsync", counted)
+    monkeypatch.setattr(embed, "rows_of", second)
+    assert _run(weights, scans_folder, output) == 0
+    assert inner == [4]
+    said = capsys.readouterr().err
+    assert f"{output}: another embed is writing this table (process {os.getpid()} on" in said
+    found = output.stat()
+    assert (found.st_ino, found.st_size) in synced
+    assert _run(weights, scans_folder, output) == 0  # free again
+
+
+def test_who_lost_the_table_writes_no_more(tmp_path):
+    with contextlib.ExitStack() as stack:
+        store = embed_store.Store(tmp_path / "t.parquet", {}, 4, stack)
+        store._lost.append("process 7 on b")
+        with pytest.raises(OSError, match=r"another embed has taken this table over .process 7 on"):
+            store.finish([], {})
+    assert not (tmp_path / "t.parquet").exists()
+
+
 def _columns(path):
     table = pq.read_table(path)
     return {name: table[name].to_pylist() for name in table.column_names}
@@ -519,6 +561,9 @@ def test_random_weights_are_another_row_of_the_same_scans(tmp_path, weights, sca
     trained, first, second = tables
     assert trained.digest == first.digest == second.digest
     assert set(first.weights) == {"random weights, seed 0"}
+    assert same_rows(trained, first, "1.parquet").id == trained.id
+    with pytest.raises(InputError, match=r"0\.parquet: weights: found .*: make the table with: py"):
+        same_rows(first, trained, "0.parquet")
     assert np.abs(first.vectors - trained.vectors).max() > 1e-3
     assert np.abs(first.vectors - second.vectors).max() > 1e-3
     assert _run(weights, scans_folder, tmp_path / "0.parquet", "--random-weights", 0) == 0

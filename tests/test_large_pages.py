@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,30 @@ def test_same_process_same_arguments(tmp_path, chosen):
     assert arguments == [str(script), "--flag=a b", "c"]
     assert utf8 == 1
     assert value == (chosen or VALUE)
+
+
+COMMAND = """
+import os, sys
+from voco_jax.evaluation import commands
+
+def restart(*arguments):
+    heavy = {"jax", "numpy", "pyarrow"} & set(sys.modules)
+    print("restarted", *sorted(heavy))
+    sys.exit(0)
+
+os.execv = restart
+commands.NAME()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="run on another system than Linux")
+@pytest.mark.parametrize("name", ["embed", "predict"])
+def test_console_commands_restart_before_heavy_imports(name):
+    root = Path(__file__).parents[1]
+    scripts = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    assert scripts[f"voco-{name}"] == f"voco_jax.evaluation.commands:{name}"
+    environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
+    environment["PYTHONPATH"] = str(root)
+    code = COMMAND.replace("NAME", name)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    assert done.stdout == b"restarted\n"

@@ -252,6 +252,7 @@ def test_random_features_are_at_chance_and_seeds_differ(generator):
 # ---- labels
 
 
+RANDOM = "random weights, seed 0"
 LABELS = "\ufeffname;site;part\nv0.nii.gz; A;x\nv1#001;B;y\nv2;A;\n"
 
 
@@ -280,6 +281,11 @@ def test_labels_are_found_by_id_volume_or_file(tmp_path):
         ("", "found the columns (none), expected each once and among them id or volume"),
         ("name,part\na,b\n", "found the columns name, part, expected each once and among them id"),
         ("id,part,part\na,b,c\n", "expected each once"),
+        (
+            'id,part\nv0,"a\nv1,b\n',
+            "labels.csv: not CSV (unexpected end of data), expected a header",
+        ),
+        (f"id,part\nv0,{'a' * 140_000}\n", "labels.csv: not CSV (field larger than field limit"),
         ("id,part\nv0\n", "row 2: found 1 cells, not 2"),
         ("id,part\nv0,a\nv0,b\n", "row 3: found 'v0' twice; one row each"),
         ("id,part\ncase9,a\n", "found rows for case9, expected ids of the table, as v0, volumes"),
@@ -307,6 +313,51 @@ def test_who_belongs_together():
         patients(table, [{"who": who} for who in "pqppp"], "who")
 
 
+def test_series_of_a_folder_are_one_patient():
+    """Reconstructions of a scan; the files need not be there."""
+    names = ("series-3-Chest_B30f-1a2b3c", "series-4-Chest_B70f-4d5e6f-echo_2")
+    paths = [f"/gone/{folder}/{name}" for folder in ("a", "b") for name in names]
+    paths += ["/gone/a/series.nii.gz", "/gone/b"]  # a file, and a folder with one volume
+    volumes = [path.removeprefix("/gone/") for path in paths]
+    table = make_table(np.eye(6), volumes, path=paths)
+    found, notes = patients(table, [{}] * 6, None)
+    assert found.tolist() == ["/gone/a", "/gone/a", "/gone/b", "/gone/b", *volumes[4:]]
+    assert notes == [
+        "4 volumes are DICOM series of 2 folders: a folder is taken as a patient; --patient names "
+        "a column that knows better"
+    ]
+    rows = [{"who": who} for who in ("p", "q", "", "", "p", "")]
+    found, notes = patients(table, rows, "who")
+    assert found.tolist() == ["p", "q", "/gone/b", "/gone/b", "p", "b"]
+    assert "2 volumes are DICOM series of 1 folders" in notes[0]
+    assert patients(table, [{"who": who} for who in "pqrstu"], "who")[1] == []
+
+
+def test_a_share_with_the_patients_of_the_next_is_left_out(study, capsys):
+    write, run, _ = study
+    write(3.0, 0.0)
+    flags = ["--fractions", "0.01,0.04,0.5,1", "--seeds", "1", "--folds", "2"]
+    status, results = run("--label", "dx", *flags)
+    assert status == 0
+    counts = {row["fraction"]: row["training_patients"] for row in results["results"]}
+    assert counts == {0.04: 2, 0.5: pytest.approx(15, abs=1), 1: 30}
+    assert len(results["results"]) == 2 * 3 * len(counts)
+    assert {gain["fraction"] for gain in results["above_random_weights"]} == set(counts)
+    note = "left out: 1 %, as it has the patients of 4 %"
+    assert results["label"]["notes"] == [note]
+    assert note in capsys.readouterr().out.splitlines()
+    how = results["how"]
+    assert how["knn"].startswith("5 neighbours by cosine, or as many as the rarest class has")
+    assert how["knn"].endswith("votes by 1 / distance")
+
+
+def test_a_class_may_be_missing_from_few_patients():
+    """Class 1 is nobody's most frequent label: results.json says so of `fraction`."""
+    labels, names = np.array([0, 0, 1, 0, 0, 0]), np.array([0, 0, 0, 1, 1, 1])
+    found = {tuple(np.unique(labels[draw_patients(labels, names, 0.5, s)])) for s in range(9)}
+    assert found == {(0,), (0, 1)}
+
+
 # ---- the command
 
 
@@ -322,7 +373,8 @@ def study(tmp_path, generator, monkeypatch):
     lines = [f"v{i},{('well', 'ill')[labels[i]]},{'GS'[scanner[i]]},{20 + i}" for i in range(60)]
     text = "\n".join(["id,dx,scanner,age", *lines, ""])
     (tmp_path / "labels.csv").write_text(text, "utf-8")
-    write_table(tmp_path / "r.parquet", make_table(generator.normal(size=(60, 8)), volumes))
+    random = make_table(generator.normal(size=(60, 8)), volumes, weights=RANDOM)
+    write_table(tmp_path / "r.parquet", random)
 
     def write(of_class, of_scanner):
         features[:, :2] += of_class * np.eye(2)[labels]
@@ -397,8 +449,8 @@ def test_what_tells_the_disease_is_told(study, capsys):
 def test_a_label_that_is_too_easy_is_told(study):
     write, run, folder = study
     write(30.0, 0.0)
-    random = take(read_table(folder / "t.parquet"), range(60))
-    random.vectors[:, -1] += 1
+    trained = read_table(folder / "t.parquet")
+    random = make_table(trained.vectors + np.eye(8)[-1], trained.id, weights=RANDOM)
     write_table(folder / "r.parquet", random)
     _, results = run("--label", "dx", "--fractions", "1", "--seeds", "1")
     assert "random weights tell dx as well" in results["words"][0]
@@ -429,12 +481,20 @@ def test_mistakes_are_one_line(study, capsys):
         f"voco.safetensors --input scans --output {folder / 't_random.parquet'}"
     ) in capsys.readouterr().err
     assert main([*flags, "--random", table]) == 2
+    said = capsys.readouterr().err
+    assert f"{table}: weights: found 'trained', expected 'random weights': make the" in said
+    assert "python -m voco_jax.evaluation.embed --random-weights 0 --weights voco.saf" in said
+    random = str(folder / "r.parquet")
+    assert main(["--table", random, "--random", random, *flags[2:]]) == 2
     assert "found the features of --table, expected those of random" in capsys.readouterr().err
     other = read_table(folder / "r.parquet")
     for spoilt, words in (
         (take(other, range(59)), "found no row 'v59' (1 are missing)"),
-        (make_table(np.eye(60), other.id), "found 60 features, expected 8"),
-        (make_table(other.vectors, other.id, digest=["x"] * 60), "v0: found other voxels"),
+        (make_table(np.eye(60), other.id, weights=RANDOM), "found 60 features, expected 8"),
+        (
+            make_table(other.vectors, other.id, weights=RANDOM, digest=["x"] * 60),
+            "v0: found other voxels",
+        ),
     ):
         write_table(folder / "bad.parquet", spoilt)
         assert main([*flags, "--random", str(folder / "bad.parquet")]) == 2

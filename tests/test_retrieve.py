@@ -119,7 +119,9 @@ def folder(tmp_path, generator):
         manifest={"chain": chain},
     )
     write_table(tmp_path / "t.parquet", table)
-    random = make_table(generator.normal(size=(12, 4)), volumes, ids, digest=table.digest)
+    random = make_table(
+        generator.normal(size=(12, 4)), volumes, ids, "random weights, seed 0", digest=table.digest
+    )
     write_table(tmp_path / "r.parquet", random)
     return tmp_path
 
@@ -171,6 +173,18 @@ def test_all_with_labels_and_random_weights(folder, capsys):
     assert "of the 2 nearest have the query's corner; 0.250 by guessing" in capsys.readouterr().out
 
 
+def test_series_of_the_query_s_folder_are_left_out(folder):
+    paths = [f"/gone/{one}/series-{n}-B30f-1a2b3c" for one in "ab" for n in (1, 2)]
+    volumes = [path.removeprefix("/gone/") for path in paths]
+    manifest = {"chain": dataclasses.asdict(CHAIN)}
+    write_table(
+        folder / "t.parquet", make_table(np.eye(4) + 1, volumes, path=paths, manifest=manifest)
+    )
+    assert run(folder, "--query", volumes[0]) == 0
+    with open(folder / "out" / "neighbours.csv", encoding="utf-8", newline="") as file:
+        assert [line["id"] for line in csv.DictReader(file)] == volumes[2:]
+
+
 def test_mistakes_are_one_line(folder, capsys):
     def error(*flags):
         assert run(folder, *flags) == 2
@@ -178,6 +192,12 @@ def test_mistakes_are_one_line(folder, capsys):
 
     assert "--query: found 'a#02', expected all, or an id as a#002" in error("--query", "a#02")
     assert "--random: found it without --label" in error("--query", "all", "--random", "r.parquet")
+    trained = ("--random", str(folder / "t.parquet"))
+    said = error("--query", "all", "--label", "corner", *trained)
+    assert "weights: found 'trained', expected 'random weights': make the table with" in said
+    for query in ("all", "a#002", "a"):
+        said = error("--query", query, "--label", "organ")
+        assert "--label organ: found no row of" in said
     bare = make_table(np.eye(3), list("abc"))
     write_table(folder / "t.parquet", bare)
     assert "manifest: chain: found none that can be read" in error("--query", "a")

@@ -15,10 +15,12 @@ is new; other weights or settings start over. docs/features.md has the columns.
 
 Memory: two prepared volumes and the file that is read, a batch of crops in the encoder, 4096 rows.
 Of many files prepare a cache first, on all cores: here a single thread reads ahead. Exit status: 0;
-1 if a volume failed; 2 for bad input.
+1 if a volume failed or a file system does not answer; 2 for bad input; 4: another embed writes this
+table.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -182,6 +184,7 @@ def embed(options: argparse.Namespace, overrides: Mapping[str, str]) -> int:
 
     Raises:
         InputError: weights, input or masks that cannot be used, or a table that cannot be written.
+        InUseError: another embed writes this table.
     """
     output, start = Path(options.output), time.monotonic()
     from_cache = is_cache(options.input)
@@ -219,24 +222,25 @@ def embed(options: argparse.Namespace, overrides: Mapping[str, str]) -> int:
         },
     }
     try:
-        store = Store(output, made_by, encoder.size)
-        done, failures = embed_all(volumes, encoder, store, kind, organs)
-        manifest = {
-            **made_by,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-            "weights_file": str(options.weights),
-            "input": str(options.input),
-            "masks": options.masks,
-            "seconds": round(time.monotonic() - start, 3),
-            "volumes": len(volumes),
-            "failures": failures,
-        }
-        if organs is not None:
-            found = Counter(name for names in done.values() for name in names)
-            manifest["organs"] = {name: found[name] for name in organs.classes}
-        rows = store.finish(done, manifest)
+        with contextlib.ExitStack() as stack:
+            store = Store(output, made_by, encoder.size, stack)
+            done, failures = embed_all(volumes, encoder, store, kind, organs)
+            manifest = {
+                **made_by,
+                "jax": jax.__version__,
+                "python": platform.python_version(),
+                "device": jax.devices()[0].device_kind,
+                "weights_file": str(options.weights),
+                "input": str(options.input),
+                "masks": options.masks,
+                "seconds": round(time.monotonic() - start, 3),
+                "volumes": len(volumes),
+                "failures": failures,
+            }
+            if organs is not None:
+                found = Counter(name for names in done.values() for name in names)
+                manifest["organs"] = {name: found[name] for name in organs.classes}
+            rows = store.finish(done, manifest)
     except OSError as error:
         raise InputError(f"{output}: cannot write here: {error.strerror or error}") from error
     for name, count in manifest.get("organs", {}).items():
@@ -299,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = embed(options, overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     return int(failed > 0)
 
 
@@ -313,7 +317,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 def command() -> int:
-    """The command as a process of its own, as `python -m` and voco-embed start it."""
+    """The command as a process of its own."""
     prepare_process()
     return main()
 

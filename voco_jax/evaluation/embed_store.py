@@ -2,14 +2,17 @@
 
     TABLE.parquet            the table, written when all is done
     TABLE.parquet.json       its manifest
-    TABLE.parquet.journal/   journal.jsonl: the volumes that were done, and how their files were;
+    TABLE.parquet.journal/   embed.lock: who writes the table;
+                             journal.jsonl: the volumes that were done, and how their files were;
                              000001.parquet, ...: rows that are not in the table yet
 
 No more than a part's rows are ever in memory.
 """
 
+import contextlib
 import io
 import json
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from voco_jax.data.progress import log
+from voco_jax.errors import InUseError
 from voco_jax.evaluation.features import MANIFEST, manifest_path, schema
 from voco_jax.evaluation.journal import Journal, Signatures
 from voco_jax.files import parse_object, write_aside, write_atomically
+from voco_jax.locks import locked, this_process
 
+LOCK = "embed.lock"
 PART_ROWS, PART_SECONDS = 256, 30.0  # of a part: what a kill may cost
 GROUP_ROWS = 4096  # of the table's row groups
 
@@ -34,13 +41,31 @@ class Store:
         table: its path.
         made_by: weights and settings, as plain values; a part of the table's manifest.
         features: of a vector.
+        stack: lets other processes in.
 
     Raises:
+        InUseError: another process writes this table.
         OSError: it cannot be read or written.
     """
 
-    def __init__(self, table: Path, made_by: Mapping[str, Any], features: int) -> None:
+    def __init__(
+        self,
+        table: Path,
+        made_by: Mapping[str, Any],
+        features: int,
+        stack: contextlib.ExitStack,
+    ) -> None:
         self._table, self._folder = table, table.with_name(f"{table.name}.journal")
+        self._lost: list[str] = []
+        self._folder.mkdir(parents=True, exist_ok=True)
+        lock = self._folder / LOCK
+        try:
+            stack.enter_context(locked(lock, this_process(), log, lost=self._lost.append))
+        except InUseError as error:
+            raise InUseError(
+                f"{table}: another embed is writing this table ({error}); wait for it or stop it, "
+                "or choose another --output"
+            ) from error
         self._made_by, self._features = json.loads(json.dumps(made_by)), features
         self._journal = Journal(self._folder / "journal.jsonl", made_by)
         self._place: dict[str, Path] = {}  # where a volume's rows are; the newest file counts
@@ -84,9 +109,14 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added."""
+        """Writes what was added.
+
+        Raises:
+            OSError: it cannot be written, or another process has taken the table over.
+        """
+        if self._lost:
+            raise OSError(f"another embed has taken this table over ({self._lost[0]})")
         if self._rows:
-            self._folder.mkdir(parents=True, exist_ok=True)
             part = self._folder / f"{self._next:06d}.parquet"
             content = io.BytesIO()
             columns = schema(self._features, self._made_by)
@@ -116,18 +146,20 @@ class Store:
             How many rows it has.
         """
         self.flush()
-        self._table.parent.mkdir(parents=True, exist_ok=True)
         part = self._table.with_name(f"{self._table.name}.part")
         count, waiting, rows = 0, [], 0
-        with pq.ParquetWriter(part, schema(self._features, manifest)) as writer:
-            for batch in self._batches(set(volumes) - self._empty):
-                waiting.append(batch)
-                rows += batch.num_rows
-                if rows >= GROUP_ROWS:
+        with part.open("wb") as file:
+            with pq.ParquetWriter(file, schema(self._features, manifest)) as writer:
+                for batch in self._batches(set(volumes) - self._empty):
+                    waiting.append(batch)
+                    rows += batch.num_rows
+                    if rows >= GROUP_ROWS:
+                        writer.write_table(pa.Table.from_batches(waiting))
+                        count, waiting, rows = count + rows, [], 0
+                if waiting:
                     writer.write_table(pa.Table.from_batches(waiting))
-                    count, waiting, rows = count + rows, [], 0
-            if waiting:
-                writer.write_table(pa.Table.from_batches(waiting))
+            file.flush()
+            os.fsync(file.fileno())  # before the parts go
         write_atomically(manifest_path(self._table), json.dumps(manifest, indent=1) + "\n")
         part.replace(self._table)
         for path in self._folder.glob("[0-9]*.parquet"):

@@ -20,6 +20,8 @@ from voco_jax.types import Size
 
 MANIFEST = b"voco_jax"
 """The key of the schema's metadata that holds the manifest."""
+RANDOM_WEIGHTS = "random weights"
+"""What the column `weights` begins with, if they are random."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class FeatureTable:
         spacing: of the file, mm, RAS.
         shape: of the file, RAS.
         digest: of the prepared voxels.
-        weights: SHA-256 of the weight file.
+        weights: SHA-256 of the weight file; of random ones `RANDOM_WEIGHTS` and their seed.
         vectors: (rows, features) float32.
         manifest: plain values.
     """

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.errors import InputError
 from voco_jax.evaluation.features import FeatureTable
 from voco_jax.evaluation.masks import without_suffix
@@ -28,18 +29,23 @@ def read_labels(path: str | Path, id_column: str | None = None) -> dict[str, Row
         id_column: None: the first of `IDS` that there is.
 
     Raises:
-        InputError: no such file or column, a column or an id twice.
+        InputError: no such file or column, no CSV, a column or an id twice.
     """
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}), expected a CSV file, UTF-8") from error
     separator = max(",;\t", key=text.partition("\n")[0].count)
-    header, *lines = [
-        [cell.strip() for cell in line]
-        for line in csv.reader(io.StringIO(text), delimiter=separator)
-        if any(line)
-    ] or [[]]
+    try:
+        header, *lines = [
+            [cell.strip() for cell in line]
+            for line in csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+            if any(line)
+        ] or [[]]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: not CSV ({error}), expected a header and a row each; is a quote left open?"
+        ) from error
     found = [id_column] if id_column else [name for name in IDS if name in header]
     if not found or found[0] not in header or len(set(header)) < len(header):
         raise InputError(
@@ -144,12 +150,14 @@ def patients(
     """Who a row belongs to, so that nobody is on both sides of a fold.
 
     Rows of one volume belong together, and so do volumes with the same voxels: they are one scan
-    under two names.
+    under two names. Volumes of a folder with several DICOM series (reconstructions of one scan,
+    most often) are of one patient, unless the column says otherwise.
 
     Args:
         table: of features.
         rows: as in `column`.
-        name: of the column; None, or where it is empty: each volume is a patient.
+        name: of the column; None, or where it is empty: each volume is a patient, or the folder
+            of a DICOM series.
 
     Returns:
         (rows,) str, and notes for the reader.
@@ -157,10 +165,13 @@ def patients(
     Raises:
         InputError: no such column, or a volume of two patients.
     """
-    names = np.array(table.volume)
+    names = np.array([_scan(*one) for one in zip(table.volume, table.path, strict=True)])
+    series = names != np.array(table.volume)
     if name is not None:
         given = column(table, rows, name)
+        series &= given == ""
         names = np.where(given == "", names, given)
+    folders, parts = len(set(names[series])), len(set(np.array(table.volume)[series]))
     owner: dict[str, str] = {}
     for volume, patient in zip(table.volume, names, strict=True):
         if owner.setdefault(volume, patient) != patient:
@@ -178,4 +189,14 @@ def patients(
         first.setdefault(int(part), str(patient))
     merged = len(unique) - len(first)
     notes = [f"{merged} patients have the voxels of another: kept together"] if merged else []
+    if parts > folders:
+        notes.append(
+            f"{parts} volumes are DICOM series of {folders} folders: a folder is taken as a "
+            "patient; --patient names a column that knows better"
+        )
     return np.array([first[int(component[one])] for one in index]), notes
+
+
+def _scan(volume: str, path: str) -> str:
+    """Of a DICOM series beside others its folder, else the volume itself."""
+    return str(Path(path).parent) if is_series(Path(path)) else volume

@@ -385,7 +385,7 @@ def _classifying(
 
 
 def command() -> int:
-    """The command as a process of its own, as `python -m` and voco-predict start it."""
+    """The command as a process of its own."""
     prepare_process()
     return main()
 

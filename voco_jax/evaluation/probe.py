@@ -68,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--labels", metavar="CSV", help="with a row for each volume, crop or organ, and a header")
     add("--label", required=True, metavar="COLUMN", help="what is to be told")
     add("--id", metavar="COLUMN", help="ids, volumes or names of files; default: id or volume")
-    add("--patient", metavar="COLUMN", help="default: each volume is a patient")
+    add(
+        "--patient",
+        metavar="COLUMN",
+        help="default: each volume is a patient; of DICOM series the folder",
+    )
     add("--kind", choices=KINDS, help="of the rows, where the table has several")
     add("--folds", type=_folds, default=5, metavar="N", help="default %(default)s")
     add(

@@ -83,10 +83,10 @@ def encode(
 def draw_patients(
     labels: np.ndarray, patients: np.ndarray, fraction: float, seed: int
 ) -> np.ndarray:
-    """Indices of the rows of a share of the patients, at least one of each class.
+    """Indices of the rows of a share of the patients.
 
-    Patients are drawn among those with the same most frequent label. Smaller shares are parts of
-    larger ones.
+    Patients are drawn among those with the same most frequent label, at least one of each. A class
+    that is no patient's most frequent one may be missing. Smaller shares are parts of larger ones.
     """
     taken = []
     unique = np.unique(patients)

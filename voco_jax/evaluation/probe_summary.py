@@ -53,12 +53,14 @@ def as_results(probed: Probed, settings: Mapping[str, Any]) -> dict[str, Any]:
         "how": {
             "folds": "by patient and stratified by the label; every row is predicted by fits that "
             "have not seen its patient; metrics are over all rows at once, then over the seeds",
-            "fraction": "of the training patients whose labels are known, at least one of each "
-            "class; smaller ones are parts of larger ones",
+            "fraction": "of the training patients whose labels are known, drawn among those with "
+            "the same most frequent label, at least one of each; a class that is no patient's most "
+            "frequent one may be missing; smaller ones are parts of larger ones",
             "interval": f"95 % percentile bootstrap over patients of the mean over the seeds, "
             f"{RESAMPLES} resamples",
             "auroc": "each class against the others, mean of the classes",
-            "knn": f"{NEIGHBOURS} neighbours by cosine, features as they are, one vote each",
+            "knn": f"{NEIGHBOURS} neighbours by cosine, or as many as the rarest class has "
+            "training rows, if fewer; features as they are, votes by 1 / distance",
             "logistic": "standardised, classes weighted, C by folds inside of the training part",
             "linear": "standardised, classes weighted, ridge by leaving out training patients",
         },

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from tqdm import tqdm
@@ -35,7 +36,7 @@ class Probed:
         labelled: the rows' labels.
         rows: (rows,) their indices in the table.
         left_out: numbers of patients by value of the label, of those left out.
-        notes: on the patients.
+        notes: on the patients and fractions.
         training_patients: by fraction, the mean over the folds.
         scores: by features, method and fraction (seeds, rows, classes).
         measured: metrics by features, method and fraction.
@@ -101,7 +102,8 @@ def probe(
         label: name of its column.
         patient: of the patients' column; None: each volume is one.
         folds: 2 or more.
-        fractions: of the training patients whose labels are known, growing.
+        fractions: of the training patients whose labels are known, growing; one that has the
+            patients of the next is left out.
         seeds: so many other folds and draws.
         leaks: columns that should not matter.
         progress: whether to show a bar.
@@ -119,18 +121,23 @@ def probe(
         raise InputError(
             f"column {label}: found {len(labelled.names)} classes of {folds} or more patients; "
             f"with fewer: {counts or 'none'}; expected two classes: take fewer --folds, merge "
-            "classes, or embed more volumes"
+            "classes, embed more volumes, or name the column of the patients with --patient"
         )
     parts = make_folds(labelled, folds, fractions, seeds)
+    known: dict[float, list[int]] = {fraction: [] for fraction in fractions}
+    for part in parts:
+        known[part.fraction].append(len(np.unique(labelled.patients[part.train])))
+    for less, more in pairwise(fractions):
+        if known[less] == known[more]:  # smaller ones are parts of larger ones: the same patients
+            del known[less]
+            notes.append(f"left out: {100 * less:g} %, as it has the patients of {100 * more:g} %")
+    parts = [part for part in parts if part.fraction in known]
     scores: dict[tuple[str, str, float], np.ndarray] = {}
     with tqdm(desc="probe", total=2 * len(parts), unit=" fits", disable=not progress) as bar:
         for name, vectors in ((TRAINED, table.vectors), (RANDOM, random.vectors)):
             found = predict(vectors[kept], labelled, parts, lambda: bar.update())
             scores |= {(name, *key): value for key, value in found.items()}
     measured = dict(zip(scores, measure_all(labelled, list(scores.values())), strict=True))
-    known: dict[float, list[int]] = {fraction: [] for fraction in fractions}
-    for part in parts:
-        known[part.fraction].append(len(np.unique(labelled.patients[part.train])))
     training_patients = {fraction: float(np.mean(counts)) for fraction, counts in known.items()}
     result = Probed(
         label, labelled, kept, left_out, notes, training_patients, scores, measured, leaks=[]

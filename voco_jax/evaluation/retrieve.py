@@ -177,7 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--labels", metavar="CSV", help="with a row for each volume, crop or organ, and a header")
     add("--label", metavar="COLUMN", help="of the CSV file or the table; see probe")
     add("--id", metavar="COLUMN", help="ids, volumes or names of files; default: id or volume")
-    add("--patient", metavar="COLUMN", help="default: each volume is a patient")
+    add(
+        "--patient",
+        metavar="COLUMN",
+        help="default: each volume is a patient; of DICOM series the folder",
+    )
     add("--random", metavar="FILE", help="features of random weights, to compare with")
     add("--output", required=True, metavar="DIR", help="folder for what is written")
     try:
@@ -201,6 +205,11 @@ def _run(options: argparse.Namespace) -> None:
     if options.label:
         labels = column(table, rows, options.label)
         kept = np.flatnonzero(labels != "")
+        if not len(kept):
+            raise InputError(
+                f"--label {options.label}: found no row of {options.table} that has one, expected "
+                "some: take another column, or embed again with --crops or --masks"
+            )
         if len(kept) < len(labels):
             notes.append(f"left out, without {options.label}: {len(labels) - len(kept)} rows")
         table, groups, labels = take(table, kept.tolist()), groups[kept], labels[kept]

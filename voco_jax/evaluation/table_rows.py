@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from voco_jax.errors import InputError
-from voco_jax.evaluation.features import FeatureTable
+from voco_jax.evaluation.features import RANDOM_WEIGHTS, FeatureTable
 
 KINDS = ("volume", "crop", "organ")
 
@@ -31,9 +31,15 @@ def same_rows(table: FeatureTable, random: FeatureTable, path: str) -> FeatureTa
         path: of the latter, for the error.
 
     Raises:
-        InputError: it lacks a row, has another scan or another number of features, or the same
-            weights.
+        InputError: it is of no random weights or of the same ones, lacks a row, or has another scan
+            or another number of features.
     """
+    others = [one for one in random.weights if not one.startswith(RANDOM_WEIGHTS)]
+    if others:
+        raise InputError(
+            f"{path}: weights: found {others[0]!r}, expected {RANDOM_WEIGHTS!r}: make the table "
+            f"with: {random_command(table, path)}"
+        )
     places = {id: place for place, id in enumerate(random.id)}
     missing = [id for id in table.id if id not in places]
     if missing:
