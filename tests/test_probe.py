@@ -349,10 +349,11 @@ def test_a_share_with_the_patients_of_the_next_is_left_out(study, capsys):
     how = results["how"]
     assert how["knn"].startswith("5 neighbours by cosine, or as many as the rarest class has")
     assert how["knn"].endswith("votes by 1 / distance")
+    assert "a class that is no patient's most frequent one may be missing" in how["fraction"]
 
 
 def test_a_class_may_be_missing_from_few_patients():
-    """Class 1 is nobody's most frequent label: results.json says so of `fraction`."""
+    """Class 1 is nobody's most frequent label; results.json says so."""
     labels, names = np.array([0, 0, 1, 0, 0, 0]), np.array([0, 0, 0, 1, 1, 1])
     found = {tuple(np.unique(labels[draw_patients(labels, names, 0.5, s)])) for s in range(9)}
     assert found == {(0,), (0, 1)}
