@@ -1,5 +1,6 @@
 """Paths, and files that others may have written."""
 
+import errno
 import json
 import os
 import re
@@ -35,8 +36,10 @@ def write_aside(path: Path, content: bytes) -> Path:
     Where a kill leaves it, its name says what it is, and the next writing takes its place.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: it cannot be written, or is a folder; nothing is left of it.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "this is a folder, expected a file", str(path))
     part = path.with_name(f"{path.name}.part")
     try:
         part.unlink(missing_ok=True)  # with whatever mode it was made

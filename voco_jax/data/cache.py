@@ -5,6 +5,7 @@
     CACHE/cache.json        format and chain settings
     CACHE/failures.jsonl    what the last `prepare` could not do
     CACHE/set_aside.jsonl   files that it saw and that are no part of a volume
+    CACHE/excluded.txt      ids that --exclude with --prune took out, which later runs leave out
     CACHE/unused.json       since when `prepare` has seen files that no line names
 
 A volume is there if the manifest says so. Slots of the array are never used twice: a volume whose
@@ -46,7 +47,7 @@ from voco_jax.types import Size
 
 FORMAT = 2
 SETTINGS, FAILURES, ASIDE = "cache.json", "failures.jsonl", "set_aside.jsonl"
-UNUSED = "unused.json"
+UNUSED, EXCLUDED = "unused.json", "excluded.txt"
 KEEP_SECONDS = 30 * 24 * 3600  # files that no line names any more: longer than a run reads them
 # How TensorStore's errors of a file that is cut or changed begin; that of one that is not there.
 DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE")
@@ -243,7 +244,7 @@ class CacheWriter:
             os.makedirs(self.path, exist_ok=True)
         begun = self.folder.read(SETTINGS) is not None
         if not begun:
-            present = set(self.folder.names()) - {LOCK, SETTINGS + UNFINISHED}
+            present = set(self.folder.names()) - {LOCK, SETTINGS + UNFINISHED, EXCLUDED}
             if present and MANIFEST not in present:
                 some = ", ".join(sorted(present)[:3])
                 raise InputError(

@@ -6,12 +6,14 @@ import collections
 from voco_jax.config.common import WORKDIR
 from voco_jax.data.cache import Cache, read_chain
 from voco_jax.data.datalists import combine
+from voco_jax.data.filling import as_known
 from voco_jax.data.manifest import Entry, read_manifest
 from voco_jax.data.prepare_options import Wanted
 from voco_jax.data.storage import Folder
 from voco_jax.data.tend import (
     Exclusion,
     check_prune,
+    remembered,
     split_wanted,
     stale,
     tend_cache,
@@ -37,7 +39,8 @@ def tend(options: argparse.Namespace, exclude: Exclusion | None) -> str:
     """
     if options.write_list:
         cache = Cache.open(options.cache, read_chain(options.cache))
-        volumes, left = split_wanted(map(volume_of, cache.entries), exclude)
+        before = remembered(options.cache)
+        volumes, left = split_wanted(map(volume_of, cache.entries), exclude, before)
         told = write_list(volumes, options.write_list, options.root)
         return "\n".join([told, f"excluded: {len(left)} volumes", *_unused(exclude)])
     if exclude is None:
@@ -55,17 +58,21 @@ def show(wanted: Wanted, exclude: Exclusion | None, options: argparse.Namespace)
         InputError: what `write_list` and `check_prune` raise.
     """
     assert wanted.looked is not None
-    volumes, left = split_wanted(combine(wanted.volumes), exclude)
+    entries = _entries(wanted.source.cache)
+    before = None if WORKDIR in wanted.source.cache else remembered(wanted.source.cache)
+    found = combine(wanted.volumes)
+    named = as_known(found, entries)
+    volumes, left = split_wanted(named, exclude, before)
     if options.write_list:
         told = write_list(volumes, options.write_list, [])
         return "\n".join([told, f"excluded: {len(left)} volumes", *_unused(exclude)])
-    says = {one.volume.id: str(one.dicom) for one in wanted.looked if one.dicom}
+    dicom = {one.volume.id: str(one.dicom) for one in wanted.looked if one.dicom}
+    says = {new.id: dicom[old.id] for new, old in zip(named, found, strict=True) if old.id in dicom}
     ids = {volume.id for volume in volumes}
     lines = [f"{id}{f': {says[id]}' if id in says else ''}" for id in sorted(ids)]
     lines += [f"excluded: {volume.id}" for volume in left]
     reasons = collections.Counter(why.split(":")[0] for _, why in wanted.aside)
     lines += [f"set aside, {reason}: {count} files" for reason, count in reasons.most_common()]
-    entries = _entries(wanted.source.cache)
     there = len(ids & entries.keys())
     lines.append(f"{len(ids)} volumes, {there} of them in the cache; {len(left)} excluded")
     if options.prune is not None:

@@ -2,17 +2,28 @@
 
 import contextlib
 import threading
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tqdm import tqdm
 
 from voco_jax.data.cache import FAILURES, CacheWriter
 from voco_jax.data.datalists import Volume
-from voco_jax.data.jobs import Job, missing_from, prepare_one, run_on_cluster, slots_of
+from voco_jax.data.formats.dicom_series import digest_of, is_series
+from voco_jax.data.jobs import (
+    Job,
+    missing_from,
+    prepare_one,
+    run_on_cluster,
+    signature_of,
+    slots_of,
+)
 from voco_jax.data.manifest import Entry
 from voco_jax.data.progress import bar
-from voco_jax.data.series import Divided
+from voco_jax.data.series import Divided, look
 from voco_jax.data.summary import Failure
 from voco_jax.data.workers import local_workers, run_jobs
 from voco_jax.files import printable
@@ -21,6 +32,7 @@ _KILLED = (
     "worker killed three times: as a rule out of memory (use fewer workers), "
     "else no end in half an hour"
 )
+_LOOKS = 32  # at folders, at the same time
 Outcomes = Generator[tuple[Job, Entry | Divided | str | None], None, None]
 
 
@@ -65,6 +77,53 @@ def fill(cache: CacheWriter, volumes: Sequence[Volume], how: How) -> Done:
     ]
     outcomes = _outcomes(jobs, cache, how.workers, how.scheduler)
     return _collect_outcomes(outcomes, cache, bar("prepare", len(jobs), how.progress), how.stop)
+
+
+def as_known(volumes: Sequence[Volume], entries: Mapping[str, Entry]) -> list[Volume]:
+    """The same volumes; a folder's only series has the id that a cache has it by.
+
+    In such a folder there were several series, of which one is left.
+
+    Args:
+        volumes: of lists and scans.
+        entries: of the cache.
+    """
+    below: dict[str, list[Entry]] = defaultdict(list)
+    for id, entry in entries.items():
+        if is_series(Path(entry.path)):
+            below[id.rpartition("/")[0]].append(entry)
+    divided = [one for one in volumes if one.id not in entries and _folder(one) in below]
+    with ThreadPoolExecutor(_LOOKS) as threads:
+        same = list(threads.map(lambda one: _holds(one, below[_folder(one)]), divided))
+    doubtful = [one for one, holds in zip(divided, same, strict=True) if not holds]
+    names = {}
+    for one in look(doubtful, [], progress=False):
+        for entry in below.get(_folder(one.volume), ()):
+            name = entry.id.rpartition("/")[2]
+            if one.dicom and (name, entry.series) == (
+                one.dicom.full_name,
+                digest_of(one.dicom.series),
+            ):
+                names[one.volume.id] = name
+    return [
+        replace(one, id=f"{_folder(one)}/{names[one.id]}", path=Path(one.path) / names[one.id])
+        if one.id in names
+        else one
+        for one in volumes
+    ]
+
+
+def _folder(volume: Volume) -> str:
+    return volume.id.removesuffix("/.")
+
+
+def _holds(volume: Volume, parts: Sequence[Entry]) -> bool:
+    """Whether a folder surely holds several series: no file has changed since it did."""
+    try:
+        found = signature_of(volume)
+    except OSError:
+        return True  # whoever reads it says what is wrong
+    return len(parts) > 1 and all(entry.stamp == found for entry in parts)
 
 
 def _outcomes(

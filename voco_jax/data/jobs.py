@@ -17,6 +17,7 @@ from voco_jax.config.common import Chain, LabelledChain
 from voco_jax.data.array import count_in_chunks, largest, write_volume
 from voco_jax.data.cache import CacheWriter, checksum
 from voco_jax.data.datalists import Volume
+from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.data.formats.readers import VolumeError, file_signature
 from voco_jax.data.formats.remote import local_copy, remote_signature
 from voco_jax.data.labels import PreparedLabels, prepare_labels
@@ -190,12 +191,19 @@ def _signature(path: Path | str) -> str:
 
 
 def _signatures(volumes: Sequence[Volume]) -> list[str | None]:
+    """Of each volume; the files in a folder of several series are looked at once."""
     found: list[str | None] = []
+    folders: dict[tuple[object, ...], str | None] = {}
     for volume in volumes:
-        try:
-            found.append(signature_of(volume))
-        except OSError:
-            found.append(None)
+        series = not is_remote(volume.path) and is_series(Path(volume.path))
+        place = Path(volume.path).parent if series else volume.path
+        key = (place, series, volume.label, volume.channels)
+        if key not in folders:
+            try:
+                folders[key] = signature_of(volume)
+            except OSError:
+                folders[key] = None
+        found.append(folders[key])
     return found
 
 

@@ -21,7 +21,7 @@ from voco_jax.config.load import parse_arguments
 from voco_jax.data.cache import ARRAY, ASIDE, FAILURES, CacheWriter
 from voco_jax.data.datalists import Volume, combine
 from voco_jax.data.dry_run import of_cache_alone, show, tend
-from voco_jax.data.filling import Done, How, fill
+from voco_jax.data.filling import Done, How, as_known, fill
 from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.data.formats.stored import Aside
 from voco_jax.data.manifest import Entry
@@ -29,7 +29,15 @@ from voco_jax.data.prepare_options import find_sources, find_wanted, make_parser
 from voco_jax.data.series import folder_of
 from voco_jax.data.storage import Folder
 from voco_jax.data.summary import Summary, aside_line
-from voco_jax.data.tend import Exclusion, check_prune, split_wanted, stale
+from voco_jax.data.tend import (
+    Exclusion,
+    check_prune,
+    remember,
+    remembered,
+    split_wanted,
+    stale,
+    volume_of,
+)
 from voco_jax.data.verify import verify
 from voco_jax.data.workers import available_cores
 from voco_jax.errors import InputError
@@ -69,9 +77,10 @@ def prepare(
         scheduler: address of a Dask cluster that does the work, instead of processes here.
         take_doubtful: see `volumes.prepare_files`.
         aside: files that are no part of a volume, as `collect` found them.
-        exclude: volumes to leave out.
+        exclude: volumes to leave out, beside those that the cache's excluded.txt names.
         prune: whether to take out of the cache, at the end, what is excluded or not among the
-            volumes, and at most how many, see `tend.check_prune`; None: no.
+            volumes, and at most how many, see `tend.check_prune`; None: no. What is excluded then
+            goes into the cache's excluded.txt.
 
     Returns:
         The summary; its str() is for people.
@@ -83,18 +92,22 @@ def prepare(
             or, if strict, any failure.
     """
     start = time.monotonic()
-    asked, excluded = split_wanted(combine(volumes), exclude)
+    before = remembered(cache_path)
+    asked, excluded = split_wanted(combine(volumes), exclude, before)
     if not asked:
         what = f", all {len(excluded)} are excluded" if excluded else ""
+        what += f" (see also {before.path})" if excluded and before else ""
         raise InputError(f"prepare: found no volumes to prepare, expected at least one{what}")
     count = workers if workers is not None else available_cores()
     how = How(count, scheduler, progress, stop or threading.Event(), take_doubtful)
     try:
         with CacheWriter(cache_path, chain) as cache:
+            asked, more = split_wanted(as_known(asked, cache.entries), exclude, before)
+            excluded += more
             done = fill(cache, asked, how)
             if done.divided:
                 parts = [part for one in done.divided.values() for part in one.volumes]
-                parts, more = split_wanted(parts, exclude)
+                parts, more = split_wanted(parts, exclude, before)
                 excluded += more
                 asked = [one for one in asked if one.id not in done.divided] + parts
                 cache.forget([cache.entries[id] for id in done.divided if id in cache.entries])
@@ -102,7 +115,11 @@ def prepare(
             asked = combine(asked)
             failed = {one.id for one in done.failures}
             old = stale(cache.entries, asked, failed)
-            too_many = "" if prune is None else _prune(cache, old, prune)
+            _, there = split_wanted(map(volume_of, cache.entries.values()), exclude, before)
+            too_many = ""
+            if prune is not None:
+                here = [one.id for one in (*excluded, *there)] if exclude else []
+                too_many = _prune(cache, old, prune, here)
             left = [*aside, *_aside_of(asked, cache.entries)]
             left += [file for one in done.divided.values() for file in one.aside]
             summary = _summarise(cache, asked, done, left)
@@ -112,7 +129,8 @@ def prepare(
                 parts=sum(len(one.volumes) for one in done.divided.values()),
                 excluded=len(excluded),
                 files_excluded=sum(max(one.files, 1) for one in excluded),
-                excluded_there=sum(map(exclude.has, cache.entries.values())) if exclude else 0,
+                excluded_before=len(excluded) - len(split_wanted(excluded, exclude)[1]),
+                excluded_there=len({one.id for one in there} & cache.entries.keys()),
                 pruned=() if prune is None or too_many else tuple(entry.id for entry in old),
                 unused=str(exclude or ""),
                 seconds=time.monotonic() - start,
@@ -120,7 +138,7 @@ def prepare(
             cache.folder.write(
                 FAILURES, "".join(f"{failure.line()}\n" for failure in summary.failures).encode()
             )
-            left += [(one.id, f"excluded: by {exclude.path}") for one in excluded if exclude]
+            left += [_excluded_by(one, exclude, before) for one in excluded]
             cache.folder.write(ASIDE, "".join(f"{aside_line(one)}\n" for one in left).encode())
     except OSError as error:
         raise InputError(
@@ -138,14 +156,20 @@ def prepare(
     return summary
 
 
-def _prune(cache: CacheWriter, old: Sequence[Entry], most: int) -> str:
-    """Takes volumes out of a cache; returns why it refused to."""
+def _prune(cache: CacheWriter, old: Sequence[Entry], most: int, excluded: Sequence[str]) -> str:
+    """Takes volumes out of a cache, and keeps excluded ones out; returns why it refused to."""
     try:
         check_prune(old, len(cache.entries), most)
     except InputError as error:
         return str(error)
+    remember(cache.folder, excluded)
     cache.forget(old)
     return ""
+
+
+def _excluded_by(volume: Volume, *files: Exclusion | None) -> Aside:
+    """An excluded volume, and the first file that names it."""
+    return volume.id, f"excluded: by {next(one.path for one in files if one and one.has(volume))}"
 
 
 def _summarise(
@@ -277,6 +301,17 @@ def _verify_all(
         raise InputError(
             "--verify: found lists or folders beside it, expected only --cache, or --config; what "
             "is damaged is done anew by the next run without --verify"
+        )
+    beside = ("exclude", "prune", "dry_run", "write_list", "series", "one_series")
+    wrong = [
+        f"--{name.replace('_', '-')}"
+        for name in beside
+        if getattr(options, name) not in (None, False)
+    ]
+    if wrong:
+        raise InputError(
+            f"--verify: found {', '.join(wrong)} beside it, which it does not know: it takes "
+            "all that is damaged out of the cache, and nothing else; expected --verify by itself"
         )
     if not (options.cache or options.config):
         raise InputError("--verify: name the cache with --cache, or --config")

@@ -21,6 +21,7 @@ from voco_jax.data.storage import is_remote
 from voco_jax.errors import InputError
 
 Rule = Literal["largest", "thinnest"]
+_Order = tuple[bool, bool, float, float, int, str]
 RULES: tuple[Rule, ...] = ("largest", "thinnest")
 _LOOKS = 16  # at folders, at the same time
 
@@ -40,8 +41,8 @@ class Choice:
     Args:
         pattern: looked for in "SeriesNumber SeriesDescription"; None: any will do.
         rule: one of each study: the one with the most slices, or the thinnest ones (of equal ones
-            the other counts, then the lowest SeriesNumber), original images before reformations;
-            None: all.
+            the other counts, then the lowest SeriesNumber), what can be read before what cannot,
+            original images before reformations; None: all.
     """
 
     pattern: re.Pattern[str] | None = None
@@ -146,7 +147,7 @@ def _look(volume: Volume) -> tuple[list[Looked], list[Aside]]:
     except (FormatError, OSError):
         return [Looked(volume, None)], []  # whoever reads it says what is wrong
     if name is not None:
-        return [Looked(volume, next((one for one in found if one.name == name), None))], []
+        return [Looked(volume, next((one for one in found if one.full_name == name), None))], []
     if len(found) == 1:
         return [Looked(volume, found[0], tuple(aside))], []
     if volume.label is not None or volume.class_label is not None or volume.channels:
@@ -192,20 +193,21 @@ def _one_of_each_study(looked: Sequence[Looked], rule: Rule, aside: list[Aside])
     return sorted(kept, key=lambda one: one.volume.id)
 
 
-def _largest(one: Looked) -> tuple[bool, float, float, int, str]:
+def _largest(one: Looked) -> _Order:
     dicom = one.dicom
     assert dicom is not None
     thickness = dicom.thickness if len(dicom.slices) > 1 else float("inf")
     number = int(dicom.number) if re.fullmatch(r"\d{1,9}", dicom.number) else 0
-    return dicom.derived, -len(dicom.slices), thickness, number, dicom.name
+    unreadable = bool(dicom.fault or dicom.damaged)
+    return unreadable, dicom.derived, -len(dicom.slices), thickness, number, dicom.name
 
 
-def _thinnest(one: Looked) -> tuple[bool, float, float, int, str]:
-    derived, count, thickness, number, name = _largest(one)
-    return derived, thickness, count, number, name
+def _thinnest(one: Looked) -> _Order:
+    unreadable, derived, count, thickness, number, name = _largest(one)
+    return unreadable, derived, thickness, count, number, name
 
 
-_ORDERS: dict[str, Callable[[Looked], tuple[bool, float, float, int, str]]] = {
+_ORDERS: dict[str, Callable[[Looked], _Order]] = {
     "largest": _largest,
     "thinnest": _thinnest,
 }

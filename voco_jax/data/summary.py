@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from voco_jax.data.cache import ASIDE, FAILURES
+from voco_jax.data.cache import ASIDE, EXCLUDED, FAILURES
 from voco_jax.data.formats.stored import Aside
 from voco_jax.files import printable
 
@@ -62,6 +62,7 @@ class Summary:
     divided: int = 0  # folders with several DICOM volumes
     parts: int = 0  # these volumes
     excluded: int = 0  # volumes that were found and are not wanted
+    excluded_before: int = 0  # of these, by the cache's excluded.txt alone
     files_excluded: int = 0
     excluded_there: int = 0  # excluded volumes in the cache
     pruned: tuple[str, ...] = ()  # ids of volumes that were taken out of the cache
@@ -84,6 +85,11 @@ class Summary:
             )
         if self.excluded:
             lines.append(f"excluded: {self.excluded} volumes")
+        if self.excluded_before:
+            lines.append(
+                f"{self.excluded_before} of them by {self.cache}/{EXCLUDED}, where --prune put "
+                "them: delete a volume's line to take it in again"
+            )
         if self.pruned:
             lines.append(pruned_line(self.pruned))
         if self.excluded_there:

@@ -9,16 +9,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from voco_jax.data.cache import Cache, CacheWriter, read_chain
+from voco_jax.data.cache import EXCLUDED, Cache, CacheWriter, read_chain
 from voco_jax.data.datalists import SECTIONS, Volume, read_text
 from voco_jax.data.formats.dicom_series import is_series
 from voco_jax.data.manifest import Entry
-from voco_jax.data.storage import is_remote
+from voco_jax.data.storage import Folder, is_remote
 from voco_jax.data.summary import pruned_line, some
-from voco_jax.errors import InputError
+from voco_jax.errors import InputError, kind_of
 from voco_jax.files import expand, write_atomically
 
 _COLUMNS = ("id", "path", "image")  # of a CSV file of volumes
+_REMARK = "# left out by prepare; delete a line to take its volume in again\n"
 
 
 class Exclusion:
@@ -30,17 +31,15 @@ class Exclusion:
         path: a text file with one a line (empty lines and those that begin with "# " say nothing),
             as the contact sheet's exclude.txt; or CSV with a column id, path or image, else its
             first column.
+        text: of the file; None: it is read.
 
     Raises:
         InputError: it cannot be read, or names nothing.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        text = read_text(path)
-        if str(path).lower().endswith(".csv"):
-            names = _column(text)
-        else:
-            names = [line.strip() for line in text.splitlines() if not line.startswith("# ")]
+    def __init__(self, path: str | Path, text: str | None = None) -> None:
+        text = read_text(path) if text is None else text
+        names = _column(text, path) if str(path).lower().endswith(".csv") else _lines(text)
         self.path = path
         self._names = {name.rstrip("/") for name in names if name.rstrip("/")}
         self._used: set[str] = set()
@@ -71,14 +70,45 @@ class Exclusion:
 
 
 def split_wanted(
-    volumes: Iterable[Volume], exclude: Exclusion | None
+    volumes: Iterable[Volume], *excluded: Exclusion | None
 ) -> tuple[list[Volume], list[Volume]]:
-    """The volumes that are wanted, and those that are not."""
+    """The volumes that are wanted, and those that any of some files excludes."""
     wanted: list[Volume] = []
     left: list[Volume] = []
     for volume in volumes:
-        (left if exclude and exclude.has(volume) else wanted).append(volume)
+        found = [one.has(volume) for one in excluded if one]  # each knows which lines are used
+        (left if any(found) else wanted).append(volume)
     return wanted, left
+
+
+def remembered(path: str | Path) -> Exclusion | None:
+    """What runs before took out of a cache to leave it out: its excluded.txt; None: nothing.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    folder = Folder.at(path)
+    file = f"{folder.path}/{EXCLUDED}"
+    try:
+        text = (folder.read(EXCLUDED) or b"").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: found bytes that are not UTF-8, expected UTF-8 text") from error
+    except OSError as error:
+        raise kind_of(error)(f"{file}: cannot read: {error}") from error
+    return Exclusion(file, text) if any(_lines(text)) else None
+
+
+def remember(folder: Folder, ids: Iterable[str]) -> None:
+    """Adds volumes to what `remembered` finds.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    text = (folder.read(EXCLUDED) or _REMARK.encode()).decode("utf-8-sig")
+    new = sorted({id for id in ids if _lines(id) == [id]} - set(_lines(text)))  # one line each
+    if new:
+        lines = [*text.splitlines(), *new]
+        folder.write(EXCLUDED, "".join(f"{line}\n" for line in lines).encode())
 
 
 def stale(
@@ -144,7 +174,7 @@ def tend_cache(path: str, exclude: Exclusion, prune: int | None, dry_run: bool) 
         What was done, for people.
 
     Raises:
-        InputError: no cache, in use, or too many.
+        InputError: no cache, in use, cannot be written, or too many.
     """
     chain = read_chain(path)
     if prune is None or dry_run:
@@ -156,12 +186,20 @@ def tend_cache(path: str, exclude: Exclusion, prune: int | None, dry_run: bool) 
         lines.append(f"{cache.path}: {len(found)} of {len(cache.entries)} volumes are excluded")
         lines[-1] += "; nothing was changed" if dry_run else "; take them out with --prune"
     else:
-        with CacheWriter(path, chain) as writer:
-            found = [entry for entry in writer.entries.values() if exclude.has(entry)]
-            check_prune(found, len(writer.entries), prune)
-            writer.forget(found)
-            lines = [pruned_line([entry.id for entry in found])] if found else []
-            lines.append(f"{writer.path}: {len(writer.entries)} volumes are left")
+        try:
+            with CacheWriter(path, chain) as writer:
+                found = [entry for entry in writer.entries.values() if exclude.has(entry)]
+                check_prune(found, len(writer.entries), prune)
+                remember(writer.folder, [entry.id for entry in found])
+                writer.forget(found)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot write this cache: {error.strerror or error}"
+            ) from error
+        lines = [pruned_line([entry.id for entry in found])] if found else []
+        if found:
+            lines.append(f"later runs leave them out: {writer.path}/{EXCLUDED}")
+        lines.append(f"{writer.path}: {len(writer.entries)} volumes are left")
     return "\n".join(filter(None, [*lines, str(exclude)]))
 
 
@@ -215,8 +253,20 @@ def write_list(volumes: Sequence[Volume], path: str | Path, roots: Sequence[str]
     return f"{path}: {counts}; use it with --datalist {path} --root {root}"
 
 
-def _column(text: str) -> list[str]:
-    rows = [row for row in csv.reader(io.StringIO(text)) if any(row)]
+def _lines(text: str) -> list[str]:
+    """The names in a text file, one a line."""
+    return [line.strip() for line in text.splitlines() if line.strip() and line[:2] != "# "]
+
+
+def _column(text: str, path: str | Path) -> list[str]:
+    """The names in a CSV file."""
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text), strict=True) if any(row)]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: not CSV ({error}), expected rows with a column {', '.join(_COLUMNS)}, else "
+            "names in the first"
+        ) from error
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     column = next((header.index(name) for name in _COLUMNS if name in header), None)
     body = rows if column is None else rows[1:]

@@ -83,9 +83,9 @@ def _slices(path: Path) -> tuple[Path, Sequence[Image], list[Aside]]:
     volumes, aside = find_volumes(folder)
     if name is None and len(volumes) > 1:
         raise FormatError(several(volumes))
-    wanted = [volume for volume in volumes if volume.name == (name or ".")]
+    wanted = [volume for volume in volumes if name in (None, volume.full_name)]
     if not wanted:
-        there = ", ".join(volume.name for volume in volumes)
+        there = ", ".join(volume.full_name for volume in volumes)
         raise FormatError(
             f"missing file: {folder} holds no series of this name, only {there[:1000]}"
         )

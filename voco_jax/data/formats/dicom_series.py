@@ -4,7 +4,8 @@ A folder may hold many series, and a series several volumes: acquisitions, echoe
 Of a folder with one volume the volume's path is the folder's. Of several each has the path
 FOLDER/NAME, where no file is: NAME is "series-", the SeriesNumber, the SeriesDescription and six
 digits of a hash of the SeriesInstanceUID, as "series-3-Chest_B30f-1a2b3c", and what sets it apart
-from other volumes of the series, as "-echo_2". It stays the same when other series come or go.
+from other volumes of the series, as "-echo_2". It stays the same when other series come or go;
+also the only one left is found by it.
 """
 
 import functools
@@ -53,6 +54,7 @@ class DicomVolume:
     fault: str  # why it cannot be read: a few fixed words, a colon, details; or ""
     damaged: tuple[str, ...] = ()  # names of files that would be slices
     parted: str = ""  # how it was told from others of its series
+    full_name: str = ""  # the name that it has, or would have, beside others
 
     @property
     def number(self) -> str:
@@ -145,6 +147,7 @@ def _find(
         replace(one, name=f"{one.name}-{number}") if counts[one.name] > 1 else one
         for number, one in enumerate(found, 1)
     ]
+    found = [replace(one, full_name=one.name) for one in found]
     if len(found) == 1:
         return [replace(found[0], name=".")], aside
     return sorted(found, key=lambda volume: volume.name), aside
