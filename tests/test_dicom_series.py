@@ -9,6 +9,7 @@ import pytest
 from dcm2niix import bin as dcm2niix
 from test_dicom import HU, PAGE, image_of, save, series
 
+from voco_jax.data import jobs
 from voco_jax.data.cache import Cache, read_chain
 from voco_jax.data.collect import scan
 from voco_jax.data.datalists import read_list
@@ -89,6 +90,68 @@ def test_names_are_those_of_before_when_series_come_and_go(tmp_path):
         path.unlink()
     assert [one.name for one in find_volumes(tmp_path / "p")[0]] == ["."]  # as ever of one alone
     np.testing.assert_array_equal(load(tmp_path / "p").voxels, HU)
+    np.testing.assert_array_equal(load(tmp_path / "p" / names[0]).voxels, HU)
+    with pytest.raises(VolumeError, match=rf"missing file: .* only {names[0]}"):
+        load(tmp_path / "p" / names[1])
+
+
+def test_a_series_that_is_left_alone_is_the_volume_that_it_was(tmp_path, capsys):
+    data, cache = tmp_path / "d", tmp_path / "c"
+    data.mkdir()
+    dump(data / "p")
+    flags = ["--scan", str(data), "--cache", str(cache), *FLAGS]
+    assert main(flags) == 0
+    before = manifest(cache)
+    for path in [*(data / "p").glob("IM1*"), *(data / "p").glob("IM2*")]:
+        path.unlink()
+    first = min(before)
+    capsys.readouterr()
+    assert main([*flags, "--dry-run", "--prune"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{first}: 3 Chest  B30f/1.25 (CT, 12 slices")
+    assert "1 volumes, 1 of them in the cache" in said
+    assert "--prune would take out 2 of 3 volumes" in said
+    for prepared in (1, 0):  # its folder's files are others; then they are those
+        assert main(flags) == 0
+        assert f"asked for 1: {prepared} prepared now" in capsys.readouterr().out
+        assert sorted(manifest(cache)) == sorted(before)
+    assert manifest(cache)[first].checksum == before[first].checksum
+    # By its name in a list and with its series chosen, too.
+    listed = tmp_path / "l.json"
+    listed.write_text(json.dumps({"training": [first.removeprefix("d/")], "validation": []}))
+    flags = ["--datalist", str(listed), "--root", str(data), "--cache", str(cache), *FLAGS]
+    for more in ([], ["--series", "b30f"]):
+        assert main([*flags, *more]) == 0
+        assert "asked for 1: 0 prepared now, 1 already there" in capsys.readouterr().out
+    # Another series alone is another volume.
+    for path in (data / "p").iterdir():
+        path.unlink()
+    series(data / "p", lambda k: SOFT | {"SeriesInstanceUID": "1.2.3.99"})
+    assert main(["--scan", str(data), "--cache", str(cache), *FLAGS]) == 0
+    assert sorted(manifest(cache)) == sorted(["d/p", *before])
+
+
+def test_the_files_of_a_folder_are_looked_at_once(tmp_path, capsys, monkeypatch):
+    data = tmp_path / "d"
+    data.mkdir()
+    dump(data / "p")
+    series(data / "q")
+    names = [one.name for one in find_volumes(data / "p")[0]]
+    listed = tmp_path / "l.json"
+    images = [*(f"p/{name}" for name in names), "q"]
+    listed.write_text(json.dumps({"training": images, "validation": []}))
+    flags = ["--datalist", str(listed), "--root", str(data), "--cache", str(tmp_path / "c"), *FLAGS]
+    assert main(flags) == 0
+    looks = []
+    monkeypatch.setattr(
+        jobs, "file_signature", lambda path: looks.append(path) or file_signature(path)
+    )
+    assert main(flags) == 0
+    assert "0 prepared now, 4 already there" in capsys.readouterr().out
+    assert len(looks) == 2
+    (data / "p/IM0003").touch()
+    assert main(flags) == 0
+    assert "3 prepared now, 1 already there" in capsys.readouterr().out
 
 
 def test_the_folder_itself_is_an_error_that_names_them(tmp_path):
@@ -253,6 +316,30 @@ def test_one_series_of_each_study(tmp_path, capsys, rule, wanted):
     ]
     assert listed[0].startswith(f"d/a/{wanted}-")
     assert "2 volumes, 0 of them in the cache; 0 excluded" in said
+
+
+@pytest.mark.parametrize("rule", ["largest", "thinnest"])
+@pytest.mark.parametrize("wrong", ["damaged", "gap", "mixed"])
+def test_one_series_is_one_that_can_be_read(tmp_path, capsys, rule, wrong):
+    """Though the other is original, has more slices and thinner ones."""
+    data = tmp_path / "d"
+    data.mkdir()
+
+    def thinner(k):
+        size = {"PixelSpacing": [1, 1]} if wrong == "mixed" and k == 6 else {}
+        return BONE | size | {"ImagePositionPatient": [-30, -20, 1.0 * k]}
+
+    series(data / "a", thinner, "B{}")
+    series(data / "a", coronal, "A{}")
+    (data / "a/A0").unlink()
+    if wrong == "damaged":
+        (data / "a/B5").write_bytes((data / "a/B5").read_bytes()[:-200])
+    elif wrong == "gap":
+        (data / "a/A1").unlink()
+        (data / "a/B5").unlink()
+    flags = ["--scan", str(data), "--cache", str(tmp_path / "c"), "--one-series", rule, *FLAGS]
+    assert main(flags) == 0
+    assert [id.rpartition("-")[0] for id in manifest(tmp_path / "c")] == ["d/a/series-501-MPR_cor"]
 
 
 def test_dry_run_shows_and_writes_nothing(tmp_path, capsys):

@@ -102,6 +102,14 @@ def test_from_and_to_an_object_store(bucket, files, tmp_path, capsys):
     assert "3 volumes intact, 0 not" in capsys.readouterr().out
     assert Folder.at(path).read("prepare.lock") is None
 
+    # What is pruned stays out.
+    (tmp_path / "out.txt").write_text("ct/1.nii.gz\n", "utf-8")
+    assert main(["--cache", path, "--exclude", str(tmp_path / "out.txt"), "--prune"]) == 0
+    assert Folder.at(path).read("excluded.txt").endswith(b"again\nct/1.nii.gz\n")
+    later = run(volumes, path)
+    assert counts(later) == (0, 2, 1)
+    assert later.excluded_before == 1
+
 
 def test_a_local_cache_may_be_copied_there_and_back(bucket, files, tmp_path):
     volumes = scan(files)

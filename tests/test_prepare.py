@@ -398,6 +398,13 @@ def test_verify_in_words(data, tmp_path, capsys):
     assert "name the cache with --cache" in capsys.readouterr().err
     assert main(["--verify", "--cache", str(tmp_path), "--scan", str(data)]) == 2
     assert "expected only --cache, or --config" in capsys.readouterr().err
+    flags = ["--dry-run", "--exclude", "x.txt", "--prune", "--write-list", "l.json"]
+    flags += ["--series", "x", "--one-series", "largest"]
+    assert main(["--verify", "--cache", str(tmp_path), *flags]) == 2
+    named = "--exclude, --prune, --dry-run, --write-list, --series, --one-series"
+    assert f"--verify: found {named} beside it" in capsys.readouterr().err
+    assert main(["--verify", "--cache", str(tmp_path), "--dry-run"]) == 2
+    assert "--verify: found --dry-run beside it" in capsys.readouterr().err
     assert main(["--verify", "--cache", str(tmp_path)]) == 2
     assert "no prepared cache here" in capsys.readouterr().err
 

@@ -10,7 +10,14 @@ from voco_jax.config.pretraining import Pretraining
 from voco_jax.data.collect import collect
 from voco_jax.data.phantom import make_phantoms
 from voco_jax.data.prepare import prepare
-from voco_jax.data.sources import describe_volumes, open_caches, read_volumes, write_volumes
+from voco_jax.data.sources import (
+    describe_volumes,
+    fill_caches,
+    open_caches,
+    read_volumes,
+    write_volumes,
+)
+from voco_jax.data.tend import Exclusion, tend_cache
 from voco_jax.errors import InputError
 
 
@@ -76,6 +83,22 @@ def test_a_changed_volume_of_any_source_is_named(config, tmp_path):
     caches["wide"] = dataclasses.replace(caches["wide"], entries=changed)
     with pytest.raises(InputError, match=r"wide: 1 volumes that this run began with"):
         read_volumes(caches, config.data, tmp_path)
+
+
+def test_a_run_that_prepares_leaves_out_what_was_pruned(tmp_path):
+    make_phantoms(tmp_path / "ct", 2, seed=0, shape=(40, 40, 24))
+    values = _two(tmp_path)
+    values["data"] |= {"prepare": True, "sources": {"ct": values["data"]["sources"]["narrow"]}}
+    data = parse(values).data
+    fill_caches(data, 0, tmp_path)
+    (cache,) = open_caches(data).values()
+    out, left = (entry.id for entry in cache.entries)
+    (tmp_path / "out.txt").write_text(f"{out}\n", "utf-8")
+    tend_cache(cache.path, Exclusion(tmp_path / "out.txt"), 1, dry_run=False)
+    said = fill_caches(data, 0, tmp_path)
+    assert f"1 of them by {cache.path}/excluded.txt" in said
+    (cache,) = open_caches(data).values()
+    assert [entry.id for entry in cache.entries] == [left]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from voco_jax.data.datalists import read_list
 from voco_jax.data.prepare import main
 from voco_jax.data.tend import Exclusion, volume_of, write_list
 from voco_jax.errors import InputError
+from voco_jax.files import write_atomically
+from voco_jax.report import page
 
 FLAGS = ["--size", "24", "24", "16", "--workers", "0"]
 
@@ -168,6 +170,59 @@ def test_a_cache_by_itself(cache, tmp_path, capsys):
     assert "nothing says which volumes are wanted" in capsys.readouterr().err
 
 
+def test_what_was_pruned_stays_out(data, cache, tmp_path, capsys):
+    file = listed(tmp_path / "out.txt", "data/1.nii.gz", str(data / "sub"))
+    flags = ["--scan", str(data), "--cache", str(cache), *FLAGS]
+    assert main([*flags, "--exclude", file, "--prune"]) == 0
+    kept = cache / "excluded.txt"
+    remark, *lines = kept.read_text("utf-8").splitlines()
+    assert remark.startswith("# ")
+    assert lines == names(1, 4, 5)
+    file = listed(tmp_path / "out.txt", *names(0, 4))  # the cache by itself: added
+    assert main(["--cache", str(cache), "--exclude", file, "--prune"]) == 0
+    assert f"later runs leave them out: {kept}" in capsys.readouterr().out
+    assert kept.read_text("utf-8").splitlines() == [remark, *names(1, 4, 5, 0)]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert ids(cache) == names(2, 3)
+    assert "asked for 2: 0 prepared now, 2 already there" in said
+    assert f"excluded: 4 volumes\n4 of them by {kept}, where --prune put them: delete a" in said
+    last = (cache / "set_aside.jsonl").read_text("utf-8").splitlines()[-1]
+    assert json.loads(last)["reason"] == f"excluded: by {kept}"
+    # Of a file of this run only what that does not name counts as by the cache's.
+    assert main([*flags, "--exclude", file]) == 0
+    assert "excluded: 4 volumes\n2 of them by" in capsys.readouterr().out
+    assert main([*flags, "--dry-run"]) == 0
+    assert "2 volumes, 2 of them in the cache; 4 excluded" in capsys.readouterr().out
+    assert main([*flags, "--write-list", str(tmp_path / "l.json")]) == 0
+    assert "2 training, 0 validation" in capsys.readouterr().out
+    kept.write_text("".join(f"{line}\n" for line in names(1, 4, 5)), "utf-8")
+    assert main(flags) == 0
+    assert ids(cache) == names(0, 2, 3)
+    # A cache that is deleted but for it.
+    for path in cache.iterdir():
+        if path != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(flags) == 0
+    assert ids(cache) == names(0, 2, 3)
+    capsys.readouterr()
+    kept.write_text("data\n", "utf-8")
+    assert main(flags) == 2
+    assert f"all 6 are excluded (see also {kept})" in capsys.readouterr().err
+    kept.write_bytes(b"\xff\n")
+    assert main(flags) == 2
+    assert f"{kept}: found bytes that are not UTF-8" in capsys.readouterr().err
+
+
+def test_a_prune_that_is_refused_excludes_nothing(data, cache, tmp_path):
+    file = listed(tmp_path / "out.txt", *names(0, 1))
+    flags = ["--cache", str(cache), "--exclude", file, "--prune", "1"]
+    assert main(flags) == 2
+    assert main(["--scan", str(data), *flags, *FLAGS]) == 1
+    assert main(["--scan", str(data), "--cache", str(cache), "--exclude", file, *FLAGS]) == 0
+    assert not (cache / "excluded.txt").exists()
+
+
 def test_a_list_of_a_scan_and_back(data, tmp_path, capsys):
     out = str(tmp_path / "list.json")
     assert main(["--scan", str(data), "--write-list", out]) == 0
@@ -234,3 +289,29 @@ def test_bad_files(tmp_path, cache, capsys):
     assert volume_of(entry).id == entry.id
     with pytest.raises(InputError, match="found no volumes"):
         write_list([], tmp_path / "l.json", [])
+
+
+@pytest.mark.parametrize("text", ['id\n"data/0.nii.gz\n' + "x" * 140_000, "id\rdata/0.nii.gz\r"])
+def test_what_is_no_csv_is_one_error(tmp_path, cache, capsys, text):
+    (tmp_path / "x.csv").write_bytes(text.encode())
+    assert main(["--cache", str(cache), "--exclude", str(tmp_path / "x.csv")]) == 2
+    assert f"{tmp_path / 'x.csv'}: not CSV (" in capsys.readouterr().err
+
+
+def test_a_report_is_not_written_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(page, "render", lambda workdirs: "<html>")
+    with pytest.raises(InputError, match=r"\.: cannot write here: this is a folder"):
+        page.write_report([], Path("."))
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, data, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for folder in (".", "..", "sub", "/"):
+        assert main(["--scan", str(data), "--write-list", folder]) == 2
+        said = capsys.readouterr().err
+        assert f"{folder}: cannot write this list: this is a folder, expected a file" in said
+        with pytest.raises(IsADirectoryError):
+            write_atomically(Path(folder), "x")
+    assert not list(tmp_path.glob("*.part"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from voco_jax.data.datalists import Volume
+from voco_jax.data.formats.dicom import fault_of
 from voco_jax.data.formats.dicom_series import DicomVolume, find_volumes, is_series, place_of
 from voco_jax.data.formats.readers import is_dicom_folder
 from voco_jax.data.formats.stored import Aside, FormatError
@@ -198,7 +199,7 @@ def _largest(one: Looked) -> _Order:
     assert dicom is not None
     thickness = dicom.thickness if len(dicom.slices) > 1 else float("inf")
     number = int(dicom.number) if re.fullmatch(r"\d{1,9}", dicom.number) else 0
-    unreadable = bool(dicom.fault or dicom.damaged)
+    unreadable = bool(fault_of(dicom))
     return unreadable, dicom.derived, -len(dicom.slices), thickness, number, dicom.name
 
 

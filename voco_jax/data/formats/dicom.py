@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from voco_jax.data.formats.dicom_files import Image, files_in, itk_message, open_image
-from voco_jax.data.formats.dicom_series import digest_of, find_volumes, place_of, several
+from voco_jax.data.formats.dicom_series import (
+    DicomVolume,
+    digest_of,
+    find_volumes,
+    place_of,
+    several,
+)
 from voco_jax.data.formats.stored import (
     Aside,
     FormatError,
@@ -58,6 +64,16 @@ def load_series(path: Path) -> StoredVolume:
         series=digest_of(slices[0].tags["series"]),
         study=digest_of(slices[0].tags["study"]),
     )
+
+
+def fault_of(volume: DicomVolume) -> str:
+    """Why a volume cannot be read, as far as its headers tell; or ""."""
+    try:
+        checked_shape((*volume.slices[0].shape, len(volume.slices)))
+        checked_axes(_affine(volume.slices))
+    except FormatError as error:
+        return volume.fault or str(error)
+    return volume.fault
 
 
 def ordered_slices(path: Path) -> list[Path]:
