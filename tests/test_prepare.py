@@ -401,10 +401,10 @@ def test_verify_in_words(data, tmp_path, capsys):
     flags = ["--dry-run", "--exclude", "x.txt", "--prune", "--write-list", "l.json"]
     flags += ["--series", "x", "--one-series", "largest"]
     assert main(["--verify", "--cache", str(tmp_path), *flags]) == 2
-    named = "--exclude, --prune, --dry-run, --write-list, --series, --one-series"
+    named = "--exclude, --dry-run, --write-list, --series, --one-series, --prune"
     assert f"--verify: found {named} beside it" in capsys.readouterr().err
-    assert main(["--verify", "--cache", str(tmp_path), "--dry-run"]) == 2
-    assert "--verify: found --dry-run beside it" in capsys.readouterr().err
+    assert main(["--verify", "--cache", str(tmp_path), "--prune"]) == 2
+    assert "--verify: found --prune beside it" in capsys.readouterr().err
     assert main(["--verify", "--cache", str(tmp_path)]) == 2
     assert "no prepared cache here" in capsys.readouterr().err
 

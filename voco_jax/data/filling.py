@@ -99,11 +99,8 @@ def as_known(volumes: Sequence[Volume], entries: Mapping[str, Entry]) -> list[Vo
     names = {}
     for one in look(doubtful, [], progress=False):
         for entry in below.get(_folder(one.volume), ()):
-            name = entry.id.rpartition("/")[2]
-            if one.dicom and (name, entry.series) == (
-                one.dicom.full_name,
-                digest_of(one.dicom.series),
-            ):
+            name, dicom = entry.id.rpartition("/")[2], one.dicom
+            if dicom and (name, entry.series) == (dicom.full_name, digest_of(dicom.series)):
                 names[one.volume.id] = name
     return [
         replace(one, id=f"{_folder(one)}/{names[one.id]}", path=Path(one.path) / names[one.id])

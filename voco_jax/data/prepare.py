@@ -118,8 +118,8 @@ def prepare(
             _, there = split_wanted(map(volume_of, cache.entries.values()), exclude, before)
             too_many = ""
             if prune is not None:
-                here = [one.id for one in (*excluded, *there)] if exclude else []
-                too_many = _prune(cache, old, prune, here)
+                _, own = split_wanted([*excluded, *there], exclude)
+                too_many = _prune(cache, old, prune, own)
             left = [*aside, *_aside_of(asked, cache.entries)]
             left += [file for one in done.divided.values() for file in one.aside]
             summary = _summarise(cache, asked, done, left)
@@ -156,13 +156,13 @@ def prepare(
     return summary
 
 
-def _prune(cache: CacheWriter, old: Sequence[Entry], most: int, excluded: Sequence[str]) -> str:
+def _prune(cache: CacheWriter, old: Sequence[Entry], most: int, excluded: Sequence[Volume]) -> str:
     """Takes volumes out of a cache, and keeps excluded ones out; returns why it refused to."""
     try:
         check_prune(old, len(cache.entries), most)
     except InputError as error:
         return str(error)
-    remember(cache.folder, excluded)
+    remember(cache.folder, [one.id for one in excluded])
     cache.forget(old)
     return ""
 
@@ -302,12 +302,9 @@ def _verify_all(
             "--verify: found lists or folders beside it, expected only --cache, or --config; what "
             "is damaged is done anew by the next run without --verify"
         )
-    beside = ("exclude", "prune", "dry_run", "write_list", "series", "one_series")
-    wrong = [
-        f"--{name.replace('_', '-')}"
-        for name in beside
-        if getattr(options, name) not in (None, False)
-    ]
+    beside = ("exclude", "dry_run", "write_list", "series", "one_series")
+    wrong = [f"--{name.replace('_', '-')}" for name in beside if getattr(options, name)]
+    wrong += ["--prune"] if options.prune is not None else []
     if wrong:
         raise InputError(
             f"--verify: found {', '.join(wrong)} beside it, which it does not know: it takes "

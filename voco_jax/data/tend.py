@@ -88,27 +88,32 @@ def remembered(path: str | Path) -> Exclusion | None:
         InputError: the file cannot be read.
     """
     folder = Folder.at(path)
-    file = f"{folder.path}/{EXCLUDED}"
-    try:
-        text = (folder.read(EXCLUDED) or b"").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: found bytes that are not UTF-8, expected UTF-8 text") from error
-    except OSError as error:
-        raise kind_of(error)(f"{file}: cannot read: {error}") from error
-    return Exclusion(file, text) if any(_lines(text)) else None
+    text = _read_excluded(folder)
+    return Exclusion(f"{folder.path}/{EXCLUDED}", text) if _lines(text) else None
 
 
 def remember(folder: Folder, ids: Iterable[str]) -> None:
-    """Adds volumes to what `remembered` finds.
+    """Adds volumes to what `remembered` finds in a cache.
 
     Raises:
-        OSError: the cache cannot be written.
+        InputError: the file cannot be read.
+        OSError: it cannot be written.
     """
-    text = (folder.read(EXCLUDED) or _REMARK.encode()).decode("utf-8-sig")
+    text = _read_excluded(folder) or _REMARK
     new = sorted({id for id in ids if _lines(id) == [id]} - set(_lines(text)))  # one line each
     if new:
         lines = [*text.splitlines(), *new]
         folder.write(EXCLUDED, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _read_excluded(folder: Folder) -> str:
+    file = f"{folder.path}/{EXCLUDED}"
+    try:
+        return (folder.read(EXCLUDED) or b"").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: found bytes that are not UTF-8, expected UTF-8 text") from error
+    except OSError as error:
+        raise kind_of(error)(f"{file}: cannot read: {error}") from error
 
 
 def stale(
