@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from voco_jax.config.load import DEFAULT, load
+from voco_jax.config.config_files import DEFAULT
+from voco_jax.config.load import load
 from voco_jax.data.array import ARRAY, chunk_name
 from voco_jax.data.cache import Cache, CacheWriter
 from voco_jax.data.collect import collect, scan

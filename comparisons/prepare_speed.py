@@ -46,7 +46,8 @@ def enlarge(source: Path, folder: Path) -> list[Path]:
 
 def ours(path: Path, folder: Path, repeats: int) -> tuple[list[float], np.ndarray]:
     """Reads, prepares and writes the volume again and again, as a worker does with many."""
-    from voco_jax.config.load import DEFAULT, load
+    from voco_jax.config.config_files import DEFAULT
+    from voco_jax.config.load import load
     from voco_jax.data.cache import Cache
     from voco_jax.data.datalists import Volume
     from voco_jax.data.prepare import prepare

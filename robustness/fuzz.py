@@ -31,7 +31,8 @@ import SimpleITK
 from robustness.canaries import Canaries
 from robustness.mutations import MUTATIONS, Around, mutated
 from robustness.samples import FORMATS, sample, sources
-from voco_jax.config.load import DEFAULT, load
+from voco_jax.config.config_files import DEFAULT
+from voco_jax.config.load import load
 from voco_jax.data.cache import Cache, checksum
 from voco_jax.data.collect import scan
 from voco_jax.data.datalists import Volume, read_list

@@ -19,8 +19,8 @@ from monai_reference import from_torch as image_from_torch
 from monai_reference import to_torch as image_to_torch
 from networks import network, settings, shapes, swin_unetr
 
+from voco_jax.config.config_files import read as read_config
 from voco_jax.config.load import differences, override, parse, to_dict
-from voco_jax.config.load import read as read_config
 from voco_jax.errors import InputError
 from voco_jax.interop.card import card_path, file_sha256, read_card
 from voco_jax.interop.export import Card, export, main, without_folders

@@ -47,6 +47,7 @@ from voco_jax.training.metrics import (
     duration,
     last_step,
 )
+from voco_jax.training.reporting import heartbeat
 from voco_jax.training.workdir import claim_workdir, lock_workdir
 from voco_jax.voco import task
 from voco_jax.voco.task import METHOD
@@ -646,7 +647,7 @@ def test_step_times_have_their_own_clock():
     times.wait(1.0)
     assert times.report() == (1.0, 2.0, 0.25)
     hosts = np.array([[1.0, 2.0, 0.25], [1.5, 1.6, 0.5]])
-    assert loop.heartbeat(hosts) == (
+    assert heartbeat(hosts) == (
         "heartbeat: 2 processes, median step 1.250 s; slowest: process 0 with 2.000 s; "
         "waiting for input: process 1 50% of the time"
     )

@@ -90,7 +90,8 @@ def test_scripts_run_anywhere_with_shipped_configs(installed, tmp_path):
 def test_shipped_configs_are_those_of_the_checkout(installed, tmp_path):
     code = """
 import json, voco_jax
-from voco_jax.config.load import load, shipped, to_dict
+from voco_jax.config.config_files import shipped
+from voco_jax.config.load import load, to_dict
 print(json.dumps([voco_jax.__file__, {name: to_dict(load(name)) for name in shipped()}]))
 """
     place, found = json.loads(_run(installed, tmp_path, "-c", code).stdout)

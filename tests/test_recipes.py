@@ -12,7 +12,8 @@ import voco_reference as oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from voco_jax.config.load import parse, read
+from voco_jax.config.config_files import read
+from voco_jax.config.load import parse
 from voco_jax.data.crops import draw_origins, overlap_labels
 from voco_jax.errors import InputError
 from voco_jax.voco import losses

@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -14,8 +13,7 @@ import os
 import platform
 import re
 import sys
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -24,6 +22,7 @@ import pydantic
 
 import voco_jax
 from voco_jax.config.common import WORKDIR, Experiment
+from voco_jax.config.config_files import plain, read
 from voco_jax.config.encoders import ENCODERS, Model
 from voco_jax.config.finetuning import ClassificationFinetuning, SegmentationFinetuning
 from voco_jax.config.pretraining import Pretraining
@@ -37,14 +36,6 @@ EXPERIMENTS: dict[str, type[AnyExperiment]] = {
     "classification": ClassificationFinetuning,
 }
 """What a config file's `task` makes of it."""
-DEFAULT = "voco_10k"
-"""The shipped config that the others start from."""
-SHIPPED = next(
-    folder
-    for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
-    if folder.is_dir()
-)
-"""The shipped configs' folder: in the package once it is installed, in a checkout beside it."""
 
 
 # ---- the command line
@@ -160,79 +151,6 @@ def load_pretraining(
     return experiment
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a config file's `get_config()` returns, as nested dicts.
-
-    Args:
-        path: as `load` takes it.
-
-    Raises:
-        InputError: there is no such file, it fails, or it has no `get_config()`.
-    """
-    file, *argument = str(path).split(":", 1)
-    named = SHIPPED / f"{file.removesuffix('.py')}.py"
-    if not os.path.isfile(file) and Path(file).name == file and named.stem in shipped():
-        file = str(named)
-    spec = importlib.util.spec_from_file_location("voco_config", file)
-    if not os.path.isfile(file) or spec is None or spec.loader is None:
-        raise InputError(
-            f"--config: {file}: no such config file, expected a .py with get_config(), or one of "
-            f"those that are shipped: {', '.join(shipped())}"
-        )
-    module = importlib.util.module_from_spec(spec)
-    with _configs_importable(Path(file)):
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise InputError(f"{file}: this config file fails: {error!r}") from error
-        if not hasattr(module, "get_config"):
-            raise InputError(f"{file}: found no get_config() in it; see configs/voco_10k.py")
-        try:
-            return _plain(module.get_config(*argument))
-        except InputError:
-            raise
-        except Exception as error:
-            where = ":".join([file, *argument])
-            raise InputError(f"{where}: this config fails: {error!r}") from error
-
-
-def shipped() -> list[str]:
-    """The names of the configs that come with this package."""
-    found = (path for path in SHIPPED.glob("*.py") if "def get_config(" in path.read_text("utf-8"))
-    return sorted(path.stem for path in found)
-
-
-@contextlib.contextmanager
-def _configs_importable(file: Path) -> Iterator[None]:
-    """While a config file runs, `configs` is those of the working folder, then the shipped ones.
-
-    For a shipped one the shipped ones come first. Installed they lie in this package, for any
-    project may have a folder named configs.
-    """
-    folders = [os.path.join(os.getcwd(), "configs"), str(SHIPPED)]
-    if file.resolve().parent == SHIPPED.resolve():
-        folders.reverse()
-    package = types.ModuleType("configs")
-    package.__path__ = folders
-    before = {name: module for name, module in sys.modules.items() if _of_configs(name)}
-    for name in before:
-        del sys.modules[name]
-    sys.modules["configs"] = package
-    sys.path.insert(0, os.getcwd())  # what else a config file imports from its project's root
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # removed by the file itself
-            sys.path.remove(os.getcwd())
-        for name in [name for name in sys.modules if _of_configs(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
-def _of_configs(module: str) -> bool:
-    return module.partition(".")[0] == "configs"
-
-
 def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Sets settings from values, or from text as it stands on the command line.
 
@@ -306,7 +224,7 @@ def parse(
         InputError: unknown, missing or impossible fields; one message names them all, but for a
             wrong `task` or `model.encoder`.
     """
-    values = _plain(config)
+    values = plain(config)
     if workdir is not None:
         values = _fill_in(values, str(local_path("--workdir", workdir)))
     kind = _choose("task", values, EXPERIMENTS)
@@ -439,10 +357,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
     compare(old, new, "")
     return lines
-
-
-def _plain(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

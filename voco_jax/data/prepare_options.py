@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pydantic
 
 from voco_jax.config.common import WORKDIR, Source
-from voco_jax.config.load import DEFAULT, command_parser, load, positive
+from voco_jax.config.config_files import DEFAULT
+from voco_jax.config.load import command_parser, load, positive
 from voco_jax.data.collect import collect
 from voco_jax.data.datalists import Volume, labels_wanted
 from voco_jax.data.formats.stored import Aside

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 
-from voco_jax.config.load import DEFAULT, command_parser, load_pretraining
+from voco_jax.config.config_files import DEFAULT
+from voco_jax.config.load import command_parser, load_pretraining
 from voco_jax.data.crops import base_origins, overlap_labels
 from voco_jax.data.phantom import phantom
 from voco_jax.data.volumes import prepare_volume
