@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from configs import tiny, voco_10k
+from voco_jax.config.config_files import shipped
 from voco_jax.config.load import (
     EXPERIMENTS,
     command_parser,
@@ -21,7 +22,6 @@ from voco_jax.config.load import (
     override,
     parse,
     parse_arguments,
-    shipped,
     to_dict,
 )
 from voco_jax.config.pretraining import Pretraining
