@@ -197,10 +197,13 @@ def _differs(path: Path) -> str:
         if path.is_dir() or is_series(path):
             folder, name = place_of(path)
             of = [one for one in find_volumes(folder)[0] if one.name == (name or ".")]
-            files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), of[0].series)
-            aside = {name for name, _ in ours.aside}  # a copy would be a slice to ITK
-            files = [file for file in files if Path(file).name not in aside]
-            theirs = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(files)).T
+            aside = {name for name, _ in ours.aside}
+            with tempfile.TemporaryDirectory() as kept:  # with copies ITK puts none in order
+                for file in folder.iterdir():
+                    if file.name not in aside:
+                        Path(kept, file.name).symlink_to(file)
+                files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(kept, of[0].series)
+                theirs = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(files)).T
         elif path.name.endswith((".nii", ".nii.gz", ".hdr", ".img")):
             theirs = nibabel.load(path).get_fdata(dtype=np.float32)  # type: ignore[attr-defined]
         else:
