@@ -552,8 +552,20 @@ def test_the_volumes_of_a_run(tmp_path):
     assert len(shown) == 12
     assert {f"Three slices of ct/{slot:03d}.nii" for slot in ODD} == set(shown[: len(ODD)])
     assert "high z spacing: 10 mm (median 1.25 mm)" in page.text
-    summary = summarise_source("ct", {"cache": "gs://bucket/cache"}, {}, 3)
+    summary = summarise_source("ct", {"cache": "gs://bucket/cache"}, {}, 3, tmp_path)
     assert "object store" in summary.note  # which was not asked
+
+
+def test_a_relative_cache_is_found_from_any_folder(tmp_path, monkeypatch):
+    """The run was started in tmp_path, with --workdir runs/mine."""
+    fill(tmp_path / "runs" / "mine" / "cache", {}, 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name, count in (("runs/mine/cache", 3), ("runs/other/cache", None), ("", None)):
+        settings, workdir = {"cache": name}, tmp_path / "runs" / "mine"
+        summary = summarise_source("ct", settings, {}, 0, workdir)
+        assert summary.cached == count
+        assert (summary.note == "") == bool(count)
 
 
 def test_of_a_cache_without_textures_only_what_is_drawn_is_read(tmp_path, monkeypatch):
@@ -567,7 +579,7 @@ def test_of_a_cache_without_textures_only_what_is_drawn_is_read(tmp_path, monkey
     monkeypatch.setattr(Cache, "read_whole", read_whole)
     for most in (0, 1, 4):
         read.clear()
-        shown = summarise_source("ct", {"cache": cache.path}, {}, most).thumbnails
+        shown = summarise_source("ct", {"cache": cache.path}, {}, most, tmp_path).thumbnails
         assert [one.id for one in shown] == read
         assert len(read) == most
         assert not any(one.reasons for one in shown)

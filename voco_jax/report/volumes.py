@@ -58,7 +58,11 @@ class SourceSummary:
 
 
 def summarise_source(
-    name: str, settings: Mapping[str, Any], parts: Mapping[str, list[str]], thumbnails: int
+    name: str,
+    settings: Mapping[str, Any],
+    parts: Mapping[str, list[str]],
+    thumbnails: int,
+    workdir: Path,
 ) -> SourceSummary:
     """Looks at a source's cache, if it is on this machine.
 
@@ -67,6 +71,8 @@ def summarise_source(
         settings: the config's section of it.
         parts: "training" and "held_out" -> ids of volumes.
         thumbnails: volumes to draw, at most.
+        workdir: of the run. A relative cache is looked for from here, and from above the workdir:
+            the run may have been started in another folder.
 
     Returns:
         What was found; why nothing more is said in its note.
@@ -77,13 +83,15 @@ def summarise_source(
     if is_remote(path):
         summary.note = "The cache is in an object store: it was not looked at."
         return summary
-    if not Path(path).is_dir():
+    starts = (Path(), *workdir.resolve().parents)
+    there = next((start / path for start in starts if (start / path).is_dir()), None)
+    if there is None or not path:
         summary.note = "The cache is not on this machine (or not there any more)."
         return summary
     try:
-        cache = Cache.open(path, read_chain(path))
-        summary.failures = _read_left(Path(path) / FAILURES, "id")
-        summary.aside = _read_left(Path(path) / ASIDE, "file")
+        cache = Cache.open(there, read_chain(there))
+        summary.failures = _read_left(there / FAILURES, "id")
+        summary.aside = _read_left(there / ASIDE, "file")
     except (InputError, OSError, TypeError, ValueError) as error:
         summary.note = f"The cache cannot be read: {error}"
         return summary
