@@ -87,8 +87,8 @@ class RunView:
             seen.add(cache)
             count = min(shown, max(3, THUMBNAILS // (runs * len(run.sources))))
             parts = run.volumes.get(name, {})
-            found = summarise_source(name, settings, parts, count, run.path)
-            self.sources.append(found)
+            source = summarise_source(name, settings, parts, count, run.path)
+            self.sources.append(source)
         self.settings = {name: plain(value) for name, value in leaves(run.config).items()}
         self.cards = {name: json.dumps(card, indent=1) for name, card in run.cards.items()}
 
