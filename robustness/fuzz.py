@@ -86,7 +86,7 @@ class Watch(threading.Thread):
 def write_files(
     options: argparse.Namespace, images: Sequence[SimpleITK.Image], folder: Path, outside: Path
 ) -> tuple[list[Volume], Kinds]:
-    """Makes the mutated files below FOLDER/root/data, and the list of them."""
+    """Makes the mutated files in a data root below a folder, and the list of them."""
     originals = {
         (number, format): sample(image, format, folder / "scratch")
         for number, image in enumerate(images)
