@@ -43,6 +43,7 @@ from voco_jax.benchmark.measure import (
     spread,
     table,
     write_json,
+    write_out,
 )
 from voco_jax.config.load import load_pretraining, positive
 from voco_jax.data.progress import log
@@ -51,6 +52,7 @@ from voco_jax.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 
 BATCH = 2
+_MANY = 1000  # volumes of a usual data set: grain takes a millisecond to shuffle an index of 15
 _FEWEST = 8  # batches of a pass: several times what is read ahead
 TOLERANCE = 0.5 / 255 + 1e-5  # half a step of uint8
 
@@ -83,6 +85,7 @@ def passes(
         cold: whether the files are dropped from the page cache before each batch.
     """
     batches = max(-(-samples // BATCH), _FEWEST)
+    write_out(files)
 
     def one() -> float:
         # Dropping counts on both sides: threads that read ahead go on meanwhile.
@@ -156,7 +159,11 @@ def measure_ours(paths: Sequence[str], folder: Path, count: int, cold: bool) -> 
 
         parts, config = _parts(folder), _config()
         files = files_of(parts)
-        stream = batches(parts, config.crops, seed=0, batch_size=BATCH, workers=0)
+        many = [
+            dataclasses.replace(part, entries=part.entries * -(-_MANY // len(part.entries)))
+            for part in parts
+        ]
+        stream = batches(many, config.crops, seed=0, batch_size=BATCH, workers=0)
         return passes("voco_jax", lambda: next(stream), files, len(files), count, cold)
 
 

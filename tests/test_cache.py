@@ -18,6 +18,7 @@ from chains import CHAIN_10K
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voco_jax.data import array
 from voco_jax.data.array import CHUNK, LARGEST, write_volume
 from voco_jax.data.cache import KEEP_SECONDS, Cache, CacheWriter, checksum, chunk_file
 from voco_jax.data.crops import draw_corner
@@ -197,7 +198,7 @@ def test_a_disk_that_fails_now_is_worth_another_try(tmp_path, monkeypatch, numbe
     def fails(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(np, "fromfile", fails)
+    monkeypatch.setattr(array, "read_file", fails)
     with pytest.raises(TransientError, match=os.strerror(number)):
         cache.read(cache.entries[0])
 
@@ -223,7 +224,11 @@ def test_a_disk_that_fails_now_is_no_damage(tmp_path, monkeypatch):
     """Nothing is taken out of a cache for it."""
     fill(tmp_path)
     before = (tmp_path / "manifest.jsonl").read_bytes()
-    monkeypatch.setattr(np, "fromfile", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error")))
+
+    def fails(path):
+        raise OSError(5, "I/O error")
+
+    monkeypatch.setattr(array, "read_file", fails)
     with pytest.raises(InputError, match=r"cannot be read now .*I/O error.*nothing is taken out"):
         verify(tmp_path)
     assert (tmp_path / "manifest.jsonl").read_bytes() == before

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import nibabel
 import numpy as np
@@ -168,6 +169,18 @@ def test_quantisation_is_within_half_a_step(values):
     assert np.abs(dequantise(coarse) - volume).max() <= 1 / 510 + 1e-7
     np.testing.assert_array_equal(quantise(dequantise(coarse), "uint8"), coarse)
     assert np.abs(dequantise(quantise(volume, "float16")) - volume).max() <= 2**-12
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_it_is_stored_alike_whatever_its_order_in_memory(order, dtype):
+    volume = np.random.default_rng(0).random((7, 6, 5), np.float32)
+    other = np.ascontiguousarray(volume.transpose(order)).transpose(np.argsort(order))
+    stored = quantise(other[::-1, :, ::-1], dtype)
+    expected = np.rint(255 * volume) if dtype == "uint8" else volume
+    assert stored.flags.c_contiguous
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored, expected[::-1, :, ::-1].astype(dtype))
 
 
 # ---- refusals

@@ -145,15 +145,24 @@ def cpu_seconds(pids: Iterable[int] = ()) -> float:
     return total
 
 
-def drop_from_page_cache(files: Iterable[Path]) -> None:
-    """Makes the next reading of files come from the disk, where the file system has one.
-
-    They are written out first: what is not on the disk yet cannot be dropped.
-    """
+def write_out(files: Iterable[Path]) -> None:
+    """Waits until files are on the disk."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def drop_from_page_cache(files: Iterable[Path]) -> None:
+    """Makes the next reading of files come from the disk, where the file system has one.
+
+    What is not on the disk yet cannot be dropped: see `write_out`.
+    """
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)

@@ -19,9 +19,11 @@ from voco_jax.benchmark.measure import (
     seconds_text,
     spread,
     table,
+    write_out,
 )
 from voco_jax.benchmark.volumes import files_of
 from voco_jax.config.pretraining import Crops
+from voco_jax.data.array import read_file
 from voco_jax.data.pipeline import Part, batches, collate, draw
 from voco_jax.data.workers import available_cores
 
@@ -79,6 +81,7 @@ def measure_stream(
         cold: whether every volume comes from the disk.
     """
     files = files_of(parts)
+    write_out(files)
     count = -(-samples // batch_size)
     ahead = 2 * max(workers, 1) * prefetch  # batches that are read before they are asked for
     with contextlib.nullcontext() if workers else one_core():
@@ -127,6 +130,7 @@ def measure_stages(parts: Sequence[Part], crops: Crops, *, samples: int, cold: b
     """
     generator = np.random.default_rng(0)
     files = files_of(parts)
+    write_out(files)
     places = [(part.cache, entry) for part in parts for entry in part.entries]
     found: dict[str, list[float]] = {name: [] for name in (*STAGES, "cpu")}
     volume: np.ndarray | None = None
@@ -140,7 +144,7 @@ def measure_stages(parts: Sequence[Part], crops: Crops, *, samples: int, cold: b
         index = number % len(places)
         cache, entry = places[index]
         make_cold(index)
-        _, reading = _timed(files[index].read_bytes)
+        _, reading = _timed(read_file, files[index])
         make_cold(index)
         drawn = draw(cache, entry, crops, crops.sub_volumes, generator)
         volume, both = _timed(cache.read, entry, drawn.corner, None, volume)

@@ -6,7 +6,10 @@ behind an index, so that a part is read without the rest, and empty room takes n
 """
 
 import itertools
+import os
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numcodecs.blosc
@@ -23,6 +26,8 @@ from voco_jax.types import Size
 numcodecs.blosc.use_threads = False
 ARRAY = "volumes"
 CHUNK = 64  # voxels along each axis, inside a shard
+_PIECE = 128 * 2**10  # bytes
+_memory = threading.local()
 LARGEST = (1024, 1024, 2048)  # voxels of a volume that keeps its own size
 
 
@@ -77,7 +82,7 @@ def read_chunk(path: str, slot: int, out: np.ndarray) -> None:
         ValueError: it is damaged or gone; in TensorStore's words, as it says so too.
     """
     try:
-        raw = np.fromfile(f"{path}/{ARRAY}/{chunk_name(slot)}", np.uint8)
+        raw = read_file(f"{path}/{ARRAY}/{chunk_name(slot)}")
         packed = CRC32C(location="end").decode(raw)
         size = int.from_bytes(packed[4:8].tobytes(), "little")  # of Blosc's header
         if size != out.nbytes:
@@ -87,6 +92,25 @@ def read_chunk(path: str, slot: int, out: np.ndarray) -> None:
         raise ValueError(f"NOT_FOUND: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"DATA_LOSS: {error}") from error
+
+
+def read_file(path: str | Path) -> np.ndarray:
+    """The bytes of a file, in memory that the next call of the same thread uses again.
+
+    In pieces: of a file that is read at once Linux copies nothing before the disk is done.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        memory = getattr(_memory, "raw", None)
+        if memory is None or len(memory) < size:
+            memory = _memory.raw = np.empty(size, np.uint8)
+        room, done = memory.data[:size], 0
+        while count := file.readinto(room[done : done + _PIECE]):
+            done += count
+    return memory[:done]
 
 
 def write_volume(path: str, slot: int, voxels: np.ndarray) -> None:

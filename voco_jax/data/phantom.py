@@ -9,17 +9,20 @@ files do. Left and right, front and back can be told apart everywhere.
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
 from voco_jax.data.progress import bar
+from voco_jax.data.workers import available_cores
 from voco_jax.types import Size
 
 ORIENTATIONS = ("LPS", "LPS", "RAS", "LAS", "PLI", "RPI", "SAR")
 AIR, FAT, MUSCLE = -1000.0, -100.0, 50.0
 Point = tuple[float, float, float]
+_THREADS = 8  # each takes some 100 MB
 
 
 ORGANS = ("lungs", "liver", "spleen", "kidneys", "bladder")
@@ -55,20 +58,24 @@ def make_phantoms(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     size = "x".join(map(str, shape))
-    listed: list[dict[str, str | int]] = []
-    with bar("phantoms", count, True) as shown:
-        for index in range(count):
-            ill = lesions and index % 2 == 1
-            name = f"phantom_{seed}_{size}_{index:04d}{'_lesions' * ill}.nii.gz"
-            files = [name, f"label_{name}"] if labelled else [name]
-            if not all((folder / file).exists() for file in files):
-                for file, image in zip(files, phantom(seed, index, shape, ill), strict=False):
-                    part = folder / f".part_{file}"
-                    nibabel.save(image, part)
-                    os.replace(part, folder / file)
-            listed.append(dict(zip(("image", "label"), files, strict=False)))
-            if lesions:
-                listed[-1]["label"] = int(ill)
+
+    def make(index: int) -> dict[str, str | int]:
+        ill = lesions and index % 2 == 1
+        name = f"phantom_{seed}_{size}_{index:04d}{'_lesions' * ill}.nii.gz"
+        files = [name, f"label_{name}"] if labelled else [name]
+        if not all((folder / file).exists() for file in files):
+            for file, image in zip(files, phantom(seed, index, shape, ill), strict=False):
+                part = folder / f".part_{file}"
+                nibabel.save(image, part)
+                os.replace(part, folder / file)
+        line: dict[str, str | int] = dict(zip(("image", "label"), files, strict=False))
+        return {**line, "label": int(ill)} if lesions else line
+
+    listed = []
+    few = min(available_cores(), _THREADS)
+    with bar("phantoms", count, True) as shown, ThreadPoolExecutor(few) as threads:
+        for line in threads.map(make, range(count)):
+            listed.append(line)
             shown.update()
     content = {"name": "phantom CT", "training": listed}
     path = folder / "phantoms.json"

@@ -114,6 +114,11 @@ def middle_corner(shape: Sequence[int], size: Size) -> Size:
     return x, y, z
 
 
+def memory_order(volume: np.ndarray) -> list[int]:
+    """The axes of an array, the one with the longest steps in memory first."""
+    return np.argsort([-abs(stride) for stride in volume.strides], kind="stable").tolist()
+
+
 def _interpolate(
     volume: np.ndarray, positions: Sequence[np.ndarray], convert: Convert | None
 ) -> np.ndarray:
@@ -122,7 +127,7 @@ def _interpolate(
     Only slices that a position needs are converted, and nothing but the result is ever as large
     as the volume.
     """
-    layout = np.argsort([-abs(stride) for stride in volume.strides], kind="stable").tolist()
+    layout = memory_order(volume)
     slices = volume.transpose(layout)
     outer, *inner = (_Line(volume.shape[axis], positions[axis]) for axis in layout)
     shrinks = outer.size <= outer.old

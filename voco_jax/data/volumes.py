@@ -18,6 +18,7 @@ from voco_jax.data.formats.stored import MAX_BYTES, Aside
 from voco_jax.data.plausible import TAKE_ALL_THE_SAME, doubt
 from voco_jax.data.resample import (
     center_crop,
+    memory_order,
     pad,
     resample,
     resampled_ratios,
@@ -82,7 +83,7 @@ def foreground_box(source: StoredVolume, limits: tuple[float, float], threshold:
     hits = [np.zeros(size, bool) for size in source.voxels.shape]
     smallest, largest = np.inf, -np.inf
     strides = source.voxels.strides
-    outer, middle, inner = np.argsort([-abs(stride) for stride in strides], kind="stable")
+    outer, middle, inner = memory_order(source.voxels)
     # In the order of memory: NumPy is slow where it has to go backwards.
     forwards = [slice(None, None, -1 if stride < 0 else 1) for stride in strides]
     is_foreground = _foreground(source, limits, threshold)
@@ -328,9 +329,29 @@ def _foreground_limits(
 
 def quantise(volume: np.ndarray, dtype: str) -> np.ndarray:
     """Stores floats of 0..1, in C order, as "uint8" (steps of 1/255) or "float16"."""
-    if dtype == "uint8":
-        return np.ascontiguousarray(np.rint(volume * np.float32(255)).astype(np.uint8))
-    return np.ascontiguousarray(volume.astype(np.float16))
+    layout = memory_order(volume)
+    slices = volume.transpose(layout)
+    stored = np.empty(slices.shape, dtype)
+    for plane, out in zip(slices, stored, strict=True):
+        out[...] = np.rint(plane * np.float32(255)) if dtype == "uint8" else plane
+    return _c_order(stored.transpose(np.argsort(layout)))
+
+
+def _c_order(volume: np.ndarray) -> np.ndarray:
+    """A volume with z running fastest in memory.
+
+    Planes that fit the processor's cache are turned one by one: straight from NIfTI's order NumPy
+    takes four times as long.
+    """
+    fastest = memory_order(volume)[-1]
+    if fastest == 2:
+        return np.ascontiguousarray(volume)
+    other = 1 - fastest
+    result = np.empty(volume.shape, volume.dtype)
+    planes = np.ascontiguousarray(volume.transpose(other, 2, fastest))
+    for plane, out in zip(planes, result.swapaxes(0, other), strict=True):
+        out[...] = plane.T
+    return result
 
 
 def dequantise(volume: np.ndarray) -> np.ndarray:
