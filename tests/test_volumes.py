@@ -181,6 +181,8 @@ def test_it_is_stored_alike_whatever_its_order_in_memory(order, dtype):
     assert stored.flags.c_contiguous
     assert stored.dtype == dtype
     np.testing.assert_array_equal(stored, expected[::-1, :, ::-1].astype(dtype))
+    channels = quantise(np.stack([other, other], axis=-1), dtype)
+    np.testing.assert_array_equal(channels[..., 1], expected.astype(dtype))
 
 
 # ---- refusals

@@ -338,13 +338,13 @@ def quantise(volume: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _c_order(volume: np.ndarray) -> np.ndarray:
-    """A volume with z running fastest in memory.
+    """An array with its last axis running fastest in memory.
 
-    Planes that fit the processor's cache are turned one by one: straight from NIfTI's order NumPy
-    takes four times as long.
+    Of a volume planes that fit the processor's cache are turned one by one: straight from NIfTI's
+    order NumPy takes four times as long.
     """
     fastest = memory_order(volume)[-1]
-    if fastest == 2:
+    if volume.ndim != 3 or fastest == 2:
         return np.ascontiguousarray(volume)
     other = 1 - fastest
     result = np.empty(volume.shape, volume.dtype)
