@@ -52,7 +52,7 @@ from voco_jax.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 
 BATCH = 2
-_MANY = 1000  # volumes of a usual data set: grain takes a millisecond to shuffle an index of 15
+_MANY = 1000  # volumes of a usual data set: of 15 grain's shuffle takes a millisecond a sample
 _FEWEST = 8  # batches of a pass: several times what is read ahead
 TOLERANCE = 0.5 / 255 + 1e-5  # half a step of uint8
 
