@@ -85,7 +85,8 @@ def passes(
         cold: whether the files are dropped from the page cache before each batch.
     """
     batches = max(-(-samples // BATCH), _FEWEST)
-    write_out(files)
+    if cold:
+        write_out(files)
 
     def one() -> float:
         # Dropping counts on both sides: threads that read ahead go on meanwhile.

@@ -36,7 +36,7 @@ from voco_jax.models.attention import attend
 from voco_jax.models.encoders import ENCODERS
 from voco_jax.training import distributed, loop
 from voco_jax.training.checkpoint import Checkpoints, read_network, saved_steps, set_damaged_aside
-from voco_jax.training.compile import compiler_options, has_option
+from voco_jax.training.compile import compiler_options, has_option, missing_options
 from voco_jax.training.jax_settings import check_jax_settings
 from voco_jax.training.mesh import make_mesh
 from voco_jax.training.metrics import (
@@ -622,6 +622,18 @@ def test_a_users_xla_flags_win(monkeypatch):
 def test_options_that_xla_lacks_are_left_out():
     assert has_option("xla_backend_optimization_level", 1)
     assert not has_option("xla_no_such_option", 1)
+
+
+def test_a_run_says_which_options_xla_lacks(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    there = compiler_options(make_mesh())
+    lacking = "xla_backend_optimization_level"
+    monkeypatch.setattr(
+        "voco_jax.training.compile.has_option",
+        lambda name, value: name in there and name != lacking,
+    )
+    assert lacking in missing_options(make_mesh())
+    assert lacking not in compiler_options(make_mesh())
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="need PyTorch")

@@ -81,7 +81,8 @@ def measure_stream(
         cold: whether every volume comes from the disk.
     """
     files = files_of(parts)
-    write_out(files)
+    if cold:
+        write_out(files)
     count = -(-samples // batch_size)
     ahead = 2 * max(workers, 1) * prefetch  # batches that are read before they are asked for
     with contextlib.nullcontext() if workers else one_core():
@@ -130,7 +131,8 @@ def measure_stages(parts: Sequence[Part], crops: Crops, *, samples: int, cold: b
     """
     generator = np.random.default_rng(0)
     files = files_of(parts)
-    write_out(files)
+    if cold:
+        write_out(files)
     places = [(part.cache, entry) for part in parts for entry in part.entries]
     found: dict[str, list[float]] = {name: [] for name in (*STAGES, "cpu")}
     volume: np.ndarray | None = None

@@ -64,17 +64,25 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """
     if platform(mesh) != "cpu":
         return None
-    named = os.environ.get("XLA_FLAGS", "")
+    lacking = missing_options(mesh)
+    return {name: value for name, value in _wanted().items() if name not in lacking}
+
+
+def missing_options(mesh: Mesh) -> list[str]:
+    """Which of the options that `compiler_options` would use this XLA does not have."""
+    if platform(mesh) != "cpu":
+        return []
+    return [name for name, value in _wanted().items() if not has_option(name, value)]
+
+
+def _wanted() -> dict[str, Any]:
     options: dict[str, Any] = {
         "xla_disable_hlo_passes": "cse_barrier_expander",
         "xla_cpu_use_fusion_emitters": False,
         "xla_backend_optimization_level": 1,
     }
-    return {
-        name: value
-        for name, value in options.items()
-        if f"--{name}=" not in named and has_option(name, value)
-    }
+    named = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if f"--{name}=" not in named}
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from voco_jax.files import local_path
 from voco_jax.training import mesh as meshes
 from voco_jax.training import signals
 from voco_jax.training.checkpoint import Checkpoints, saved_steps, set_damaged_aside
+from voco_jax.training.compile import missing_options
 from voco_jax.training.distributed import (
     barrier,
     compile_on_all,
@@ -231,6 +232,8 @@ def _train(
         contextlib.closing(Reporter(task, run, workdir, log, events, first_step)) as report,
         contextlib.closing(Watch(log)) as watch,
     ):
+        if lacking := missing_options(program.mesh):
+            log(f"this XLA has no {', '.join(lacking)}: compiling without, which takes longer")
         log("compiling the step (minutes for a large model; the next time it is kept) ...")
         watch.at("compiling")
         compiled = compile_on_all(program.step, program.state, program.batch)
