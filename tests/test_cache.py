@@ -220,6 +220,14 @@ def test_memory_is_used_again_where_it_fits(tmp_path):
         assert not np.shares_memory(found, other)
 
 
+def test_a_file_is_read_whole_whatever_was_read_before(tmp_path):
+    """Of several pieces, and into memory that is too small, large enough, or new."""
+    path = tmp_path / "file"
+    for size in (10, 128 * 2**10, 300_001, 0, 131_073):
+        path.write_bytes(np.random.default_rng(size).bytes(size))
+        assert array.read_file(path).tobytes() == path.read_bytes()
+
+
 def test_a_disk_that_fails_now_is_no_damage(tmp_path, monkeypatch):
     """Nothing is taken out of a cache for it."""
     fill(tmp_path)

@@ -72,8 +72,8 @@ def make_phantoms(
         return {**line, "label": int(ill)} if lesions else line
 
     listed = []
-    few = min(available_cores(), _THREADS)
-    with bar("phantoms", count, True) as shown, ThreadPoolExecutor(few) as threads:
+    pool = ThreadPoolExecutor(min(available_cores(), _THREADS))
+    with bar("phantoms", count, True) as shown, pool as threads:
         for line in threads.map(make, range(count)):
             listed.append(line)
             shown.update()

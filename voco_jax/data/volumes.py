@@ -328,7 +328,7 @@ def _foreground_limits(
 
 
 def quantise(volume: np.ndarray, dtype: str) -> np.ndarray:
-    """Stores floats of 0..1, in C order, as "uint8" (steps of 1/255) or "float16"."""
+    """Floats of 0..1, of any shape and order, as "uint8" (steps of 1/255) or "float16", C order."""
     layout = memory_order(volume)
     slices = volume.transpose(layout)
     stored = np.empty(slices.shape, dtype)

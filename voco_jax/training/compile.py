@@ -62,20 +62,19 @@ def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     nothing; and a small step would compile for twice as long (docs/benchmarks.md). What XLA_FLAGS
     names is left to it, and what this XLA does not have is left out.
     """
-    if platform(mesh) != "cpu":
-        return None
-    lacking = missing_options(mesh)
-    return {name: value for name, value in _wanted().items() if name not in lacking}
+    there = {name: value for name, value in _wanted(mesh).items() if has_option(name, value)}
+    return there or None
 
 
 def missing_options(mesh: Mesh) -> list[str]:
     """Which of the options that `compiler_options` would use this XLA does not have."""
+    return [name for name, value in _wanted(mesh).items() if not has_option(name, value)]
+
+
+def _wanted(mesh: Mesh) -> dict[str, Any]:
+    """What `compiler_options` would use of an XLA that has everything."""
     if platform(mesh) != "cpu":
-        return []
-    return [name for name, value in _wanted().items() if not has_option(name, value)]
-
-
-def _wanted() -> dict[str, Any]:
+        return {}
     options: dict[str, Any] = {
         "xla_disable_hlo_passes": "cse_barrier_expander",
         "xla_cpu_use_fusion_emitters": False,

@@ -30,14 +30,9 @@ from voco_jax.training.distributed import (
     run_on_process_0,
 )
 from voco_jax.training.events import Events
-from voco_jax.training.health import (
-    not_finite,
-)
+from voco_jax.training.health import not_finite
 from voco_jax.training.jax_settings import check_jax_settings
-from voco_jax.training.metrics import (
-    Log,
-    duration,
-)
+from voco_jax.training.metrics import Log, duration
 from voco_jax.training.reporting import Reporter
 from voco_jax.training.steps import NotFiniteError, Steps
 from voco_jax.training.task import LogLine, Method, Program, S, Task
@@ -233,7 +228,7 @@ def _train(
         contextlib.closing(Watch(log)) as watch,
     ):
         if lacking := missing_options(program.mesh):
-            log(f"this XLA has no {', '.join(lacking)}: compiling without, which takes longer")
+            log(f"this XLA has no {', '.join(lacking)}: compiling without")
         log("compiling the step (minutes for a large model; the next time it is kept) ...")
         watch.at("compiling")
         compiled = compile_on_all(program.step, program.state, program.batch)
