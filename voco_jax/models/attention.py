@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from voco_jax.models.conv_blocks import largest_divisor
+from voco_jax.models.conv_blocks import Pair, at_least_float32, largest_divisor
 
 MASKED = -100.0
 """Added to the attention logit of two tokens that only the shift brought into one window."""
@@ -36,38 +36,107 @@ def attend(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) -> jax.Ar
     Returns:
         `b windows n heads d` in the dtype of `qkv`; logits and softmax are in float32 (or wider).
     """
-    query, key, value = (qkv[:, :, :, i] for i in range(3))
-    query = query * query.shape[-1] ** -0.5
-    wide = jnp.promote_types(qkv.dtype, jnp.float32)
-    logits = jnp.einsum("bwqhd,bwkhd->bwhqk", query, key, preferred_element_type=wide) + bias
-    if regions is not None:
-        same = regions[:, :, None] == regions[:, None, :]
-        logits = logits + jnp.where(same, 0.0, MASKED)[:, None]
+    query, key, value = _split(qkv)
+    logits = _logits(query, key, bias, regions)
     weights = jax.nn.softmax(logits, axis=-1).astype(qkv.dtype)
-    return jnp.einsum("bwhqk,bwkhd->bwqhd", weights, value)
+    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
+
+
+def _split(qkv: jax.Array) -> tuple[jax.Array, ...]:
+    """`... n 3 heads d` -> queries (scaled), keys and values, `... n heads d` each."""
+    query, key, value = (qkv[..., i, :, :] for i in range(3))
+    return query * query.shape[-1] ** -0.5, key, value
+
+
+def _logits(
+    query: jax.Array, key: jax.Array, bias: jax.Array, regions: jax.Array | None
+) -> jax.Array:
+    """`... heads n n`: of each query with each key, in float32 or wider."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=wide) + bias
+    if regions is None:
+        return logits
+    same = regions[..., :, None] == regions[..., None, :]
+    return logits + jnp.where(same, 0.0, MASKED)[..., None, :, :]
 
 
 SCORES_AT_ONCE = 2**19
 """That `attend_in_parts` computes at once: about what a CPU's cache holds."""
 
 
+@jax.custom_vjp
 def attend_in_parts(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) -> jax.Array:
     """`attend` of a few windows after the other, whose scores the gradient computes again.
 
+    The gradient is written out as in FlashAttention (Dao et al., 2022): it keeps of each query's
+    scores only the logarithm of the sum of their exponentials. Reverse-mode differentiation only.
     Arguments and result as there.
     """
+    return _parts_forward(qkv, bias, regions)[0]
+
+
+def _parts_forward(
+    qkv: jax.Array, bias: jax.Array, regions: jax.Array | None
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    def attend_part(one: tuple[jax.Array, jax.Array | None]) -> Pair:
+        query, key, value = _split(one[0])
+        logits = _logits(query, key, bias, one[1])
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = jnp.sum(weights, axis=-1)
+        out = jnp.einsum("whqk,wkhd->wqhd", weights.astype(value.dtype), value)
+        out = (out / total.swapaxes(1, 2)[..., None]).astype(value.dtype)
+        return out, largest[..., 0] + jnp.log(total)
+
+    parts, regions_of_parts = _parts(qkv, bias, regions)
+    out, log_sums = lax.map(attend_part, (parts, regions_of_parts))
+    out = out.reshape(*qkv.shape[:3], *qkv.shape[4:])
+    return out, (qkv, bias, regions, out, log_sums)
+
+
+def _parts_backward(saved: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    qkv, bias, regions, out, log_sums = saved
+    parts, regions_of_parts = _parts(qkv, bias, regions)
+    # What a query's scores lose to the softmax: as `d_out` on what they made.
+    lost = jnp.sum(at_least_float32(d_out) * at_least_float32(out), axis=-1)
+    lost = lost.reshape(*parts.shape[:3], -1).swapaxes(2, 3)
+
+    def differentiate(d_bias: jax.Array, one: tuple[Any, ...]) -> Pair:
+        qkv, regions, log_sum, d_out, lost = one
+        query, key, value = _split(qkv)
+        weights = jnp.exp(_logits(query, key, bias, regions) - log_sum[..., None])
+        d_value = jnp.einsum("whqk,wqhd->wkhd", weights.astype(value.dtype), d_out)
+        d_weights = jnp.einsum(
+            "wqhd,wkhd->whqk", d_out, value, preferred_element_type=weights.dtype
+        )
+        d_logits = weights * (d_weights - lost[..., None])
+        narrow = d_logits.astype(value.dtype)
+        d_query = jnp.einsum("whqk,wkhd->wqhd", narrow, key) * query.shape[-1] ** -0.5
+        d_key = jnp.einsum("whqk,wqhd->wkhd", narrow, query)
+        d_bias = d_bias + jnp.sum(d_logits, axis=0, dtype=d_bias.dtype)
+        return d_bias, jnp.stack([d_query, d_key, d_value], axis=2)
+
+    d_out = d_out.reshape(*parts.shape[:3], *parts.shape[4:])
+    d_bias, d_parts = lax.scan(
+        differentiate,
+        jnp.zeros_like(bias),
+        (parts, regions_of_parts, log_sums, d_out, lost),
+    )
+    return d_parts.reshape(qkv.shape), d_bias, None
+
+
+attend_in_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def _parts(
+    qkv: jax.Array, bias: jax.Array, regions: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """`parts windows n 3 heads d`, and the regions `parts windows n` if there are any."""
     b, windows, n, _, heads, d = qkv.shape
-    together = largest_divisor(b * windows, SCORES_AT_ONCE // (heads * n * n))
-
-    def part(one: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-        qkv, regions = one
-        return attend(qkv[None], bias, regions)[0]
-
-    parts = qkv.reshape(-1, together, n, 3, heads, d)
+    together = largest_divisor(b * windows, SCORES_AT_ONCE // bias.size)
     if regions is not None:
         regions = jnp.broadcast_to(regions, (b, windows, n)).reshape(-1, together, n)
-    out = lax.map(jax.checkpoint(part), (parts, regions))
-    return out.reshape(b, windows, n, heads, d)
+    return qkv.reshape(-1, together, n, 3, heads, d), regions
 
 
 def attend_fused(

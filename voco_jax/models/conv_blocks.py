@@ -3,6 +3,7 @@
 Every array is channels-last, `b x y z c`; every kernel is `kx ky kz in out`.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -96,11 +97,10 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     middle = x.shape[1] // 2
     wide = at_least_float32(x)
     near = jnp.mean(wide[:, middle : middle + 1], _SPACE, keepdims=True)
-    centred = wide - near
-    first = jnp.mean(centred, _SPACE, keepdims=True)
-    second = jnp.mean(jnp.square(centred), _SPACE, keepdims=True)
-    variance = jnp.maximum(second - jnp.square(first), 0)
-    return near + first, lax.rsqrt(variance + EPSILON)
+    mean = jnp.mean(wide, _SPACE, keepdims=True)
+    second = jnp.mean(jnp.square(wide - near), _SPACE, keepdims=True)
+    variance = jnp.maximum(second - jnp.square(mean - near), 0)
+    return mean, lax.rsqrt(variance + EPSILON)
 
 
 def _normalise(x: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
@@ -148,6 +148,8 @@ def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     batch, size_x, size_y, size_z, channels = x.shape
     features = kernel.shape[-1]
+    if min(size_y, size_z) < 3:
+        return _convolve_few(x, kernel)
     out = lax.conv_general_dilated(
         x.reshape(batch * size_x, size_y, size_z, channels),
         jnp.moveaxis(kernel, 0, 3).reshape(3, 3, channels, 3 * features),
@@ -159,6 +161,25 @@ def convolve_planes(x: jax.Array, kernel: jax.Array) -> jax.Array:
     before = _pad(out[:, :-1, :, :, 0], 1, (1, 0))
     after = _pad(out[:, 1:, :, :, 2], 1, (0, 1))
     return (before + out[:, :, :, :, 1] + after).astype(x.dtype)
+
+
+def _convolve_few(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve_lax` as one matrix product, of columns that are x at its 27 offsets.
+
+    For planes smaller than the kernel, with which XLA's 2-D convolution is very slow on a CPU.
+    """
+    columns = jnp.concatenate(_neighbours(x), axis=-1)
+    return pointwise(columns, kernel.reshape(columns.shape[-1], -1))
+
+
+def _neighbours(x: jax.Array) -> list[jax.Array]:
+    """x at its 27 offsets, zeros outside: `b x y z c` each, in the order of a kernel."""
+    size_x, size_y, size_z = x.shape[1:4]
+    padded = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (1, 1), (0, 0)])
+    return [
+        padded[:, i : i + size_x, j : j + size_y, k : k + size_z]
+        for i, j, k in itertools.product(range(3), repeat=3)
+    ]
 
 
 def _pad(x: jax.Array, axis: int, widths: tuple[int, int]) -> jax.Array:
@@ -183,9 +204,23 @@ COLUMNS_AT_ONCE = 2**19
 
 def _kernel_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:
     """`3 3 3 in out`: for each offset the sum over `b x y z` of x there times `d_out`."""
+    if x.shape[-1] == 1:
+        return _image_gradient(x, d_out)
     if d_out.shape[-1] <= x.shape[-1]:  # d_out lies at the opposite offset from x
         return jnp.flip(_shifted_products(x, d_out), (0, 1)).swapaxes(3, 4)
     return jnp.flip(_shifted_products(d_out, x), 2)
+
+
+def _image_gradient(x: jax.Array, d_out: jax.Array) -> jax.Array:
+    """`_kernel_gradient` of one channel: a product a crop, whose rows are x at its 27 offsets."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def of_crop(one: Pair) -> jax.Array:
+        x, d_out = one
+        rows = jnp.stack(_neighbours(x[None])).reshape(27, -1)
+        return jnp.matmul(rows, d_out.reshape(-1, d_out.shape[-1]), preferred_element_type=wide)
+
+    return jnp.sum(lax.map(of_crop, (x, d_out)), axis=0).reshape(3, 3, 3, 1, -1)
 
 
 def _shifted_products(at_z: jax.Array, at_xy: jax.Array) -> jax.Array:
