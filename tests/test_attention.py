@@ -67,12 +67,15 @@ def test_attention_in_parts_is_plain_attention(scores, monkeypatch):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_bfloat16_is_rounded_where_plain_attention_rounds():
+@pytest.mark.parametrize(
+    "attend", [partial(attention.attend_fused, interpret=True), attention.attend_in_parts]
+)
+def test_bfloat16_is_rounded_where_plain_attention_rounds(attend):
     qkv, bias, upper, found = _arguments(2, 3, 27, 2, 4, 8)
     arguments = qkv.astype(jnp.bfloat16), bias.astype(jnp.float32), upper.astype(jnp.bfloat16)
     plain = _both(lambda q, t: attention.attend(q, t, found), *arguments)
-    fused = _both(lambda q, t: attention.attend_fused(q, t, found, interpret=True), *arguments)
-    for ours, theirs in zip(fused, plain, strict=True):
+    others = _both(lambda q, t: attend(q, t, found), *arguments)
+    for ours, theirs in zip(others, plain, strict=True):
         assert ours.dtype == theirs.dtype
         assert by_rule.relative_error(ours, theirs) < 1e-2
 

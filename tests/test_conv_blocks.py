@@ -17,7 +17,16 @@ from voco_jax.models.conv_blocks import (
 
 
 @pytest.mark.parametrize("columns", [1, 1500, 7200, 2**19])
-@pytest.mark.parametrize("shape", [(2, 4, 6, 5, 3), (2, 4, 6, 5, 9), (1, 1, 1, 2, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 4, 6, 5, 3),
+        (2, 4, 6, 5, 9),
+        pytest.param((2, 4, 6, 5, 1), id="an image"),
+        pytest.param((1, 1, 1, 2, 4), id="planes smaller than the kernel"),
+        pytest.param((2, 3, 2, 5, 4), id="planes narrower than the kernel"),
+    ],
+)
 def test_planes_is_lax(shape: tuple[int, ...], columns: int, monkeypatch: pytest.MonkeyPatch):
     """Whatever the kernel's gradient takes at once: a row, some, two planes, all."""
     monkeypatch.setattr(conv_blocks, "COLUMNS_AT_ONCE", columns)
@@ -31,9 +40,10 @@ def test_planes_is_lax(shape: tuple[int, ...], columns: int, monkeypatch: pytest
         assert by_rule.relative_error(a, b) < 1e-6
 
 
-def test_planes_in_bfloat16_keeps_dtypes():
-    x = jnp.asarray(by_rule.noise((1, 4, 4, 4, 2)), jnp.bfloat16)
-    kernel = jnp.asarray(by_rule.noise((3, 3, 3, 2, 3), seed=1), jnp.bfloat16)
+@pytest.mark.parametrize("shape", [(1, 4, 4, 4, 2), (1, 4, 4, 4, 1), (1, 2, 2, 4, 2)])
+def test_planes_in_bfloat16_keeps_dtypes(shape: tuple[int, ...]):
+    x = jnp.asarray(by_rule.noise(shape), jnp.bfloat16)
+    kernel = jnp.asarray(by_rule.noise((3, 3, 3, shape[-1], 3), seed=1), jnp.bfloat16)
     out, pull = jax.vjp(convolve_planes, x, kernel)
     gradients = pull(jnp.ones_like(out))
     assert [a.dtype for a in (out, *gradients)] == [jnp.bfloat16] * 3

@@ -33,6 +33,21 @@ def test_relative_positions_equal_monai(window: Size):
         np.testing.assert_array_equal(bias, expected)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_gelu_is_torchs(dtype: Any, tolerance: float):
+    """In bfloat16 too but for the result's rounding."""
+    x = jnp.linspace(-9, 9, 1001, dtype=dtype)
+    exact = torch.from_numpy(np.asarray(x, np.float64)).requires_grad_()
+    expected = torch.nn.functional.gelu(exact)
+    expected.sum().backward()
+    ours, pull = jax.vjp(swin.gelu, x)
+    for a, b in ((ours, expected), (pull(jnp.ones_like(x))[0], exact.grad)):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), b.detach().numpy(), rtol=tolerance, atol=1e-6
+        )
+
+
 @pytest.mark.parametrize("size", [(12, 12, 12), (12, 8, 4), (8, 4, 2)])
 def test_shift_regions_equal_monai(size: Size):
     window, shift = windows.fit_window(size, (4, 4, 4), shifted=True)

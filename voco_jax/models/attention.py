@@ -68,9 +68,9 @@ SCORES_AT_ONCE = 2**19
 def attend_in_parts(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) -> jax.Array:
     """`attend` of a few windows after the other, whose scores the gradient computes again.
 
-    The gradient is written out as in FlashAttention (Dao et al., 2022): it keeps of each query's
-    scores only the logarithm of the sum of their exponentials. Reverse-mode differentiation only.
-    Arguments and result as there.
+    Both divide by a softmax's sum what is smaller than the scores. The gradient takes the result's
+    part in it from the result, as FlashAttention does (Dao et al., 2022). Reverse-mode
+    differentiation only. Arguments and result as there.
     """
     return _parts_forward(qkv, bias, regions)[0]
 
@@ -78,54 +78,53 @@ def attend_in_parts(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) 
 def _parts_forward(
     qkv: jax.Array, bias: jax.Array, regions: jax.Array | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    def attend_part(one: tuple[jax.Array, jax.Array | None]) -> Pair:
+    def attend_part(one: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         query, key, value = _split(one[0])
-        logits = _logits(query, key, bias, one[1])
-        largest = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - largest)
-        total = jnp.sum(weights, axis=-1)
+        weights, total = _exponentials(query, key, bias, one[1])
         out = jnp.einsum("whqk,wkhd->wqhd", weights.astype(value.dtype), value)
-        out = (out / total.swapaxes(1, 2)[..., None]).astype(value.dtype)
-        return out, largest[..., 0] + jnp.log(total)
+        return (out / total).astype(value.dtype)
 
-    parts, regions_of_parts = _parts(qkv, bias, regions)
-    out, log_sums = lax.map(attend_part, (parts, regions_of_parts))
+    out = lax.map(attend_part, _parts(qkv, bias, regions))
     out = out.reshape(*qkv.shape[:3], *qkv.shape[4:])
-    return out, (qkv, bias, regions, out, log_sums)
+    return out, (qkv, bias, regions, out)
 
 
 def _parts_backward(saved: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    qkv, bias, regions, out, log_sums = saved
+    qkv, bias, regions, out = saved
     parts, regions_of_parts = _parts(qkv, bias, regions)
-    # What a query's scores lose to the softmax: as `d_out` on what they made.
-    lost = jnp.sum(at_least_float32(d_out) * at_least_float32(out), axis=-1)
-    lost = lost.reshape(*parts.shape[:3], -1).swapaxes(2, 3)
+    # What each logit's gradient loses to the softmax's sum: `d_out` on what the query made.
+    lost = jnp.sum(at_least_float32(d_out) * at_least_float32(out), axis=-1, keepdims=True)
 
     def differentiate(d_bias: jax.Array, one: tuple[Any, ...]) -> Pair:
-        qkv, regions, log_sum, d_out, lost = one
+        qkv, regions, d_out, lost = one
         query, key, value = _split(qkv)
-        weights = jnp.exp(_logits(query, key, bias, regions) - log_sum[..., None])
+        weights, total = _exponentials(query, key, bias, regions)
+        d_out, lost = (d_out / total).astype(value.dtype), (lost / total).swapaxes(1, 2)
         d_value = jnp.einsum("whqk,wqhd->wkhd", weights.astype(value.dtype), d_out)
-        d_weights = jnp.einsum(
-            "wqhd,wkhd->whqk", d_out, value, preferred_element_type=weights.dtype
-        )
-        d_logits = weights * (d_weights - lost[..., None])
+        d_weights = jnp.einsum("wqhd,wkhd->whqk", d_out, value, preferred_element_type=lost.dtype)
+        d_logits = weights * (d_weights - lost)
         narrow = d_logits.astype(value.dtype)
         d_query = jnp.einsum("whqk,wkhd->wqhd", narrow, key) * query.shape[-1] ** -0.5
         d_key = jnp.einsum("whqk,wqhd->wkhd", narrow, query)
         d_bias = d_bias + jnp.sum(d_logits, axis=0, dtype=d_bias.dtype)
         return d_bias, jnp.stack([d_query, d_key, d_value], axis=2)
 
-    d_out = d_out.reshape(*parts.shape[:3], *parts.shape[4:])
-    d_bias, d_parts = lax.scan(
-        differentiate,
-        jnp.zeros_like(bias),
-        (parts, regions_of_parts, log_sums, d_out, lost),
-    )
+    by_part = (one.reshape(*parts.shape[:3], *one.shape[3:]) for one in (d_out, lost))
+    scanned = (parts, regions_of_parts, *by_part)
+    d_bias, d_parts = lax.scan(differentiate, jnp.zeros_like(bias), scanned)
     return d_parts.reshape(qkv.shape), d_bias, None
 
 
 attend_in_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def _exponentials(
+    query: jax.Array, key: jax.Array, bias: jax.Array, regions: jax.Array | None
+) -> Pair:
+    """A softmax before its division: `windows heads n n`, and its sums, `windows n heads 1`."""
+    logits = _logits(query, key, bias, regions)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    return weights, jnp.sum(weights, axis=-1, keepdims=True).swapaxes(1, 2)
 
 
 def _parts(
