@@ -94,7 +94,6 @@ def _parts_backward(saved: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array
     parts, regions_of_parts = _parts(qkv, bias, regions)
     # Every logit of a query takes part in its softmax's sum, and loses this through it.
     lost = jnp.sum(at_least_float32(d_out) * at_least_float32(out), axis=-1, keepdims=True)
-
     ones = jnp.ones(parts.shape[1], lost.dtype)
 
     def differentiate(d_bias: jax.Array, one: tuple[Any, ...]) -> Pair:
