@@ -70,14 +70,30 @@ def test_attention_in_parts_is_plain_attention(scores, monkeypatch):
 @pytest.mark.parametrize(
     "attend", [partial(attention.attend_fused, interpret=True), attention.attend_in_parts]
 )
-def test_bfloat16_is_rounded_where_plain_attention_rounds(attend):
+def test_attention_in_bfloat16_stays_near_plain_attention(attend):
+    """Also where keys and values are far from zero, and what a softmax's sum takes is much."""
     qkv, bias, upper, found = _arguments(2, 3, 27, 2, 4, 8)
-    arguments = qkv.astype(jnp.bfloat16), bias.astype(jnp.float32), upper.astype(jnp.bfloat16)
-    plain = _both(lambda q, t: attention.attend(q, t, found), *arguments)
+    qkv = qkv + jnp.array([0, 1, 3])[:, None, None]
+    exact = qkv.astype(jnp.float32), bias.astype(jnp.float32), upper.astype(jnp.float32)
+    arguments = qkv.astype(jnp.bfloat16), exact[1], upper.astype(jnp.bfloat16)
+    plain = _both(lambda q, t: attention.attend(q, t, found), *exact)
     others = _both(lambda q, t: attend(q, t, found), *arguments)
-    for ours, theirs in zip(others, plain, strict=True):
-        assert ours.dtype == theirs.dtype
+    for ours, theirs, dtype in zip(
+        others, plain, (jnp.bfloat16, jnp.bfloat16, jnp.float32), strict=True
+    ):
+        assert ours.dtype == dtype
         assert by_rule.relative_error(ours, theirs) < 1e-2
+
+
+def test_attention_in_parts_takes_mixed_widths():
+    with jax.enable_x64(True):
+        qkv, bias, upper, found = _arguments(1, 3, 8, 2, 4, 4)
+        arguments = qkv, bias.astype(jnp.float32), upper
+        plain = _both(lambda q, t: attention.attend(q, t, found), *arguments)
+        parts = _both(lambda q, t: attention.attend_in_parts(q, t, found), *arguments)
+    for ours, theirs in zip(parts, plain, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert by_rule.relative_error(ours, theirs) < 1e-6
 
 
 @pytest.mark.parametrize(

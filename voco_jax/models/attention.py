@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from voco_jax.models.conv_blocks import Pair, at_least_float32, largest_divisor
+from voco_jax.models.conv_blocks import Pair, largest_divisor
 
 MASKED = -100.0
 """Added to the attention logit of two tokens that only the shift brought into one window."""
@@ -68,9 +68,9 @@ SCORES_AT_ONCE = 2**20
 def attend_in_parts(qkv: jax.Array, bias: jax.Array, regions: jax.Array | None) -> jax.Array:
     """`attend` of a few windows after the other, whose scores the gradient computes again.
 
-    Both divide by a softmax's sum what is smaller than the scores. The gradient takes the result's
-    part in it from the result, as FlashAttention does (Dao et al., 2022). Reverse-mode
-    differentiation only. Arguments and result as there.
+    What is divided by a softmax's sums is the output, and in the gradient `d_out`, both
+    `windows n heads d`, not the scores. Reverse-mode differentiation only. Arguments and result as
+    there.
     """
     return _parts_forward(qkv, bias, regions)[0]
 
@@ -85,24 +85,24 @@ def _parts_forward(
         return (out / total).astype(value.dtype)
 
     out = lax.map(attend_part, _parts(qkv, bias, regions))
-    out = out.reshape(*qkv.shape[:3], *qkv.shape[4:])
-    return out, (qkv, bias, regions, out)
+    return out.reshape(*qkv.shape[:3], *qkv.shape[4:]), (qkv, bias, regions)
 
 
 def _parts_backward(saved: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    qkv, bias, regions, out = saved
+    qkv, bias, regions = saved
     parts, regions_of_parts = _parts(qkv, bias, regions)
-    # Every logit of a query takes part in its softmax's sum, and loses this through it.
-    lost = jnp.sum(at_least_float32(d_out) * at_least_float32(out), axis=-1, keepdims=True)
-    ones = jnp.ones(parts.shape[1], lost.dtype)
+    wide = jnp.promote_types(bias.dtype, qkv.dtype)
+    ones = jnp.ones(parts.shape[1], wide)
 
     def differentiate(d_bias: jax.Array, one: tuple[Any, ...]) -> Pair:
-        qkv, regions, d_out, lost = one
+        qkv, regions, d_out = one
         query, key, value = _split(qkv)
         weights, total = _exponentials(query, key, bias, regions)
-        d_out, lost = (d_out / total).astype(value.dtype), (lost / total).swapaxes(1, 2)
+        d_out = (d_out / total).astype(value.dtype)
         d_value = jnp.einsum("whqk,wqhd->wkhd", weights.astype(value.dtype), d_out)
-        d_weights = jnp.einsum("wqhd,wkhd->whqk", d_out, value, preferred_element_type=lost.dtype)
+        d_weights = jnp.einsum("wqhd,wkhd->whqk", d_out, value, preferred_element_type=wide)
+        # What each logit loses through its softmax's sum: `windows heads n 1`.
+        lost = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / total.swapaxes(1, 2)
         d_logits = weights * (d_weights - lost)
         narrow = d_logits.astype(value.dtype)
         d_query = jnp.einsum("whqk,wkhd->wqhd", narrow, key) * query.shape[-1] ** -0.5
@@ -111,10 +111,10 @@ def _parts_backward(saved: tuple[Any, ...], d_out: jax.Array) -> tuple[jax.Array
         d_bias = d_bias + jnp.einsum("w,whqk->hqk", ones, d_logits)
         return d_bias, jnp.stack([d_query, d_key, d_value], axis=2)
 
-    by_part = (one.reshape(*parts.shape[:3], *one.shape[3:]) for one in (d_out, lost))
-    scanned = (parts, regions_of_parts, *by_part)
-    d_bias, d_parts = lax.scan(differentiate, jnp.zeros_like(bias), scanned)
-    return d_parts.reshape(qkv.shape), d_bias, None
+    d_out = d_out.reshape(*parts.shape[:3], *parts.shape[4:])
+    scanned = (parts, regions_of_parts, d_out)
+    d_bias, d_parts = lax.scan(differentiate, jnp.zeros(bias.shape, wide), scanned)
+    return d_parts.reshape(qkv.shape), d_bias.astype(bias.dtype), None
 
 
 attend_in_parts.defvjp(_parts_forward, _parts_backward)

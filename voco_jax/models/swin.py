@@ -118,14 +118,18 @@ class WindowAttention(nn.Module):
 def gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution's cumulative function, as `torch.nn.GELU` computes it.
 
-    Of `erf`, where `jax.nn.gelu` takes `erfc`, which costs an exponential more; in float32. Its
-    gradient is written out: it keeps `x` alone. Reverse-mode differentiation only.
+    Computed in float32 or wider with `erf` (`jax.nn.gelu` takes `erfc`, which costs an exponential
+    more). Its gradient is written out: it keeps `x` alone. Reverse-mode differentiation only.
+
+    Returns:
+        The shape and dtype of `x`.
     """
     wide = at_least_float32(x)
     return (wide * _cumulative(wide)).astype(x.dtype)
 
 
 def _cumulative(x: jax.Array) -> jax.Array:
+    """The standard normal distribution's cumulative function."""
     return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
